@@ -1,0 +1,1 @@
+"""Measured cost, beside the peers."""

@@ -1,0 +1,56 @@
+"""The definition of every operation, in NumPy alone: read it to know what is right.
+
+Functions trust their arguments; `yoso_core` checks them before it calls anything here.
+"""
+
+from yoso_core.reference.attention import yoso_attention
+from yoso_core.reference.cumulation import (
+    collision_rate,
+    lsh_cumulation_pairs,
+    lsh_cumulation_tables,
+    lsh_weighted_cumulation_pairs,
+    lsh_weighted_cumulation_tables,
+)
+from yoso_core.reference.expectation import (
+    angles,
+    expectation_attention,
+    expectation_attention_backward,
+    expected_weight,
+    gradient_factor,
+    lsh_attention_backward,
+)
+from yoso_core.reference.hadamard import hadamard_transform
+from yoso_core.reference.hashing import (
+    HashLayout,
+    fast_hash,
+    hash_layout,
+    hyperplane_hash,
+    sample_planes,
+    sample_signs,
+)
+from yoso_core.reference.normalize import TINY_NORM, l2_normalize, l2_normalize_backward
+
+__all__ = [
+    "TINY_NORM",
+    "HashLayout",
+    "angles",
+    "collision_rate",
+    "expectation_attention",
+    "expectation_attention_backward",
+    "expected_weight",
+    "fast_hash",
+    "gradient_factor",
+    "hadamard_transform",
+    "hash_layout",
+    "hyperplane_hash",
+    "l2_normalize",
+    "l2_normalize_backward",
+    "lsh_attention_backward",
+    "lsh_cumulation_pairs",
+    "lsh_cumulation_tables",
+    "lsh_weighted_cumulation_pairs",
+    "lsh_weighted_cumulation_tables",
+    "sample_planes",
+    "sample_signs",
+    "yoso_attention",
+]

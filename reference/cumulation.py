@@ -1,0 +1,171 @@
+"""Bernoulli cumulation: every query adds up the values of the keys that share its bucket.
+
+Each operation stands here twice: by *pairs*, which is its definition and costs ``n_q * n_k``, and by *tables*, which is the paper's
+algorithm and costs ``n_q + n_k``. Both return the working dtype of ``value``, rounded once to its dtype at the end.
+"""
+
+import numpy as np
+
+from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
+
+
+def collision_rate(query_hash_code: Array, key_hash_code: Array) -> Array:
+    """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of one head, float64."""
+    num_hash = query_hash_code.shape[-1]
+    collisions = np.zeros((query_hash_code.shape[0], key_hash_code.shape[0]))
+    for h in range(num_hash):
+        collisions += query_hash_code[:, None, h] == key_hash_code[None, :, h]
+    return collisions / num_hash
+
+
+def lsh_cumulation_pairs(
+    query_hash_code: Array,
+    key_hash_code: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+) -> Array:
+    """``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j``: the definition, pair by pair.
+
+    Parameters
+    ----------
+    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in ``[0, hashtable_capacity)``.
+    value : float ``(..., n_k, d_v)``.
+    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. A key that is masked is skipped, so it may hold NaN; a
+        query that is masked gets zeros.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is NaN.
+
+    Source: Zeng et al. 2021, equation for the YOSO estimator in section 3.1.
+    """
+    keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
+    keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
+    v = nan_unless_finite(working(value))
+    out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
+    for head in each_head(value.shape[:-2]):
+        queries, keys = keep_query[head], keep_key[head]
+        rate = collision_rate(query_hash_code[head][queries], key_hash_code[head][keys]).astype(v.dtype)
+        out[head][queries] = weighted_sum(rate, rate > 0, v[head][keys])
+    return nan_unless_finite(out).astype(value.dtype)
+
+
+def weighted_sum(weight: Array, met: Array, value: Array) -> Array:
+    """``out_i = sum_j weight_ij v_j`` over the pairs that met; a value that a query never met cannot spoil its row."""
+    finite = np.isfinite(value)
+    out = np.where(met, weight, 0) @ np.where(finite, value, 0)
+    return np.where(met.astype(weight.dtype) @ ~finite > 0, np.nan, out).astype(value.dtype)
+
+
+def bucket_labels(query_code: Array, key_code: Array) -> tuple[int, Array, Array]:
+    """Number the occupied buckets 0, 1, ...; memory then follows the number of vectors, not ``2**tau``."""
+    occupied, label = np.unique(np.concatenate([query_code, key_code]), return_inverse=True)
+    return len(occupied), label[: len(query_code)], label[len(query_code) :]
+
+
+def lsh_cumulation_tables(
+    query_hash_code: Array,
+    key_hash_code: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+) -> Array:
+    """As `lsh_cumulation_pairs`, in linear time: add every value to its bucket, then let every query read its bucket.
+
+    ``table[c] = sum_{j : code(k_j) = c} v_j``, ``out_i = 1/m sum_h table_h[code_h(q_i)]``.
+
+    Source: Zeng et al. 2021, algorithm 1.
+    """
+    num_hash = query_hash_code.shape[-1]
+    keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
+    keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
+    v = nan_unless_finite(working(value))
+    out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
+    for head in each_head(value.shape[:-2]):
+        queries, keys = keep_query[head], keep_key[head]
+        for h in range(num_hash):
+            size, read, write = bucket_labels(query_hash_code[head][queries, h], key_hash_code[head][keys, h])
+            table = np.zeros((size, value.shape[-1]), v.dtype)
+            np.add.at(table, write, v[head][keys])
+            out[head][queries] += table[read]
+    return nan_unless_finite(out / num_hash).astype(value.dtype)
+
+
+def lsh_weighted_cumulation_pairs(
+    query_hash_code: Array,
+    query_weight: Array,
+    key_hash_code: Array,
+    key_weight: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+) -> Array:
+    """``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j``: the definition, pair by pair.
+
+    Parameters
+    ----------
+    query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of ``value``.
+    The others are those of `lsh_cumulation_pairs`.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in its row, met or not.
+
+    Source: Zeng et al. 2021, section 3.3: it is the shape of every gradient of sampled attention.
+    """
+    keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
+    keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
+    qw, kw, v = working(query_weight), working(key_weight), nan_unless_finite(working(value))
+    out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
+    for head in each_head(value.shape[:-2]):
+        queries, keys = keep_query[head], keep_key[head]
+        rate = collision_rate(query_hash_code[head][queries], key_hash_code[head][keys]).astype(v.dtype)
+        with np.errstate(invalid="ignore"):
+            weight = rate * (qw[head][queries] @ kw[head][keys].T)
+        out[head][queries] = weighted_sum(weight, rate > 0, v[head][keys])
+    return nan_unless_finite(spoil_rows(out, qw, keep_query)).astype(value.dtype)
+
+
+def spoil_rows(out: Array, query: Array, keep_query: Array) -> Array:
+    """NaN in the row of every kept query that is not finite."""
+    spoiled = keep_query & ~np.isfinite(query).all(axis=-1)
+    return np.where(spoiled[..., None], np.nan, out).astype(out.dtype)
+
+
+def lsh_weighted_cumulation_tables(
+    query_hash_code: Array,
+    query_weight: Array,
+    key_hash_code: Array,
+    key_weight: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+) -> Array:
+    """As `lsh_weighted_cumulation_pairs`, in time linear in n: the weights leave the sum, one coordinate at a time.
+
+    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``: a table of ``key_weight_r * value`` for each coordinate ``r``.
+    """
+    keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
+    keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
+    num_hash, num_weight = query_hash_code.shape[-1], query_weight.shape[-1]
+    qw, kw, v = working(query_weight), working(key_weight), nan_unless_finite(working(value))
+    out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
+    for head in each_head(value.shape[:-2]):
+        queries, keys = keep_query[head], keep_key[head]
+        for h in range(num_hash):
+            size, read, write = bucket_labels(query_hash_code[head][queries, h], key_hash_code[head][keys, h])
+            for r in range(num_weight):
+                table = np.zeros((size, value.shape[-1]), v.dtype)
+                with np.errstate(invalid="ignore"):
+                    np.add.at(table, write, kw[head][keys, r, None] * v[head][keys])
+                    out[head][queries] += qw[head][queries, r, None] * table[read]
+    return nan_unless_finite(spoil_rows(out / num_hash, qw, keep_query)).astype(value.dtype)

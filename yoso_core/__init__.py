@@ -1,0 +1,62 @@
+"""YOSO attention (Zeng et al., ICML 2021, arXiv 2111.09714): linear-cost self-attention by LSH Bernoulli sampling.
+
+Arrays of NumPy or PyTorch go in, the same kind comes out::
+
+    import numpy as np, yoso_core
+
+    x = np.random.default_rng(0).standard_normal((4096, 64), dtype=np.float32)
+    out = yoso_core.yoso_attention(x, x, x, num_hash=32, hash_code_len=8, rng=0)
+
+`yoso_core.reference` says what is right, in NumPy that reads like the formulas; `variants` lists what else computes it here.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from yoso_core.ops import (
+    expectation_attention,
+    expectation_attention_backward,
+    fast_hash,
+    hadamard_transform,
+    hyperplane_hash,
+    lsh_attention_backward,
+    lsh_cumulation,
+    lsh_weighted_cumulation,
+    sample_planes,
+    sample_signs,
+    yoso_attention,
+)
+from yoso_core.registry import Variant, variants
+
+if TYPE_CHECKING:
+    from yoso_core.comparison import Comparison, compare, example_inputs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Comparison",
+    "Variant",
+    "__version__",
+    "compare",
+    "example_inputs",
+    "expectation_attention",
+    "expectation_attention_backward",
+    "fast_hash",
+    "hadamard_transform",
+    "hyperplane_hash",
+    "lsh_attention_backward",
+    "lsh_cumulation",
+    "lsh_weighted_cumulation",
+    "sample_planes",
+    "sample_signs",
+    "variants",
+    "yoso_attention",
+]
+
+_LAZY = {"compare": "comparison", "example_inputs": "comparison", "Comparison": "comparison"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"yoso_core.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'yoso_core' has no attribute {name!r}")

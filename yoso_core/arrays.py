@@ -1,0 +1,105 @@
+"""The caller's kind of array: recognised on the way in, handed back on the way out.
+
+A framework is looked at only if the caller has already imported it, so `import yoso_core` loads NumPy alone.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""A `numpy.ndarray`, a `torch.Tensor` or a `cupy.ndarray`."""
+
+_LIBRARY_NAME = {"numpy": "NumPy array", "torch": "torch tensor", "cupy": "CuPy array"}
+
+
+def library_of(x: object) -> str | None:
+    """``"numpy"``, ``"torch"`` or ``"cupy"``; ``None`` for anything that is no array of theirs."""
+    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
+        return "numpy"
+    for library, array_type in (("torch", "Tensor"), ("cupy", "ndarray")):
+        module = sys.modules.get(library)
+        if module is not None and isinstance(x, getattr(module, array_type, ())):
+            return library
+    return None
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose arrays these are: what the result must be again."""
+
+    library: str
+    device: str
+    """``"cpu"``, ``"cuda:0"``, ..."""
+
+    @property
+    def num_threads(self) -> int | None:
+        """torch's own thread count for its tensors; ``None`` leaves it to the kernels."""
+        return int(sys.modules["torch"].get_num_threads()) if self.library == "torch" else None
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """The caller's CPU array as NumPy, sharing memory; bfloat16, which NumPy lacks, is widened to float32."""
+        if self.library == "numpy":
+            return np.asarray(x)
+        torch = sys.modules["torch"]
+        x = x.detach()
+        return (x.float() if x.dtype == torch.bfloat16 else x.resolve_neg()).numpy()
+
+    def from_numpy(self, result: np.ndarray[Any, Any], like: Array | None = None) -> Array:
+        """A fresh NumPy result as the caller's kind of array, in the dtype of ``like`` if one is given."""
+        if self.library == "numpy":
+            return result if like is None else result.astype(like.dtype, copy=False)
+        tensor = sys.modules["torch"].from_numpy(np.ascontiguousarray(result))
+        return tensor if like is None else tensor.to(like.dtype)
+
+
+def device_of(x: Array) -> str:
+    library = library_of(x)
+    if library == "numpy":
+        return "cpu"
+    return str(x.device) if library == "torch" else f"cuda:{x.device.id}"
+
+
+def one_caller(named: Mapping[str, Array | None]) -> Caller:
+    """The single library and device that all arrays given share.
+
+    Raises
+    ------
+    TypeError : an argument is no array, or two are of different libraries.
+    ValueError : two are on different devices, or one asks for gradients that a plain array function cannot give.
+    """
+    first: tuple[str, Caller] | None = None
+    for name, x in named.items():
+        if x is None:
+            continue
+        library = library_of(x)
+        if library is None:
+            raise TypeError(f"{name}: need a NumPy array, a torch tensor or a CuPy array, got {type(x).__name__}")
+        if library == "torch":
+            _check_tensor(name, x)
+        caller = Caller(library, device_of(x))
+        if first is None:
+            first = name, caller
+        elif caller.library != first[1].library:
+            raise TypeError(
+                f"{name}: a {_LIBRARY_NAME[library]}, but {first[0]} is a {_LIBRARY_NAME[first[1].library]}; "
+                "give all arrays in one library (torch.from_numpy and Tensor.numpy convert)"
+            )
+        elif caller.device != first[1].device:
+            raise ValueError(f"{name}: on {caller.device}, but {first[0]} is on {first[1].device}; move them to one device")
+    if first is None:
+        raise TypeError("need at least one array")
+    return first[1]
+
+
+def _check_tensor(name: str, x: Array) -> None:
+    torch = sys.modules["torch"]
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: need a dense tensor, got layout {x.layout}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: requires gradients, and this function does not record them; call it under torch.no_grad() or pass {name}.detach()"
+        )

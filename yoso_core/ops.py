@@ -1,0 +1,534 @@
+"""The functions people call: each checks its arguments, picks a variant, and hands back the caller's kind of array.
+
+The mathematics stands in `yoso_core.reference`, whose docstrings give the equations.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from yoso_core import checks
+from yoso_core.arrays import Array, Caller, one_caller
+from yoso_core.reference.hashing import Seed, hash_layout
+from yoso_core.reference.hashing import sample_planes as _draw_planes
+from yoso_core.reference.hashing import sample_signs as _draw_signs
+from yoso_core.registry import choose
+
+Grad = Literal["lower_bound", "exact"]
+
+
+def _run(op: str, variant: str | None, caller: Caller, arrays: tuple[Array | None, ...], *args: Any, **options: Any) -> Any:
+    """Call the variant on NumPy views: positional arrays, plain arguments, then options (arrays among them too)."""
+    kernel = choose(op, variant, caller)
+
+    def view(x: Any) -> Any:
+        return caller.to_numpy(x) if hasattr(x, "dtype") else x
+
+    return kernel.run(caller, *map(view, arrays), *args, **{name: view(x) for name, x in options.items()})
+
+
+def _check_draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
+    if not isinstance(batch_shape, tuple):
+        raise TypeError(f"batch_shape: need a tuple of integers, got {type(batch_shape).__name__}")
+    return (
+        *checks.hash_numbers(num_hash, hash_code_len),
+        checks.integer("dim", dim, 1),
+        tuple(checks.integer("batch_shape", size, 0) for size in batch_shape),
+    )
+
+
+def sample_signs(
+    num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
+) -> np.ndarray[Any, np.dtype[np.int8]]:
+    """Draw the random diagonals D1, D2, D3 of the fast projection: independent fair signs.
+
+    Parameters
+    ----------
+    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
+    dim : the vectors' dimension ``d``; ``D`` is the next power of two.
+    batch_shape : leading dims, broadcast against those of the vectors: ``()`` serves a whole batch with one draw.
+    rng : `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy.
+
+    Returns
+    -------
+    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is applied first.
+
+    >>> sample_signs(32, 8, 64, rng=0).shape
+    (3, 4, 64)
+    """
+    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
+    return _draw_signs(m, tau, d, batch_shape=shape, rng=_generator(rng))
+
+
+def sample_planes(
+    num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard normal entries.
+
+    Parameters are those of `sample_signs`. Returns float32 ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h``
+    is column ``h * hash_code_len + b``.
+    """
+    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
+    return _draw_planes(m, tau, d, batch_shape=shape, rng=_generator(rng))
+
+
+def _generator(rng: object) -> np.random.Generator:
+    if rng is None or isinstance(rng, np.random.Generator):
+        return np.random.default_rng(rng)
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        return np.random.default_rng(checks.integer("rng", rng, 0))
+    raise TypeError(f"rng: need a numpy.random.Generator, an int seed or None, got {type(rng).__name__}")
+
+
+def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
+    """Unnormalised fast Walsh-Hadamard transform over the last axis, in Sylvester order.
+
+    ``y_k = sum_j (-1)^{popcount(j & k)} x_j``, in ``D log2 D`` additions. The butterflies run from the largest stride to the smallest,
+    so every variant returns the same bits.
+
+    Parameters
+    ----------
+    x : float ``(..., D)``, ``D`` a power of two. float16 and bfloat16 are added up in float32 and rounded once.
+
+    Returns
+    -------
+    Array of the same shape, kind and dtype. ``ValueError`` when ``D`` is not a power of two.
+
+    >>> hadamard_transform(np.array([1.0, 2.0, 3.0, 4.0]))
+    array([10., -2., -4.,  0.])
+    """
+    caller = one_caller({"x": x})
+    checks.floating("x", x, ndim=1)
+    dim = x.shape[-1]
+    if dim < 1 or dim & (dim - 1):
+        raise ValueError(f"x: need a power of two as last dimension, got shape {tuple(x.shape)}")
+    return caller.from_numpy(_run("hadamard_transform", variant, caller, (x,)), like=x)
+
+
+def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
+    """Bucket numbers by the fast random rotation: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code.
+
+    With ``per = D // tau``, bit ``b`` of code ``h`` is ``projection[h // per][(h % per) * tau + b] > 0``, worth ``2**b``; for ``tau > D``
+    the projections of all parts form one stream, cut every ``tau`` bits. Codes are the same bits in every variant.
+
+    Parameters
+    ----------
+    vectors : float ``(..., n, d)``. Hashed in float32 (float64 if given in it); their positive scale does not matter.
+    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the leading dims of ``vectors``.
+    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
+
+    Returns
+    -------
+    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0; so has, by and large, one that is not
+    finite, and it is for the caller to know.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2.
+    """
+    m, tau = checks.hash_numbers(num_hash, hash_code_len)
+    caller = one_caller({"vectors": vectors, "signs": signs})
+    checks.vectors("vectors", vectors)
+    _check_signs(signs, vectors, "vectors", m, tau, caller)
+    return caller.from_numpy(_run("fast_hash", variant, caller, (vectors, signs), m, tau))
+
+
+def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_code_len: int, caller: Caller) -> None:
+    checks.signs(signs)
+    layout = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
+    why = f"3 diagonals, parts, D for num_hash {num_hash}, hash_code_len {hash_code_len}, d = {vectors.shape[-1]}"
+    checks.broadcastable("signs", signs, (3, layout.parts, layout.padded_dim), vectors.shape[:-2], why)
+    if caller.device == "cpu" and not bool((abs(signs) == 1).all()):
+        raise ValueError("signs: every entry must be +1 or -1")
+
+
+def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
+    """Bucket numbers by Gaussian hyperplanes: bit ``b`` of code ``h`` is ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
+
+    Codes of two vectors at angle ``theta`` collide with probability ``(1 - theta / pi)**tau``, exactly, for any dimension; the cost is
+    ``n d m tau``. Codes are the same within one variant only, since a dot product has no one order.
+
+    Parameters
+    ----------
+    vectors : float ``(..., n, d)``.
+    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`; ``batch`` broadcasts against the leading
+        dims of ``vectors``.
+    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
+
+    Returns
+    -------
+    int32 ``(..., n, num_hash)``.
+    """
+    m, tau = checks.hash_numbers(num_hash, hash_code_len)
+    caller = one_caller({"vectors": vectors, "planes": planes})
+    checks.vectors("vectors", vectors)
+    _check_planes(planes, vectors, m, tau)
+    return caller.from_numpy(_run("hyperplane_hash", variant, caller, (vectors, planes), m, tau))
+
+
+def _check_planes(planes: Array, vectors: Array, num_hash: int, hash_code_len: int) -> None:
+    checks.floating("planes", planes)
+    why = f"d, num_hash * hash_code_len = {num_hash} * {hash_code_len}"
+    checks.broadcastable("planes", planes, (vectors.shape[-1], num_hash * hash_code_len), vectors.shape[:-2], why)
+
+
+def _check_codes(
+    query_hash_code: Array, key_hash_code: Array, capacity: object, query_mask: Array | None, key_mask: Array | None, *, limit: int
+) -> int:
+    number = checks.integer("hashtable_capacity", capacity, 1, limit)
+    checks.codes("query_hash_code", query_hash_code)
+    checks.codes("key_hash_code", key_hash_code, num_hash=query_hash_code.shape[-1])
+    checks.leading("key_hash_code", key_hash_code, query_hash_code.shape[:-2], "those of query_hash_code")
+    checks.mask("query_mask", query_mask, query_hash_code.shape[:-1], "query")
+    checks.mask("key_mask", key_mask, key_hash_code.shape[:-1], "key")
+    return number
+
+
+def _check_code_range(caller: Caller, capacity: int, **codes: Array) -> None:
+    if caller.device == "cpu":
+        for name, x in codes.items():
+            checks.codes_in_range(name, caller.to_numpy(x), capacity)
+
+
+def lsh_cumulation(
+    query_hash_code: Array,
+    key_hash_code: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    validate: bool = True,
+    variant: str | None = None,
+) -> Array:
+    """Every query adds up the values of the keys in its buckets: ``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j``.
+
+    Parameters
+    ----------
+    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in ``[0, hashtable_capacity)``.
+    value : float ``(..., n_k, d_v)``; float16 and bfloat16 are added up in float32 and rounded once.
+    hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the buckets that are occupied.
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
+        skipped, so they may hold NaN; masked queries get zeros.
+    validate : check that the codes are in range (one pass over them); pass ``False`` for codes known to be right.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is NaN.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), algorithm 1.
+
+    >>> codes = np.array([[0], [1], [0]], np.int32)
+    >>> lsh_cumulation(codes, codes, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[5.],
+           [2.],
+           [5.]])
+    """
+    caller = one_caller(
+        {
+            "query_hash_code": query_hash_code,
+            "key_hash_code": key_hash_code,
+            "value": value,
+            "query_mask": query_mask,
+            "key_mask": key_mask,
+        }
+    )
+    capacity = _check_codes(query_hash_code, key_hash_code, hashtable_capacity, query_mask, key_mask, limit=1 << checks.MAX_CODE_LEN)
+    checks.floating("value", value)
+    checks.leading("value", value, key_hash_code.shape[:-2], "those of the hash codes")
+    checks.size("value", value, -2, key_hash_code.shape[-2], "n of key_hash_code")
+    if validate:
+        _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
+    arrays = (query_hash_code, key_hash_code, value)
+    out = _run("lsh_cumulation", variant, caller, arrays, capacity, query_mask=query_mask, key_mask=key_mask)
+    return caller.from_numpy(out, like=value)
+
+
+def lsh_weighted_cumulation(
+    query_hash_code: Array,
+    query_weight: Array,
+    key_hash_code: Array,
+    key_weight: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    validate: bool = True,
+    variant: str | None = None,
+) -> Array:
+    """As `lsh_cumulation`, every term times a product of weights:
+    ``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j``.
+
+    It is the shape of every gradient of sampled attention.
+
+    Parameters
+    ----------
+    query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of ``value``.
+    The others are those of `lsh_cumulation`.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in its row.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+    """
+    caller = one_caller(
+        {
+            "query_hash_code": query_hash_code,
+            "query_weight": query_weight,
+            "key_hash_code": key_hash_code,
+            "key_weight": key_weight,
+            "value": value,
+            "query_mask": query_mask,
+            "key_mask": key_mask,
+        }
+    )
+    capacity = _check_codes(query_hash_code, key_hash_code, hashtable_capacity, query_mask, key_mask, limit=1 << checks.MAX_CODE_LEN)
+    checks.floating("value", value)
+    for name, x, side, codes in (
+        ("query_weight", query_weight, "query_hash_code", query_hash_code),
+        ("key_weight", key_weight, "key_hash_code", key_hash_code),
+        ("value", value, "key_hash_code", key_hash_code),
+    ):
+        checks.floating(name, x, same_as=("value", value))
+        checks.leading(name, x, codes.shape[:-2], "those of the hash codes")
+        checks.size(name, x, -2, codes.shape[-2], f"n of {side}")
+    checks.size("key_weight", key_weight, -1, query_weight.shape[-1], "d_w of query_weight")
+    if validate:
+        _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
+    arrays = (query_hash_code, query_weight, key_hash_code, key_weight, value)
+    out = _run("lsh_weighted_cumulation", variant, caller, arrays, capacity, query_mask=query_mask, key_mask=key_mask)
+    return caller.from_numpy(out, like=value)
+
+
+def _check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
+    checks.vectors("query", query)
+    checks.vectors("key", key, same_as=("query", query))
+    checks.floating("value", value)
+    checks.same_precision("value", value, "query", query)
+    checks.leading("key", key, query.shape[:-2], "those of query")
+    checks.leading("value", value, query.shape[:-2], "those of query")
+    checks.size("key", key, -1, query.shape[-1], "d of query")
+    checks.size("value", value, -2, key.shape[-2], "n of key")
+    checks.mask("query_mask", query_mask, query.shape[:-1], "query")
+    checks.mask("key_mask", key_mask, key.shape[:-1], "key")
+
+
+def expectation_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    hash_code_len: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    variant: str | None = None,
+) -> Array:
+    """YOSO-E, what sampling estimates: ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``.
+
+    Parameters
+    ----------
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalised here, in float32 at least, whatever their scale. A zero vector
+        has cosine 0 with all.
+    value : float ``(..., n_k, d_v)``.
+    hash_code_len : ``tau`` (1 to 30).
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalised. Time ``n_q n_k (d + d_v)``, memory linear. A query that is not
+    finite gives NaN in its row, a kept key or value that is not finite gives NaN in every row of its head.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
+    """
+    tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
+    caller = one_caller({"query": query, "key": key, "value": value, "query_mask": query_mask, "key_mask": key_mask})
+    _check_attention(query, key, value, query_mask, key_mask)
+    out = _run("expectation_attention", variant, caller, (query, key, value), tau, query_mask=query_mask, key_mask=key_mask)
+    return caller.from_numpy(out, like=value)
+
+
+def expectation_attention_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    hash_code_len: int,
+    *,
+    grad: Grad = "lower_bound",
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    variant: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))`` by query, key and value.
+
+    For unit vectors ``dq_i = sum_j E_ij w_ij (g_i . v_j) k_j``, ``dk_j = sum_i E_ij w_ij (g_i . v_j) q_i``, ``dv_j = sum_i E_ij g_i``; the
+    chain through the normalisation of query and key follows. ``grad="lower_bound"``: ``w = tau / 2``, the paper's, which is *not* the
+    derivative. ``grad="exact"``: ``w = tau / ((pi - theta) sin theta)``, both factors held at 1e-3 at least.
+
+    Parameters
+    ----------
+    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``. The others are those of `expectation_attention`.
+
+    Returns
+    -------
+    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+    """
+    tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
+    checks.one_of("grad", grad, ("lower_bound", "exact"))
+    caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value, "query_mask": query_mask, "key_mask": key_mask})
+    _check_attention(query, key, value, query_mask, key_mask)
+    _check_grad_out(grad_out, query, value)
+    arrays = (grad_out, query, key, value)
+    grads = _run("expectation_attention_backward", variant, caller, arrays, tau, grad=grad, query_mask=query_mask, key_mask=key_mask)
+    return _like_inputs(caller, grads, (query, key, value))
+
+
+def _check_grad_out(grad_out: Array, query: Array, value: Array) -> None:
+    checks.floating("grad_out", grad_out, same_as=("value", value))
+    needed = (*query.shape[:-1], value.shape[-1])
+    if tuple(grad_out.shape) != needed:
+        raise ValueError(f"grad_out: need the shape of the output, {needed}, got {tuple(grad_out.shape)}")
+
+
+def _like_inputs(caller: Caller, grads: tuple[Any, Any, Any], inputs: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    query, key, value = (caller.from_numpy(g, like=x) for g, x in zip(grads, inputs, strict=True))
+    return query, key, value
+
+
+def lsh_attention_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    query_hash_code: Array,
+    key_hash_code: Array,
+    hash_code_len: int,
+    *,
+    grad: Grad = "lower_bound",
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    validate: bool = True,
+    variant: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of sampled attention for the codes of its forward pass: as `expectation_attention_backward`, with the share of hashes in
+    which query and key collide, ``C_ij``, in place of the expectation ``E_ij``.
+
+    With ``grad="lower_bound"`` the cost can be linear in ``n``; with ``grad="exact"`` it never is, since the factor depends on the pair.
+
+    Parameters
+    ----------
+    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, in ``[0, 2**hash_code_len)``.
+    The others are those of `expectation_attention_backward` and `lsh_cumulation`.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+    """
+    tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
+    checks.one_of("grad", grad, ("lower_bound", "exact"))
+    caller = one_caller(
+        {
+            "grad_out": grad_out,
+            "query": query,
+            "key": key,
+            "value": value,
+            "query_hash_code": query_hash_code,
+            "key_hash_code": key_hash_code,
+            "query_mask": query_mask,
+            "key_mask": key_mask,
+        }
+    )
+    _check_attention(query, key, value, query_mask, key_mask)
+    _check_grad_out(grad_out, query, value)
+    capacity = _check_codes(query_hash_code, key_hash_code, 1 << tau, None, None, limit=1 << tau)
+    for name, codes, side, x in (
+        ("query_hash_code", query_hash_code, "query", query),
+        ("key_hash_code", key_hash_code, "key", key),
+    ):
+        checks.leading(name, codes, x.shape[:-2], f"those of {side}")
+        checks.size(name, codes, -2, x.shape[-2], f"n of {side}")
+    if validate:
+        _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
+    arrays = (grad_out, query, key, value, query_hash_code, key_hash_code)
+    grads = _run("lsh_attention_backward", variant, caller, arrays, tau, grad=grad, query_mask=query_mask, key_mask=key_mask)
+    return _like_inputs(caller, grads, (query, key, value))
+
+
+def yoso_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    num_hash: int = 32,
+    hash_code_len: int = 8,
+    use_expectation: bool = False,
+    signs: Array | None = None,
+    planes: Array | None = None,
+    rng: Seed = None,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    normalize_output: bool = True,
+    variant: str | None = None,
+) -> Array:
+    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``.
+
+    ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into one bucket, which costs time linear in
+    ``n``; or, with ``use_expectation``, its expected value ``(1 - arccos(q_i . k_j) / pi)**tau``.
+
+    Parameters
+    ----------
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; only their directions matter.
+    value : float ``(..., n_k, d_v)``.
+    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
+    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`, dense and exactly unbiased.
+    rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh entropy), one draw for each index of the last
+        leading dim (the heads) and shared over the dims before it, so that a result does not depend on its neighbours in a batch.
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
+        skipped; masked queries get zeros.
+    normalize_output : scale every row to unit length, in float32 at least; a row shorter than 1e-12, such as that of a query
+        that met no key, becomes zeros.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row, a kept key that is not finite
+    gives NaN in every row of its head, a kept value that is not finite in every row that meets it.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714).
+    """
+    m, tau = checks.hash_numbers(num_hash, hash_code_len)
+    caller = one_caller(
+        {
+            "query": query,
+            "key": key,
+            "value": value,
+            "signs": signs,
+            "planes": planes,
+            "query_mask": query_mask,
+            "key_mask": key_mask,
+        }
+    )
+    _check_attention(query, key, value, query_mask, key_mask)
+    if signs is not None and planes is not None:
+        raise ValueError("planes: give signs or planes, not both")
+    if signs is not None:
+        _check_signs(signs, query, "query", m, tau, caller)
+    elif planes is not None:
+        _check_planes(planes, query, m, tau)
+    elif not use_expectation:
+        drawn = _draw_signs(m, tau, query.shape[-1], batch_shape=tuple(query.shape[-3:-2]), rng=_generator(rng))
+        signs = caller.from_numpy(drawn)
+    out = _run(
+        "yoso_attention",
+        variant,
+        caller,
+        (query, key, value),
+        num_hash=m,
+        hash_code_len=tau,
+        use_expectation=bool(use_expectation),
+        signs=signs,
+        planes=planes,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        normalize_output=bool(normalize_output),
+    )
+    return caller.from_numpy(out, like=value)
