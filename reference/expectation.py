@@ -19,7 +19,7 @@ def angles(unit: Array, others: Array) -> Array:
     """
     apart = np.sqrt(np.sum((unit - others) ** 2, axis=-1))
     along = np.sqrt(np.sum((unit + others) ** 2, axis=-1))
-    no_direction = ~others.any(axis=-1) | ~unit.any()
+    no_direction = (~others.any(axis=-1) | ~unit.any()) & ~np.isnan(apart)
     return np.where(no_direction, unit.dtype.type(np.pi / 2), 2 * np.arctan2(apart, along))
 
 

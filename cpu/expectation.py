@@ -1,0 +1,292 @@
+"""Expected attention, blocked: 32 queries by 4 keys in registers, no matrix of weights anywhere.
+
+The weight ``(1 - arccos(c) / pi)**tau`` of a cosine ``c`` comes from ``arccos(c) = sqrt(1 - c) P(c)`` for ``c >= 0`` and
+``pi - arccos(-c)`` below, with ``P`` a polynomial. Beyond ``|c| = 0.99`` the cosine no longer determines the angle well, and it is taken
+from differences instead.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import from_dtype, types
+
+from yoso_core.cpu.compiling import helper, kernel
+from yoso_core.cpu.cumulation import finish_rows
+from yoso_core.cpu.lanes import (
+    LANES,
+    absolute,
+    all_at_most,
+    fill,
+    load,
+    multiply_add,
+    square_root,
+    store,
+    where_less,
+)
+from yoso_core.cpu.threads import share
+from yoso_core.cpu.tiles import aligned, load_tile
+from yoso_core.cpu.views import Array, input_array, kept, output_array, rows, working_dtype
+
+STEEP = 0.99
+"""Cosines beyond this are turned into angles by differences of the vectors."""
+
+KEYS_AT_ONCE = 4
+KEY_BLOCK = 64
+"""Keys whose contributions are added up by themselves before they join the total: sums of sums round less."""
+
+QUERY_TILE = 2 * LANES
+
+
+def arccos_polynomial(degree: int) -> tuple[float, ...]:
+    """``arccos(x) / (pi sqrt(1 - x))`` on [0, 1] as a polynomial in ``2x - 1``, highest power first, interpolated at Chebyshev points.
+
+    The nearest singularity, ``x = -1``, makes the error shrink 5.8 times with every degree.
+    """
+    series = np.polynomial.Chebyshev.interpolate(lambda x: np.arccos(x) / (np.pi * np.sqrt(1 - x)), degree, domain=[0, 1])
+    powers = np.polynomial.chebyshev.cheb2poly(series.coef)
+    return tuple(float(c) for c in powers[::-1])
+
+
+POLYNOMIAL = {types.float32: arccos_polynomial(8), types.float64: arccos_polynomial(18)}
+"""Off by 1.3e-9 and 1.2e-15 at most."""
+
+
+@cache
+def _unit_kernel(dtype: Any) -> Any:
+    """Rows scaled to unit length (zero rows stay zero), and which of them are not finite. A task is (head, block of rows)."""
+
+    @kernel(types.void(types.intp, types.intp, input_array(dtype, 4), output_array(dtype, 4), output_array(types.uint8, 3)))
+    def normalize(first, last, x, unit, spoiled):
+        n, d = x.shape[2], x.shape[3]
+        for task in range(first, last):
+            head, i = divmod(task, n)
+            b, h = divmod(head, x.shape[1])
+            largest = x.dtype.type(0)
+            finite = True
+            for c in range(d):
+                entry = abs(x[b, h, i, c])
+                finite = finite and math.isfinite(entry)
+                largest = max(largest, entry)
+            spoiled[b, h, i] = not finite
+            squares = x.dtype.type(0)
+            for c in range(d):
+                entry = x[b, h, i, c] / largest if largest > 0 else x.dtype.type(0)
+                unit[b, h, i, c] = entry
+                squares += entry * entry
+            length = x.dtype.type(math.sqrt(squares)) if largest > 0 else x.dtype.type(1)
+            for c in range(d):
+                unit[b, h, i, c] = unit[b, h, i, c] / length if finite else x.dtype.type(np.nan)
+
+    return normalize
+
+
+def unit_rows(x: Array, num_threads: int | None) -> tuple[Array, Array]:
+    """``x (batch, heads, n, d)`` with rows of unit length, and uint8 ``(batch, heads, n)``: 1 where a row was not finite."""
+    unit, spoiled = np.empty(x.shape, x.dtype), np.empty(x.shape[:-1], np.uint8)
+    run = _unit_kernel(from_dtype(x.dtype))
+    share(spoiled.size, lambda first, last: run(first, last, x, unit, spoiled), num_threads=num_threads, cost=10.0 * x.size)
+    return unit, spoiled
+
+
+@helper
+def agreement(cosine, polynomial, like):
+    """``1 - arccos(c) / pi`` for lanes of cosines: the chance that one random hyperplane does not separate two vectors."""
+    zero, one = fill(like.dtype.type(0)), fill(like.dtype.type(1))
+    magnitude = absolute(cosine)
+    rest = one - magnitude
+    rest = where_less(rest, zero, zero, rest)
+    centred = magnitude + magnitude - one
+    series = zero
+    for coefficient in polynomial:
+        series = multiply_add(series, centred, fill(like.dtype.type(coefficient)))
+    angle = square_root(rest) * series
+    return where_less(cosine, zero, angle, one - angle)
+
+
+@helper
+def steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch):
+    """``chance`` with the lanes beyond `STEEP` done again from differences: ``theta = 2 atan2(|q - k|, |q + k|)``."""
+    if all_at_most(absolute(cosine), tile.dtype.type(STEEP)):
+        return chance
+    apart, along = fill(tile.dtype.type(0)), fill(tile.dtype.type(0))
+    for c in range(unit_key.shape[3]):
+        q, k = load(tile, c * LANES), fill(unit_key[b, h, j, c])
+        apart, along = multiply_add(q - k, q - k, apart), multiply_add(q + k, q + k, along)
+    store(scratch, 0, chance)
+    store(scratch, LANES, cosine)
+    store(scratch, 2 * LANES, apart)
+    store(scratch, 3 * LANES, along)
+    for t in range(LANES):
+        if abs(scratch[LANES + t]) > STEEP:
+            theta = 2 * math.atan2(math.sqrt(scratch[2 * LANES + t]), math.sqrt(scratch[3 * LANES + t]))
+            scratch[t] = 1 - theta / math.pi
+    return load(scratch, 0)
+
+
+@helper
+def power(base, exponent):
+    """``base ** exponent`` for an integer of at least 1, by squaring."""
+    while exponent & 1 == 0:
+        base = base * base
+        exponent >>= 1
+    result = base
+    exponent >>= 1
+    while exponent > 0:
+        base = base * base
+        if exponent & 1:
+            result = result * base
+        exponent >>= 1
+    return result
+
+
+@helper
+def weight(cosine, tile, unit_key, b, h, j, polynomial, hash_code_len, scratch):
+    """``(1 - arccos(c) / pi)**tau`` for 16 queries and key ``j``."""
+    chance = agreement(cosine, polynomial, tile)
+    return power(steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch), hash_code_len)
+
+
+@cache
+def _expectation_kernel(dtype: Any, polynomial: tuple[float, ...]) -> Any:
+    """Output rows of 32 queries for each task, which walks over all kept keys, four at a time.
+
+    Held in first-level cache: 32 queries crosswise (``32 d`` entries) and their sums (``64 d_v``). For every 128 pairs it reads
+    ``4 (d + d_v)`` entries of keys and values and does ``128 (d + d_v)`` multiply-adds in registers.
+    """
+
+    @kernel(
+        types.void(
+            types.intp,
+            types.intp,
+            input_array(dtype, 4),
+            input_array(dtype, 4),
+            input_array(dtype, 4),
+            input_array(types.uint8, 3),
+            input_array(types.uint8, 3),
+            input_array(types.uint8, 3),
+            output_array(dtype, 4),
+            types.intp,
+            types.boolean,
+        )
+    )
+    def attend(first, last, unit_query, unit_key, value, keep_query, keep_key, spoiled, out, hash_code_len, normalize):
+        n_q, n_k, d, d_v = unit_query.shape[2], unit_key.shape[2], unit_query.shape[3], value.shape[3]
+        tile0, tile1 = aligned(d * LANES, out.dtype), aligned(d * LANES, out.dtype)
+        block_sum, sums = aligned(d_v * QUERY_TILE, out.dtype), aligned(d_v * QUERY_TILE, out.dtype)
+        scratch = aligned(4 * LANES, out.dtype)
+        chosen = np.empty(n_k + KEYS_AT_ONCE, np.intp)
+        zero = fill(out.dtype.type(0))
+        listed, num_kept = -1, 0
+        tasks_per_head = (n_q + QUERY_TILE - 1) // QUERY_TILE
+        for task in range(first, last):
+            head, part = divmod(task, tasks_per_head)
+            b, h = divmod(head, unit_query.shape[1])
+            if head != listed:  # the kept keys of this head; the last is repeated, with weight zero, to fill a group of four
+                listed, num_kept = head, 0
+                for j in range(n_k):
+                    if keep_key[b, h, j]:
+                        chosen[num_kept] = j
+                        num_kept += 1
+                for j in range(num_kept, num_kept + KEYS_AT_ONCE):
+                    chosen[j] = chosen[max(num_kept - 1, 0)]
+            i = part * QUERY_TILE
+            load_tile(tile0, d, unit_query, b, h, i)
+            if i + LANES < n_q:
+                load_tile(tile1, d, unit_query, b, h, i + LANES)
+            else:
+                tile1[:] = 0
+            sums[:] = 0
+            for block in range(0, num_kept, KEY_BLOCK):
+                block_sum[:] = 0
+                for group in range(block, min(block + KEY_BLOCK, num_kept), KEYS_AT_ONCE):
+                    j0, j1, j2, j3 = chosen[group], chosen[group + 1], chosen[group + 2], chosen[group + 3]
+                    a0, a1, a2, a3 = zero, zero, zero, zero
+                    b0, b1, b2, b3 = zero, zero, zero, zero
+                    for c in range(d):
+                        q0, q1 = load(tile0, c * LANES), load(tile1, c * LANES)
+                        k0, k1 = fill(unit_key[b, h, j0, c]), fill(unit_key[b, h, j1, c])
+                        k2, k3 = fill(unit_key[b, h, j2, c]), fill(unit_key[b, h, j3, c])
+                        a0, a1, a2, a3 = (
+                            multiply_add(q0, k0, a0),
+                            multiply_add(q0, k1, a1),
+                            multiply_add(q0, k2, a2),
+                            multiply_add(q0, k3, a3),
+                        )
+                        b0, b1, b2, b3 = (
+                            multiply_add(q1, k0, b0),
+                            multiply_add(q1, k1, b1),
+                            multiply_add(q1, k2, b2),
+                            multiply_add(q1, k3, b3),
+                        )
+                    a0 = weight(a0, tile0, unit_key, b, h, j0, polynomial, hash_code_len, scratch)
+                    a1 = weight(a1, tile0, unit_key, b, h, j1, polynomial, hash_code_len, scratch)
+                    a2 = weight(a2, tile0, unit_key, b, h, j2, polynomial, hash_code_len, scratch)
+                    a3 = weight(a3, tile0, unit_key, b, h, j3, polynomial, hash_code_len, scratch)
+                    b0 = weight(b0, tile1, unit_key, b, h, j0, polynomial, hash_code_len, scratch)
+                    b1 = weight(b1, tile1, unit_key, b, h, j1, polynomial, hash_code_len, scratch)
+                    b2 = weight(b2, tile1, unit_key, b, h, j2, polynomial, hash_code_len, scratch)
+                    b3 = weight(b3, tile1, unit_key, b, h, j3, polynomial, hash_code_len, scratch)
+                    left = num_kept - group
+                    if left < 4:
+                        a3, b3 = zero, zero
+                        if left < 3:
+                            a2, b2 = zero, zero
+                        if left < 2:
+                            a1, b1 = zero, zero
+                    for c in range(d_v):
+                        v0, v1 = fill(value[b, h, j0, c]), fill(value[b, h, j1, c])
+                        v2, v3 = fill(value[b, h, j2, c]), fill(value[b, h, j3, c])
+                        y0, y1 = load(block_sum, c * QUERY_TILE), load(block_sum, c * QUERY_TILE + LANES)
+                        y0, y1 = multiply_add(a0, v0, y0), multiply_add(b0, v0, y1)
+                        y0, y1 = multiply_add(a1, v1, y0), multiply_add(b1, v1, y1)
+                        y0, y1 = multiply_add(a2, v2, y0), multiply_add(b2, v2, y1)
+                        y0, y1 = multiply_add(a3, v3, y0), multiply_add(b3, v3, y1)
+                        store(block_sum, c * QUERY_TILE, y0)
+                        store(block_sum, c * QUERY_TILE + LANES, y1)
+                for c in range(0, d_v * QUERY_TILE, LANES):
+                    store(sums, c, load(sums, c) + load(block_sum, c))
+            stop = min(i + QUERY_TILE, n_q)
+            for t in range(stop - i):
+                for c in range(d_v):
+                    out[b, h, i + t, c] = sums[c * QUERY_TILE + t]
+            finish_rows(out, keep_query, spoiled, b, h, i, stop, out.dtype.type(1), normalize)
+
+    return attend
+
+
+def expectation_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    hash_code_len: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    normalize: bool = False,
+    num_threads: int | None = None,
+) -> Array:
+    """See `yoso_core.reference.expectation_attention`. ``normalize``: scale the rows of the result to unit length, for attention.
+
+    Working memory: unit copies of query and key.
+    """
+    dtype = np.promote_types(working_dtype(query), working_dtype(value))
+    unit_query, spoiled_query = unit_rows(rows(query, dtype), num_threads)
+    unit_key, _ = unit_rows(rows(key, dtype), num_threads)
+    v = rows(value, dtype)
+    keep_query, keep_key = kept(query_mask, query.shape[:-1]), kept(key_mask, key.shape[:-1])
+    batch, num_heads, n_q, d = unit_query.shape
+    n_k, d_v = v.shape[2:]
+    spoiled = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
+    spoiled[:, :, 1:] = spoiled_query
+    out = np.empty((batch, num_heads, n_q, d_v), dtype)
+    numba_type = from_dtype(out.dtype)
+    run = _expectation_kernel(numba_type, POLYNOMIAL[numba_type])
+    share(
+        batch * num_heads * -(-n_q // QUERY_TILE),
+        lambda first, last: run(first, last, unit_query, unit_key, v, keep_query, keep_key, spoiled, out, hash_code_len, normalize),
+        num_threads=num_threads,
+        cost=float(batch * num_heads) * n_q * n_k * (d + d_v),
+    )
+    return out.reshape(*query.shape[:-1], d_v).astype(value.dtype, copy=False)

@@ -1,0 +1,230 @@
+"""Sixteen numbers side by side: the vector type that the CPU kernels are written in.
+
+LLVM vectorises a plain loop when it can prove that nothing overlaps; on these kernels it often cannot, and then they run ten times
+slower. So they say what they mean: ``a = load(x, i)`` takes sixteen consecutive entries, ``a + b`` adds them lane by lane,
+``store(x, i, a)`` puts them back. LLVM maps this onto whatever the machine has: one register with AVX-512, two with AVX2, four with
+NEON or SSE. Lane by lane these are ordinary IEEE operations, so the bits do not depend on the machine.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils
+from numba.extending import models, overload, register_model
+
+LANES = 16
+
+intrinsic: Any = extending.intrinsic
+"""Untyped on purpose: Numba's annotation is that of the function that generates code, not of the one that kernels call."""
+
+_INT32 = ir.IntType(32)
+
+
+class Lanes(types.Type):
+    """Numba's name for sixteen values of one scalar type."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Lanes) -> None:
+        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_value_type(), LANES))
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    vector = ir.VectorType(scalar.type, LANES)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_INT32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, LANES), None))
+
+
+def _indices(context: Any, builder: Any, index_type: Any, index: Any) -> list[Any]:
+    """An integer or a tuple of integers of any width as a list of machine words."""
+    given = zip(index_type, cgutils.unpack_tuple(builder, index), strict=True) if hasattr(index_type, "count") else [(index_type, index)]
+    return [context.cast(builder, value, value_type, types.intp) for value_type, value in given]
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index_type: Any, index: Any) -> tuple[Any, int]:
+    """Address of the first lane, as a pointer to a vector, and the alignment that is certain."""
+    indices = _indices(context, builder, index_type, index)
+    element = cgutils.get_item_pointer(context, builder, array_type, context.make_array(array_type)(context, builder, array), indices)
+    vector = ir.VectorType(context.get_data_type(array_type.dtype), LANES)
+    return builder.bitcast(element, vector.as_pointer()), array_type.dtype.bitwidth // 8
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen entries from ``array[index]`` on along the last axis, which must be contiguous. ``index`` is an integer or a tuple."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, align = _pointer(context, builder, signature.args[0], args[0], signature.args[1], args[1])
+        value = builder.load(pointer)
+        value.align = align
+        return value
+
+    return Lanes(array.dtype)(array, index), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
+    """Write sixteen lanes to ``array[index]`` and on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, align = _pointer(context, builder, signature.args[0], args[0], signature.args[1], args[1])
+        builder.store(args[2], pointer).align = align
+        return context.get_dummy_value()
+
+    return types.void(array, index, lanes), codegen
+
+
+@intrinsic
+def fill(typingctx: Any, scalar: Any) -> Any:
+    """The same number in every lane."""
+    return Lanes(scalar)(scalar), lambda context, builder, signature, args: _splat(builder, args[0])
+
+
+def _lanewise(floats: str, integers: str) -> Any:
+    @intrinsic
+    def instruction(typingctx: Any, a: Any, b: Any) -> Any:
+        name = floats if isinstance(a.dtype, types.Float) else integers
+        return a(a, b), lambda context, builder, signature, args: getattr(builder, name)(*args)
+
+    return instruction
+
+
+_add, _sub, _mul, _or = _lanewise("fadd", "add"), _lanewise("fsub", "sub"), _lanewise("fmul", "mul"), _lanewise("", "or_")
+
+
+def _operator(symbol: Callable[..., Any], instruction: Any) -> None:
+    def typed(a, b):
+        return (lambda a, b: instruction(a, b)) if isinstance(a, Lanes) and a == b else None
+
+    overload(symbol)(typed)
+
+
+for _symbol, _instruction in (
+    (operator.add, _add),
+    (operator.sub, _sub),
+    (operator.mul, _mul),
+    (operator.or_, _or),
+):
+    _operator(_symbol, _instruction)
+
+
+def _llvm_function(builder: Any, name: str, vector: Any, arguments: int) -> Any:
+    scalar = "f32" if isinstance(vector.element, ir.FloatType) else "f64"
+    function_type = ir.FunctionType(vector, [vector] * arguments)
+    return cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{LANES}{scalar}")
+
+
+def _llvm_lanewise(name: str, arguments: int) -> Any:
+    def typed(a: Any, *rest: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.call(_llvm_function(builder, name, args[0].type, arguments), args)
+
+        return a(a, *rest), codegen
+
+    if arguments == 1:
+        return intrinsic(lambda typingctx, a: typed(a))
+    return intrinsic(lambda typingctx, a, b, c: typed(a, b, c))
+
+
+absolute = _llvm_lanewise("fabs", 1)
+square_root = _llvm_lanewise("sqrt", 1)
+multiply_add = _llvm_lanewise("fmuladd", 3)
+"""``a * b + c``, fused into one rounding where the machine has the instruction; never used where bits are promised."""
+
+
+@intrinsic
+def weight_where_positive(typingctx: Any, lanes: Any, weight: Any) -> Any:
+    """int32 lanes: ``weight`` where a lane is above zero, 0 elsewhere (NaN is not above zero)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        positive = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
+        return builder.select(positive, _splat(builder, args[1]), ir.Constant(ir.VectorType(_INT32, LANES), None))
+
+    return Lanes(types.int32)(lanes, types.int32), codegen
+
+
+@intrinsic
+def where_less(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
+    """``yes`` in the lanes where ``a < b``, ``no`` in the others (and where either is NaN)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return yes(a, b, yes, no), codegen
+
+
+@intrinsic
+def all_at_most(typingctx: Any, lanes: Any, limit: Any) -> Any:
+    """Whether every lane is ``<= limit``; a NaN is not."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        within = builder.fcmp_ordered("<=", args[0], _splat(builder, args[1]))
+        bits = builder.bitcast(within, ir.IntType(LANES))
+        return builder.icmp_unsigned("==", bits, ir.Constant(ir.IntType(LANES), (1 << LANES) - 1))
+
+    return types.boolean(lanes, lanes.dtype), codegen
+
+
+@intrinsic
+def total(typingctx: Any, lanes: Any) -> Any:
+    """The sum of the lanes, by halves: the same tree on every machine."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            low, high = (
+                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_INT32, width), [start + lane for lane in range(width)]))
+                for start in (0, width)
+            )
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(_INT32, 0))
+
+    return lanes.dtype(lanes), codegen
+
+
+@intrinsic
+def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: Any) -> Any:
+    """Read 16 rows of 16 entries from ``array[*index]`` on and write them to ``tile[start:]`` as 16 columns, one row of the tile each.
+
+    Four rounds of shuffles: round ``s`` swaps the off-diagonal ``s x s`` blocks of every ``2s x 2s`` block.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type, index_type, tile_type = signature.args[0], signature.args[1], signature.args[2]
+        indices = _indices(context, builder, index_type, args[1])
+        source = context.make_array(array_type)(context, builder, args[0])
+        vector = ir.VectorType(context.get_data_type(array_type.dtype), LANES)
+        align = array_type.dtype.bitwidth // 8
+        rows = []
+        for r in range(LANES):
+            at = [*indices[:-2], builder.add(indices[-2], ir.Constant(indices[-2].type, r)), indices[-1]]
+            row = builder.load(builder.bitcast(cgutils.get_item_pointer(context, builder, array_type, source, at), vector.as_pointer()))
+            row.align = align
+            rows.append(row)
+        mask_type = ir.VectorType(_INT32, LANES)
+        for step in (8, 4, 2, 1):
+            upper = ir.Constant(mask_type, [lane if not lane & step else LANES + lane - step for lane in range(LANES)])
+            lower = ir.Constant(mask_type, [lane + step if not lane & step else LANES + lane for lane in range(LANES)])
+            for r in range(LANES):
+                if not r & step:
+                    a, b = rows[r], rows[r + step]
+                    rows[r], rows[r + step] = builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
+        target = context.make_array(tile_type)(context, builder, args[2])
+        start = context.cast(builder, args[3], signature.args[3], types.intp)
+        for r in range(LANES):
+            at = [builder.add(start, ir.Constant(start.type, r * LANES))]
+            pointer = cgutils.get_item_pointer(context, builder, tile_type, target, at)
+            builder.store(rows[r], builder.bitcast(pointer, vector.as_pointer())).align = align
+        return context.get_dummy_value()
+
+    return types.void(array, index, tile, start), codegen
