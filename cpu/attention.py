@@ -215,7 +215,7 @@ def yoso_attention(
     out = np.empty((batch, num_heads, n_q, d_v), dtype)
     numba_type = from_dtype(np.dtype(dtype))
     scatter, gather = _scatter_kernel(layout.padded_dim, numba_type), _gather_kernel(layout.padded_dim, numba_type)
-    shape = plan(batch * num_heads, n_k, num_hash, per, capacity * d_v, out.itemsize, num_threads)
+    shape = plan(out.shape, n_k, num_hash, per, capacity * d_v, out.itemsize, num_threads)
     cut = (num_hash, hash_code_len, shape.splits, shape.table_size, per)
     accumulate(
         shape,

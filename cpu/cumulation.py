@@ -1,6 +1,6 @@
 """Bernoulli cumulation by tables: a table per hash, small enough to stay in cache.
 
-Two rounds over shared memory. *Scatter*: each task owns the tables of one part (a few hashes) of one head, clears them and adds the
+Two rounds. *Scatter*: each task owns the tables of one part (a few hashes) of one head, clears them and adds the
 value of every key to its bucket. *Gather*: each task owns a block of queries of one head and adds up the buckets they fall into. The
 tables are written by one task each and every output row by one task, hash after hash, so nothing depends on which thread does what.
 
@@ -26,8 +26,8 @@ from yoso_core.cpu.views import Array, aligned_empty, heads, input_array, kept, 
 TABLE_BYTES = 32 << 20
 """Tables that exist at one time, at most; more heads or hashes than fit are done in groups. One part of one head is always held."""
 
-TASKS_PER_THREAD = 4
-"""A group is no larger than keeps every thread busy, so that its tables stay in the shared cache."""
+SHORT = 4096
+"""Queries and keys together below which all parts of a head are done in one go: a call of a kernel costs more than a cache miss then."""
 
 QUERY_BLOCK = 512
 """Queries to a gather task."""
@@ -46,7 +46,8 @@ TINY_NORM = 1e-12
 class Plan:
     """How the work is cut up.
 
-    What touches a sum (hashes to a part, pieces of the keys) follows from shapes alone. The size of a group does not touch any.
+    What touches a sum (hashes to a part, pieces of the keys) follows from shapes alone. The rest, which depends on the number of threads,
+    does not touch any.
     """
 
     parts: int
@@ -56,24 +57,31 @@ class Plan:
     """Pieces of the keys."""
     table_size: int
     """Entries of one hash's table."""
+    by_head: bool
+    """With heads enough for every thread, one thread scatters and gathers a head, part after part, in tables that stay in its cache. Else
+    all threads scatter first, into tables of all heads, and then gather."""
     heads_at_once: int
     parts_at_once: int
 
     @property
     def entries(self) -> int:
+        """Size of the tables that one group needs."""
         return self.heads_at_once * self.parts_at_once * self.splits * self.per * self.table_size
 
 
-def plan(num_heads: int, n_k: int, num_hash: int, per: int, table_size: int, itemsize: int, num_threads: int | None) -> Plan:
+def plan(shape: tuple[int, ...], n_k: int, num_hash: int, per: int, table_size: int, itemsize: int, num_threads: int | None) -> Plan:
+    """``shape`` is that of the output, ``(batch, heads, n_q, d_v)``."""
+    num_heads, threads = shape[0] * shape[1], num_threads or default_threads()
     parts = -(-num_hash // per)
     part_bytes = max(per * table_size * itemsize, 1)
     affordable = max(1, TABLE_BYTES // part_bytes)
     splits = max(1, min(SPLIT_TASKS // max(num_heads * parts, 1), n_k // SPLIT_KEYS, affordable))
+    parts_of_head = min(parts, affordable // threads) if shape[2] + n_k < SHORT else 1
+    if splits == 1 and num_heads >= 2 * threads and parts_of_head >= 1 and threads <= affordable:
+        return Plan(parts, per, splits, table_size, True, 1, parts_of_head)
     slots = max(1, affordable // splits)
     parts_at_once = min(parts, slots)
-    busy = -(-TASKS_PER_THREAD * (num_threads or default_threads()) // (parts * splits))
-    heads_at_once = max(1, min(num_heads, slots // parts_at_once, busy))
-    return Plan(parts, per, splits, table_size, heads_at_once, parts_at_once)
+    return Plan(parts, per, splits, table_size, False, max(1, min(num_heads, slots // parts_at_once)), parts_at_once)
 
 
 @helper
@@ -347,26 +355,40 @@ def accumulate(
     *,
     num_threads: int | None,
 ) -> None:
-    """Both rounds, for as many heads and parts at a time as `TABLE_BYTES` allows.
+    """Both rounds, for as many heads and parts at a time as the plan says.
 
     ``scatter(first, last, tables, head0, part0, parts)`` and ``gather`` likewise do a range of tasks of one group.
     """
     batch, num_heads, n_q, d_v = out.shape
+    heads_in_all, blocks = batch * num_heads, -(-n_q // QUERY_BLOCK)
+    head_work = num_hash * (d_v + 64)
+    part_size = shape.per * shape.table_size
+    if shape.by_head:
+
+        def do_heads(first: int, last: int) -> None:
+            tables = aligned_empty(shape.entries, out.dtype)
+            for head in range(first, last):
+                for part0 in range(0, shape.parts, shape.parts_at_once):
+                    parts = min(shape.parts_at_once, shape.parts - part0)
+                    scatter(0, parts, tables, head, part0, parts)
+                    gather(0, blocks, tables, head, part0, parts)
+
+        cost = heads_in_all * (head_work * (n_q + n_k) + shape.parts * part_size)
+        share(heads_in_all, do_heads, num_threads=num_threads, cost=cost)
+        return
     tables = aligned_empty(shape.entries, out.dtype)
     merge = _merge_kernel(from_dtype(out.dtype))
-    part_size = shape.per * shape.table_size
-    for head0 in range(0, batch * num_heads, shape.heads_at_once):
-        heads_now = min(shape.heads_at_once, batch * num_heads - head0)
+    for head0 in range(0, heads_in_all, shape.heads_at_once):
+        heads_now = min(shape.heads_at_once, heads_in_all - head0)
         for part0 in range(0, shape.parts, shape.parts_at_once):
             parts = min(shape.parts_at_once, shape.parts - part0)
             slots = heads_now * parts
-            work = heads_now * parts * shape.per * (d_v + 64)
             group = (tables, head0, part0, parts)
             share(
                 slots * shape.splits,
                 lambda first, last, group=group: scatter(first, last, *group),  # type: ignore[misc]
                 num_threads=num_threads,
-                cost=work * n_k + slots * part_size,
+                cost=heads_now * head_work * n_k + slots * part_size,
             )
             if shape.splits > 1:
                 share(
@@ -376,10 +398,10 @@ def accumulate(
                     cost=slots * shape.splits * part_size,
                 )
             share(
-                heads_now * -(-n_q // QUERY_BLOCK),
+                heads_now * blocks,
                 lambda first, last, group=group: gather(first, last, *group),  # type: ignore[misc]
                 num_threads=num_threads,
-                cost=work * n_q,
+                cost=heads_now * head_work * n_q,
             )
 
 
@@ -489,7 +511,7 @@ def lsh_cumulation(
     if spoiled is None:
         spoiled = np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q))
     out = np.empty((batch, num_heads, n_q, d_v), dtype)
-    shape = plan(batch * num_heads, n_k, num_hash, min(PART, num_hash), hashtable_capacity * d_v, out.itemsize, num_threads)
+    shape = plan(out.shape, n_k, num_hash, min(PART, num_hash), hashtable_capacity * d_v, out.itemsize, num_threads)
     numba_type = from_dtype(out.dtype)
     scatter, gather = _scatter_kernel(numba_type), _gather_kernel(numba_type)
     cut = (shape.per, shape.splits, shape.table_size)

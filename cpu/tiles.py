@@ -28,38 +28,51 @@ def aligned(count, dtype):
 
 
 @helper
-def butterflies_2(tile, dim, h):
+def take(tile, j, flip, signs, b, h, stage, part):
+    """Coordinate ``j`` of all vectors, times its random sign if ``flip``, a constant, says so."""
+    return load(tile, j * LANES) * fill(signs[b, h, stage, part, j]) if flip else load(tile, j * LANES)
+
+
+@helper
+def butterflies_2(tile, dim, h, flip, signs, b, head, stage, part):
     """One stage, stride ``h``."""
     for block in range(0, dim, 2 * h):
         for j in range(block, block + h):
-            a, b = load(tile, j * LANES), load(tile, (j + h) * LANES)
-            store(tile, j * LANES, a + b)
-            store(tile, (j + h) * LANES, a - b)
+            a0 = take(tile, j, flip, signs, b, head, stage, part)
+            a1 = take(tile, j + h, flip, signs, b, head, stage, part)
+            store(tile, j * LANES, a0 + a1)
+            store(tile, (j + h) * LANES, a0 - a1)
 
 
 @helper
-def butterflies_4(tile, dim, h):
+def butterflies_4(tile, dim, h, flip, signs, b, head, stage, part):
     """Two stages in one pass over the tile, strides ``2h`` and ``h``."""
     for block in range(0, dim, 4 * h):
         for j in range(block, block + h):
-            a, b = load(tile, j * LANES), load(tile, (j + h) * LANES)
-            c, d = load(tile, (j + 2 * h) * LANES), load(tile, (j + 3 * h) * LANES)
-            a, c, b, d = a + c, a - c, b + d, b - d
-            store(tile, j * LANES, a + b)
-            store(tile, (j + h) * LANES, a - b)
-            store(tile, (j + 2 * h) * LANES, c + d)
-            store(tile, (j + 3 * h) * LANES, c - d)
+            a0 = take(tile, j, flip, signs, b, head, stage, part)
+            a1 = take(tile, j + h, flip, signs, b, head, stage, part)
+            a2 = take(tile, j + 2 * h, flip, signs, b, head, stage, part)
+            a3 = take(tile, j + 3 * h, flip, signs, b, head, stage, part)
+            b0, b1, b2, b3 = a0 + a2, a1 + a3, a0 - a2, a1 - a3
+            store(tile, j * LANES, b0 + b1)
+            store(tile, (j + h) * LANES, b0 - b1)
+            store(tile, (j + 2 * h) * LANES, b2 + b3)
+            store(tile, (j + 3 * h) * LANES, b2 - b3)
 
 
 @helper
-def butterflies_8(tile, dim, h):
+def butterflies_8(tile, dim, h, flip, signs, b, head, stage, part):
     """Three stages in one pass over the tile, strides ``4h``, ``2h`` and ``h``."""
     for block in range(0, dim, 8 * h):
         for j in range(block, block + h):
-            a0, a1 = load(tile, j * LANES), load(tile, (j + h) * LANES)
-            a2, a3 = load(tile, (j + 2 * h) * LANES), load(tile, (j + 3 * h) * LANES)
-            a4, a5 = load(tile, (j + 4 * h) * LANES), load(tile, (j + 5 * h) * LANES)
-            a6, a7 = load(tile, (j + 6 * h) * LANES), load(tile, (j + 7 * h) * LANES)
+            a0 = take(tile, j, flip, signs, b, head, stage, part)
+            a1 = take(tile, j + h, flip, signs, b, head, stage, part)
+            a2 = take(tile, j + 2 * h, flip, signs, b, head, stage, part)
+            a3 = take(tile, j + 3 * h, flip, signs, b, head, stage, part)
+            a4 = take(tile, j + 4 * h, flip, signs, b, head, stage, part)
+            a5 = take(tile, j + 5 * h, flip, signs, b, head, stage, part)
+            a6 = take(tile, j + 6 * h, flip, signs, b, head, stage, part)
+            a7 = take(tile, j + 7 * h, flip, signs, b, head, stage, part)
             b0, b1, b2, b3 = a0 + a4, a1 + a5, a2 + a6, a3 + a7
             b4, b5, b6, b7 = a0 - a4, a1 - a5, a2 - a6, a3 - a7
             a0, a1, a2, a3 = b0 + b2, b1 + b3, b0 - b2, b1 - b3
@@ -75,29 +88,38 @@ def butterflies_8(tile, dim, h):
 
 
 @helper
-def hadamard(tile, dim):
-    """The transform of all 16 vectors, largest stride first; ``dim`` is a constant, so only its own passes are compiled."""
+def hadamard(tile, dim, flip, signs, b, h, stage, part):
+    """The transform of all 16 vectors, largest stride first, after a change of signs if ``flip``.
+
+    ``dim`` is a constant, so only its own passes are compiled: the bits of ``log2 dim`` that are no multiple of three first, then threes.
+    """
     if dim in (2, 16, 128, 1024, 8192):
-        butterflies_2(tile, dim, dim // 2)
+        butterflies_2(tile, dim, dim // 2, flip, signs, b, h, stage, part)
+        flip = False
     if dim in (4, 32, 256, 2048, 16384):
-        butterflies_4(tile, dim, dim // 4)
+        butterflies_4(tile, dim, dim // 4, flip, signs, b, h, stage, part)
+        flip = False
     if dim >= 4096:
-        butterflies_8(tile, dim, 512)
+        butterflies_8(tile, dim, 512, flip, signs, b, h, stage, part)
+        flip = False
     if dim >= 512:
-        butterflies_8(tile, dim, 64)
+        butterflies_8(tile, dim, 64, flip, signs, b, h, stage, part)
+        flip = False
     if dim >= 64:
-        butterflies_8(tile, dim, 8)
+        butterflies_8(tile, dim, 8, flip, signs, b, h, stage, part)
+        flip = False
     if dim >= 8:
-        butterflies_8(tile, dim, 1)
+        butterflies_8(tile, dim, 1, flip, signs, b, h, stage, part)
+        flip = False
+    if dim == 1 and flip:
+        store(tile, 0, take(tile, 0, True, signs, b, h, stage, part))
 
 
 @helper
 def rotate(tile, dim, signs, b, h, part):
     """``H D3 H D2 H D1`` in place; ``signs (batch, heads, 3, parts, D)`` as floats."""
     for stage in range(3):
-        for j in range(dim):
-            store(tile, j * LANES, load(tile, j * LANES) * fill(signs[b, h, stage, part, j]))
-        hadamard(tile, dim)
+        hadamard(tile, dim, True, signs, b, h, stage, part)
 
 
 @helper

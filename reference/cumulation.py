@@ -163,9 +163,11 @@ def lsh_weighted_cumulation_tables(
         queries, keys = keep_query[head], keep_key[head]
         for h in range(num_hash):
             size, read, write = bucket_labels(query_hash_code[head][queries, h], key_hash_code[head][keys, h])
+            met = np.zeros_like(out[head][queries])
             for r in range(num_weight):
                 table = np.zeros((size, value.shape[-1]), v.dtype)
                 with np.errstate(invalid="ignore"):
                     np.add.at(table, write, kw[head][keys, r, None] * v[head][keys])
-                    out[head][queries] += qw[head][queries, r, None] * table[read]
+                    met += qw[head][queries, r, None] * table[read]
+            out[head][queries] += met
     return nan_unless_finite(spoil_rows(out / num_hash, qw, keep_query)).astype(value.dtype)

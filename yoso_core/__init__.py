@@ -7,7 +7,8 @@ Arrays of NumPy or PyTorch go in, the same kind comes out::
     x = np.random.default_rng(0).standard_normal((4096, 64), dtype=np.float32)
     out = yoso_core.yoso_attention(x, x, x, num_hash=32, hash_code_len=8, rng=0)
 
-`yoso_core.reference` says what is right, in NumPy that reads like the formulas; `variants` lists what else computes it here.
+`yoso_core.reference` says what is right, in NumPy that reads like the formulas. `variants` lists what else computes it here, and
+``variant=`` of every function pins one by name: it runs or raises with the reason. Without it the best that can run is chosen.
 """
 
 from importlib import import_module

@@ -1,0 +1,51 @@
+# `make demo` and `make test` work on a fresh clone with Python 3.11 or newer and nothing else: they install what they need into .venv, once.
+# Another interpreter: make PYTHON=python3.13 test (after make clean). More arguments for the program behind a target: make test ARGS="-k hash".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint types wheel bench clean
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(VENV)/installed-plots ## YOSO attention on a real text: tables, and a figure in yoso_demo.png
+	$(BIN)/yoso demo $(ARGS)
+
+test: $(VENV)/installed-dev ## every test
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/installed-dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On an installed copy, since mypy does not follow the mapping from the root folders to sub-packages of yoso_core.
+types: $(VENV)/installed-dev ## mypy, strict
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p yoso_core
+
+wheel: $(VENV)/installed-dev ## build the wheel, install it elsewhere, use it there
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+bench: $(VENV)/installed-dev ## measured cost beside the peers, on this machine's CPU
+	$(BIN)/yoso bench cpu $(ARGS)
+
+clean: ## back to a fresh clone
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "yoso_core needs Python 3.11 or newer, '$(PYTHON)' is not: name one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# An empty file that says: installed with this extra since these files last changed.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing yoso_core[$*] into $(VENV); the first time takes a few minutes"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,145 @@
+"""What is measured, as data: one registry for every suite.
+
+A new suite is a new entry of `SUITES`; a new thing to run is a new entry of `yoso_core.benchmarks.contenders.CONTENDERS`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Measure = Literal["speedup", "cost", "memory"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call: who runs, and on what shapes. The same shapes always mean the same numbers, standard normal."""
+
+    run: str
+    """A key of `CONTENDERS`."""
+    n: int
+    heads: int = 12
+    dim: int = 64
+    """``d`` and ``d_v`` alike."""
+    dtype: str = "float32"
+    num_hash: int = 32
+    hash_code_len: int = 8
+    variant: str | None = None
+    """A variant of ours by name; ``None`` is the automatic choice."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One number to measure, and what it is held against."""
+
+    suite: str
+    name: str
+    measure: Measure
+    """
+    ``"speedup"``: time of ``beside`` over time of ``ours``, at least ``limit``.
+    ``"cost"``: time of ``ours`` over ``share`` times that of ``beside``, at most ``limit``.
+    ``"memory"``: what ``ours`` allocates beyond inputs and output, in MB, at most ``limit``.
+    """
+    ours: Workload
+    beside: Workload | None = None
+    """The peer on the same tensors, or ours at another size or dtype; measured in turns with ``ours``."""
+    limit: float | None = None
+    aim: float | None = None
+    """Better than ``limit``: hoped for, not promised."""
+    share: float = 1.0
+    """How much more work ``ours`` is than ``beside``."""
+    headline: bool = False
+    """Stands in the README."""
+    quick: bool = False
+    """Part of the short run that checks the benchmark itself."""
+
+
+def _speedup(n: int, limit: float | None = None, aim: float | None = None) -> Case:
+    return Case(
+        suite="cpu",
+        name=f"sampled, n = {n:,}, beside SDPA",
+        measure="speedup",
+        ours=Workload("yoso", n),
+        beside=Workload("sdpa", n),
+        limit=limit,
+        aim=aim,
+        headline=limit is not None,
+        quick=n <= 1024,
+    )
+
+
+def _per_token(n: int) -> Case:
+    # No peer here: its time grows as n squared, to minutes at the first of these sizes and most of an hour at the second.
+    return Case(
+        suite="cpu",
+        name=f"sampled, n = {n:,}: time per token over that at n = 4,096",
+        measure="cost",
+        ours=Workload("yoso", n),
+        beside=Workload("yoso", 4096),
+        share=n / 4096,
+        limit=1.3,
+        headline=n == 262_144,
+    )
+
+
+def _relative(name: str, ours: Workload, share: float, quick: bool = False) -> Case:
+    """Another dtype or dimension against float32 at d = 64, each unit of work allowed twice its time."""
+    return Case(
+        suite="cpu",
+        name=f"sampled, n = 4,096, {name} over {share:g} x float32, d = 64",
+        measure="cost",
+        ours=ours,
+        beside=Workload("yoso", 4096),
+        share=share,
+        limit=2.0,
+        quick=quick,
+    )
+
+
+def _memory(ours: Workload, beside: Workload | None = None, headline: bool = False, quick: bool = False) -> Case:
+    kind = "exact expectation" if ours.run == "yoso_expectation" else "sampled"
+    return Case(
+        suite="cpu",
+        name=f"{kind}, n = {ours.n:,}: memory beyond inputs and output",
+        measure="memory",
+        ours=ours,
+        beside=beside,
+        limit=64.0,
+        headline=headline,
+        quick=quick,
+    )
+
+
+_EXPECTATION = Workload("yoso_expectation", 4096), Workload("transformers_expectation", 4096)
+
+CPU: tuple[Case, ...] = (
+    _speedup(512, limit=1.5, aim=3),
+    _speedup(1024),
+    _speedup(2048),
+    _speedup(4096, limit=12, aim=20),
+    _speedup(8192),
+    _speedup(16384, limit=40, aim=80),
+    _per_token(65536),
+    _per_token(262_144),
+    *(
+        Case("cpu", f"exact expectation, n = {n:,}, beside transformers", "speedup", ours, theirs, quick=n == 1024)
+        for n in (512, 1024, 2048)
+        for ours, theirs in [(Workload("yoso_expectation", n), Workload("transformers_expectation", n))]
+    ),
+    Case("cpu", "exact expectation, n = 4,096, beside transformers", "speedup", *_EXPECTATION, limit=8, headline=True),
+    # A float64 has twice the bytes of a float32; half types are computed in float32, so they cost what it costs.
+    _relative("float64", Workload("yoso", 4096, dtype="float64"), share=2),
+    _relative("float16", Workload("yoso", 4096, dtype="float16"), share=1, quick=True),
+    _relative("bfloat16", Workload("yoso", 4096, dtype="bfloat16"), share=1),
+    # Vectors are padded to the next power of two: that is the work.
+    _relative("d = 32", Workload("yoso", 4096, dim=32), share=0.5),
+    _relative("d = 80", Workload("yoso", 4096, dim=80), share=2),
+    _relative("d = 128", Workload("yoso", 4096, dim=128), share=2),
+    _memory(Workload("yoso", 512), Workload("sdpa", 512), quick=True),
+    _memory(Workload("yoso", 4096), Workload("sdpa", 4096)),
+    _memory(Workload("yoso", 16384), Workload("sdpa", 16384)),
+    _memory(Workload("yoso", 65536)),
+    _memory(Workload("yoso", 262_144), headline=True),
+    _memory(Workload("yoso_expectation", 512), Workload("transformers_expectation", 512)),
+    _memory(*_EXPECTATION, headline=True),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU}

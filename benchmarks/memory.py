@@ -1,0 +1,53 @@
+"""How much memory a call takes beyond its inputs and its output, measured in a process of its own.
+
+``python -m yoso_core.benchmarks.memory '{"run": "yoso", "n": 4096}'`` prints the number of bytes.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+from yoso_core.benchmarks.cases import Workload
+from yoso_core.benchmarks.contenders import CONTENDERS, tensors
+
+# With a fixed threshold, freed blocks go back to the system at once; else glibc keeps some, and a call that reuses them looks free.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def working_memory(workload: Workload) -> int:
+    """Bytes that one call of ``workload`` takes at its peak, beyond what its inputs and its output hold."""
+    command = [sys.executable, "-m", "yoso_core.benchmarks.memory", json.dumps(asdict(workload))]
+    done = subprocess.run(command, env={**os.environ, **_ALLOCATOR}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {workload.run} failed:\n{done.stderr.strip()}")
+    return int(done.stdout.split()[-1])
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS, what is resident now, or VmHWM, its peak."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+
+
+def measure(workload: Workload) -> int:
+    """Peak resident size during one call, less the resident size before it, less the output.
+
+    A call on 64 tokens comes first, so that neither compiling nor loading is counted.
+    """
+    contender = CONTENDERS[workload.run]
+    tiny = replace(workload, n=64)
+    contender.bind(tiny, tensors(tiny))()
+    call = contender.bind(workload, tensors(workload))
+    # The peak starts again from here; where the system forbids that, it is the whole process's, which can only overstate.
+    with contextlib.suppress(PermissionError), open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    before = _status("VmRSS")
+    out = call()
+    return max(0, _status("VmHWM") - before - out.nbytes)
+
+
+if __name__ == "__main__":
+    print(measure(Workload(**json.loads(sys.argv[1]))))

@@ -1,0 +1,124 @@
+"""The command ``yoso``."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from yoso_core import reference, registry
+from yoso_core.cli import app
+
+SMALL = ["--n", "33", "--dim", "16", "--num-hash", "7", "--hash-code-len", "5", "--repeats", "2"]
+
+
+def yoso(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args), prog_name="yoso")
+
+
+def test_help_names_every_command() -> None:
+    result = yoso("--help")
+    assert result.exit_code == 0
+    assert all(command in result.output for command in ("info", "compare", "demo", "bench"))
+
+
+@pytest.mark.parametrize("command", ["info", "compare", "demo", "bench"])
+def test_help_of_a_command(command: str) -> None:
+    assert yoso(command, "--help").exit_code == 0
+
+
+def test_as_a_module_and_light() -> None:
+    """A real process; and help must not wait for Numba or torch."""
+    done = subprocess.run([sys.executable, "-m", "yoso_core", "info", "--json"], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout)["environment"]["versions"]["numpy"] == np.__version__
+    heavy = "import sys, yoso_core.cli; print([m for m in ('numba', 'torch', 'matplotlib', 'yoso_core.cpu') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "[]"
+
+
+def test_info() -> None:
+    result = yoso("info")
+    assert result.exit_code == 0
+    assert all(op in result.output for op in registry.OPERATIONS)
+    assert "D = 64, 8 codes to a part, parts: 4" in result.output
+    assert "64 KiB for one hash, 2 MiB for all 32" in result.output
+    assert "Warning" not in result.output
+
+
+def test_info_warns_of_bias() -> None:
+    result = yoso("info", "--dim", "20", "--hash-code-len", "9")
+    assert "D = 32 is below 4 * hash_code_len = 36" in result.output
+    assert "sample_planes" in result.output
+    assert "a code spans several parts" in yoso("info", "--dim", "4", "--hash-code-len", "9").output
+
+
+def test_info_json_marks_the_choice_and_the_definition() -> None:
+    rows = json.loads(yoso("info", "--json").stdout)["operations"]
+    for op in registry.OPERATIONS:
+        assert sum(row["automatic"] for row in rows if row["op"] == op) == 1
+        assert sum(row["definition"] for row in rows if row["op"] == op) == 1
+
+
+def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_missing", lambda where: "needs 'pkg[cpu]'" if where == "cpu" else None)
+    assert "no: needs 'pkg[cpu]'" in yoso("info").output
+
+
+def test_compare() -> None:
+    result = yoso("compare", "lsh_cumulation", *SMALL, "--variants", "numpy:tables, numpy:pairs", "--masked")
+    assert result.exit_code == 0
+    assert re.search(r"numpy:tables +agrees", result.output)
+    assert "key_mask: bool (1, 1, 33)" in " ".join(result.output.split())
+
+
+def test_compare_json_is_nothing_but_json(tmp_path: Path) -> None:
+    sizes = ["--n-key", "20", "--value-dim", "8", "--dtype", "bfloat16", "--library", "torch", "--seed", "3", "--heads", "1"]
+    result = yoso("compare", "yoso_attention", *SMALL, *sizes, "--json", "--plot", str(tmp_path / "x.png"))
+    read = json.loads(result.stdout)
+    assert result.exit_code == 0, result.output
+    assert read["inputs"]["value"] == "bfloat16 (1, 1, 20, 8)"
+    assert read["repeats"] == 2
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("fault", "word"), [(lambda *a, **k: reference.fast_hash(*a, **k) ^ 1, "disagrees"), (None, "failed")])
+def test_compare_exits_1_when_a_variant_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: Any, word: str) -> None:
+    monkeypatch.setattr(reference, "planted", fault, raising=False)
+    kernel = registry.Kernel("fast_hash", "numpy:planted", "yoso_core.reference:planted", "a fault")
+    monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
+    result = yoso("compare", "fast_hash", *SMALL, "--variants", "numpy:planted,numpy:formula")
+    assert result.exit_code == 1
+    assert re.search(rf"numpy:planted +{word}", result.output)
+    assert ("TypeError" in result.output) == (word == "failed"), "what it raised is said"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compare", "softmax"], "yoso compare: OP: no operation 'softmax'; there are hadamard_transform"),
+        (["compare", "fast_hash", "--n", "-1"], "yoso compare: --n: need an integer at least 0, got -1"),
+        (["compare", "fast_hash", "--num-hash", "0"], "yoso compare: --num-hash: need an integer at least 1, got 0"),
+        (["compare", "fast_hash", "--hash-code-len", "31"], "yoso compare: --hash-code-len: need an integer between 1 and 30"),
+        (["compare", "fast_hash", "--dtype", "int8"], "yoso compare: --dtype: need one of 'float16'"),
+        (["compare", "fast_hash", "--masked"], "yoso compare: --masked: fast_hash takes no masks"),
+        (["compare", "fast_hash", "--variants", "cpu:best"], "yoso compare: --variants: fast_hash has no variant 'cpu:best'"),
+        (["compare", "fast_hash", "--repeats", "0"], "yoso compare: --repeats: need an integer at least 1"),
+        (["compare", "fast_hash", "--plot", "/no/such/folder/x.png"], "yoso compare: --plot: the folder /no/such/folder does not exist"),
+        (["compare", "fast_hash", "--plot", "x.docx"], "yoso compare: --plot: need a file name such as x.png, got x.docx"),
+        (["info", "--dim", "0"], "yoso info: --dim: need an integer at least 1, got 0"),
+        (["demo", "--text", "/no/such/file"], "yoso demo: --text: cannot read /no/such/file"),
+        (["demo", "--output", "/no/such/folder/x.png"], "yoso demo: --output: the folder /no/such/folder does not exist"),
+        (["bench", "nope"], "yoso bench: SUITE: no suite 'nope'"),
+        (["bench", "--output", __file__], f"yoso bench: --output: {__file__} is a file, need a folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(args: list[str], message: str) -> None:
+    result = yoso(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1

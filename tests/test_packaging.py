@@ -1,0 +1,96 @@
+"""What the package promises before anything is computed: a light import, the names it lists, and files that agree with each other."""
+
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import yoso_core
+from yoso_core import reference
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES: list[str] = PYPROJECT["tool"]["setuptools"]["packages"]
+NOT_INSTALLED = {"build", "dist", "tests"}
+PUBLIC_FUNCTIONS = [name for name in yoso_core.__all__ if inspect.isfunction(getattr(yoso_core, name))]
+HEAVY = ("numba", "cupy", "torch", "transformers", "matplotlib", "rich", "typer", "tqdm", "scipy")
+MACHINE_PATH = re.compile(r"""["'](\.\./|/(home|root|work|mnt|tmp|Users)/)""")
+
+
+def in_new_process(code: str, folder: Path) -> str:
+    """What ``code`` prints in a Python of its own, started outside the source tree."""
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_import_loads_numpy_alone(tmp_path: Path) -> None:
+    loaded = in_new_process("import sys, yoso_core; print(*sys.modules)", tmp_path).split()
+    assert "numpy" in loaded
+    assert not {module.partition(".")[0] for module in loaded} & set(HEAVY)
+
+
+def test_import_takes_under_a_fifth_of_a_second_beyond_numpy(tmp_path: Path) -> None:
+    code = "import time, numpy; start = time.perf_counter(); import yoso_core; print(time.perf_counter() - start)"
+    assert min(float(in_new_process(code, tmp_path)) for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize("name", yoso_core.__all__)
+def test_every_listed_name_is_there(name: str) -> None:
+    assert getattr(yoso_core, name) is not None
+
+
+def folder_of(package: str) -> Path:
+    """Where setuptools finds a package: its own entry in package-dir, or below its parent's."""
+    folder = PYPROJECT["tool"]["setuptools"]["package-dir"].get(package)
+    if folder is not None:
+        return ROOT / folder
+    parent, _, last = package.rpartition(".")
+    return folder_of(parent) / last
+
+
+def test_every_package_of_the_source_tree_is_installed() -> None:
+    top_folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in NOT_INSTALLED and not path.name.startswith(".")]
+    installed = {folder_of(package) for package in PACKAGES}
+    with_init = {init.parent for top in top_folders for init in top.rglob("__init__.py")}
+    with_modules = {module.parent for folder in installed for module in folder.rglob("*.py")}
+    assert with_init | with_modules == installed
+
+
+def test_no_source_names_a_path_of_one_machine() -> None:
+    sources = {path for package in PACKAGES for path in folder_of(package).rglob("*.py")}
+    assert {str(path.relative_to(ROOT)) for path in sources if MACHINE_PATH.search(path.read_text())} == set()
+
+
+def test_version_is_one() -> None:
+    version = PYPROJECT["project"]["version"]
+    assert version == yoso_core.__version__
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def explained(name: str) -> str:
+    """A function's docstring, with those it refers to in the words "those of `other`"."""
+    doc = getattr(yoso_core, name).__doc__ or ""
+    others = {other for those in re.findall(r"those of ([^.]*)\.", doc) for other in re.findall(r"(?<!`)`(\w+)`", those)}
+    return "\n".join([doc, *(explained(other) for other in others & set(PUBLIC_FUNCTIONS))])
+
+
+@pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
+def test_docstring_names_every_parameter(name: str) -> None:
+    """But ``variant``, which means the same everywhere, and which the package's own docstring explains."""
+    parameters = set(inspect.signature(getattr(yoso_core, name)).parameters) - {"variant"}
+    words = set(re.findall(r"\w+", explained(name)))
+    assert parameters - words == set()
+
+
+def test_package_docstring_explains_variant() -> None:
+    assert "variant=" in (yoso_core.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_reference_says_what_it_defines(name: str) -> None:
+    thing: Any = getattr(reference, name)
+    assert not inspect.isfunction(thing) or (thing.__doc__ or "").strip()

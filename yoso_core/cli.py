@@ -1,0 +1,292 @@
+"""The command line: ``yoso``, or ``python -m yoso_core``."""
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="yoso",
+    help="YOSO attention: linear-cost self-attention by LSH sampling. What runs here, how right it is, and how fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+NumHash = Annotated[int, typer.Option(help="m: hashes per vector.")]
+HashCodeLen = Annotated[int, typer.Option(help="tau: bits per hash code, 1 to 30.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+def main() -> None:
+    app(prog_name="yoso")
+
+
+@contextmanager
+def _one_line_errors(context: typer.Context) -> Iterator[None]:
+    """Wrong input ends in one line on stderr that names the option, and exit status 2.
+
+    The library's errors begin with the name of an argument; an option of that name is said as it is typed.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())
+        named = re.match(r"(\w+): ", message)
+        for parameter in context.command.params:
+            if named and parameter.name == named[1]:
+                option = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+                message = f"{option}: {message[named.end() :]}"
+        typer.echo(f"{context.command_path}: {message}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _console() -> "Console":
+    """Text is fitted to the width of a terminal, and left wide in a file or a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+
+
+def _check_picture(name: str, path: Path | None) -> None:
+    """Before a long run, not after it: a picture can be written there."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{name}: a picture needs matplotlib: pip install 'yoso-core[plots]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"{name}: need a file name such as {path.stem or 'picture'}.png, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: the folder {path.parent} does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{name}: {path} cannot be written")
+
+
+@app.command()
+def info(
+    context: typer.Context,
+    dim: Annotated[int, typer.Option(help="d: the vectors' dimension.")] = 64,
+    num_hash: NumHash = 32,
+    hash_code_len: HashCodeLen = 8,
+    json_output: Json = False,
+) -> None:
+    """What runs here and why not, the machine, and the layout of a hash of the given sizes."""
+    with _one_line_errors(context):
+        found: dict[str, Any] = {
+            "environment": _environment(),
+            "operations": _operations(),
+            "hash": _hash_layout(dim, num_hash, hash_code_len),
+        }
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print_info(**found)
+
+
+def _environment() -> dict[str, Any]:
+    from yoso_core.comparison import environment
+
+    found = environment()
+    packages = ("numba", "torch", "transformers", "matplotlib")
+    found["versions"] |= {name: metadata.version(name) if importlib.util.find_spec(name) else None for name in packages}
+    if found["versions"]["numba"]:
+        from yoso_core.cpu.threads import default_threads
+
+        found["numba_threads"] = default_threads()
+    return found
+
+
+def _operations() -> list[dict[str, Any]]:
+    from yoso_core.registry import OPERATIONS, variants
+
+    rows = []
+    for op in OPERATIONS:
+        listed = variants(op)
+        automatic = next(variant for variant in listed if variant.available)
+        for variant in listed:
+            fields = ("op", "name", "available", "reason", "summary", "deterministic", "definition")
+            rows.append({name: getattr(variant, name) for name in fields} | {"automatic": variant is automatic})
+    return rows
+
+
+def _hash_layout(dim: int, num_hash: int, hash_code_len: int) -> dict[str, Any]:
+    from yoso_core import checks
+    from yoso_core.reference import hash_layout
+
+    checks.integer("dim", dim, 1)
+    checks.hash_numbers(num_hash, hash_code_len)
+    layout = hash_layout(num_hash, hash_code_len, dim)
+    return {
+        "dim": dim,
+        "num_hash": num_hash,
+        "hash_code_len": hash_code_len,
+        "padded_dim": layout.padded_dim,
+        "codes_per_part": layout.codes_per_part,
+        "parts": layout.parts,
+        "table_bytes": 4 * dim << hash_code_len,
+        "tables_bytes": 4 * num_hash * dim << hash_code_len,
+        "biased": layout.padded_dim < 4 * hash_code_len,
+    }
+
+
+def _bytes(count: int) -> str:
+    unit = max(0, min(4, (count.bit_length() - 1) // 10))
+    return f"{count / (1 << 10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def _print_info(environment: dict[str, Any], operations: list[dict[str, Any]], hash: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = _console()
+    console.print(", ".join(f"{name} {version or 'not installed'}" for name, version in environment["versions"].items()))
+    threads = f", {environment['numba_threads']} Numba threads" if "numba_threads" in environment else ""
+    console.print(f"{environment['processor']}, {environment['cores']} cores{threads}; {environment['system']}\n")
+
+    title = "Variants (* chosen when none is named, = the definition)"
+    table = Table("operation", "variant", "here", "what it does", title=title, title_justify="left")
+    op = None
+    for row in operations:
+        if op not in (None, row["op"]):
+            table.add_section()
+        marks = "*" * row["automatic"] + "=" * row["definition"]
+        table.add_row(
+            row["op"] if row["op"] != op else "",
+            f"{row['name']} {marks}",
+            "yes" if row["available"] else f"no: {row['reason']}",
+            row["summary"],
+            style=None if row["available"] else "dim",
+        )
+        op = row["op"]
+    console.print(table)
+
+    m, tau, dim, padded = hash["num_hash"], hash["hash_code_len"], hash["dim"], hash["padded_dim"]
+    per = f"{hash['codes_per_part']} codes to a part" if hash["codes_per_part"] else "a code spans several parts"
+    console.print(f"\nHash of dim {dim} with num_hash {m}, hash_code_len {tau}: D = {padded}, {per}, parts: {hash['parts']}")
+    table_bytes, tables_bytes = _bytes(hash["table_bytes"]), _bytes(hash["tables_bytes"])
+    console.print(f"Tables of a head, all 2**{tau} buckets x {dim} float32: {table_bytes} for one hash, {tables_bytes} for all {m}")
+    if hash["biased"]:
+        console.print(
+            f"Warning: D = {padded} is below 4 * hash_code_len = {4 * tau}, and there the Hadamard hash is visibly biased. "
+            "Gaussian planes are not: pass planes=sample_planes(...).",
+            style="yellow",
+        )
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    op: Annotated[
+        str, typer.Argument(metavar="OP", help="An operation, such as lsh_cumulation; `yoso info` lists them.", show_default=False)
+    ],
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 2,
+    n: Annotated[int, typer.Option("--n", help="Queries.")] = 256,
+    n_key: Annotated[int | None, typer.Option(help="Keys.", show_default="as many as queries")] = None,
+    dim: Annotated[int, typer.Option(help="d of query and key.")] = 64,
+    value_dim: Annotated[int | None, typer.Option(help="d_v of value.", show_default="that of --dim")] = None,
+    num_hash: NumHash = 32,
+    hash_code_len: HashCodeLen = 8,
+    dtype: Annotated[str, typer.Option(help="float16, float32, float64; with torch also bfloat16.")] = "float32",
+    library: Annotated[str, typer.Option(help="Whose arrays go in: numpy or torch.")] = "numpy",
+    masked: Annotated[bool, typer.Option("--masked", help="Mask about one of four queries and keys.")] = False,
+    seed: Seed = 0,
+    names: Annotated[str | None, typer.Option("--variants", help="Only these, separated by commas.", show_default="all")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each variant, after one that does not count.")] = 5,
+    json_output: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of errors and times to this file.", show_default=False)] = None,
+) -> None:
+    """Run every variant of an operation on the same input: errors, repeatability, time.
+
+    = marks the definition; the limit is the error that rounding allows; the range of the times is in the unit of their median.
+
+    Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits that it promises to.
+    """
+    from yoso_core import comparison
+
+    with _one_line_errors(context):
+        _check_picture("plot", plot)
+        args, kwargs = comparison.example_inputs(
+            op,
+            batch=batch,
+            heads=heads,
+            n=n,
+            n_key=n_key,
+            dim=dim,
+            value_dim=value_dim,
+            num_hash=num_hash,
+            hash_code_len=hash_code_len,
+            dtype=dtype,
+            masked=masked,
+            seed=seed,
+            library=library,  # type: ignore[arg-type]  # a wrong name is its to refuse
+        )
+        progress = not json_output and sys.stderr.isatty()
+        wanted = None if names is None else [name.strip() for name in names.split(",")]
+        found = comparison.compare(op, *args, repeats=repeats, names=wanted, progress=progress, **kwargs)
+        if plot is not None:
+            found.plot(plot)
+    if json_output:
+        typer.echo(found.to_json())
+    else:
+        console = _console()
+        console.print(found.table())
+        for note in found.notes:
+            console.print(note)
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    text: Annotated[Path | None, typer.Option(help="A text file.", show_default="English prose that comes with Python")] = None,
+    output: Annotated[Path, typer.Option(help="The picture to write.")] = Path("yoso_demo.png"),
+    seed: Seed = 0,
+) -> None:
+    """Self-attention over a real text: softmax, the exact expectation, and sampling, side by side.
+
+    Exit status 1 if a variant disagrees with the definition.
+    """
+    with _one_line_errors(context):
+        _check_picture("output", output)
+        from yoso_core import demo as job
+
+        result = job.run(text=text, output=output, seed=seed)
+    if not result.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="Which suite: cpu, or bias.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Timed samples per side, in turns.")] = 7,
+    output: Annotated[Path, typer.Option(help="The folder for the JSON and the picture.")] = Path("benchmarks/results"),
+    quick: Annotated[bool, typer.Option("--quick", help="Small cases only: does the benchmark itself work?")] = False,
+) -> None:
+    """Measure beside the peers; every repeat is kept as JSON."""
+    with _one_line_errors(context):
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"output: {output} is a file, need a folder")
+        from yoso_core.benchmarks.runner import RedComparison, run_suite
+
+        try:
+            path = run_suite(name, repeats=repeats, quick=quick, output=output, progress=sys.stdout.isatty())
+        except RedComparison as red:
+            typer.echo(str(red), err=True)
+            raise typer.Exit(1) from red
+    typer.echo(f"written: {path}")

@@ -1,0 +1,123 @@
+"""The demo's picture: three panels side by side."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX, SamplingError, WordAttention
+from yoso_core.demo.tables import LABELS
+
+if TYPE_CHECKING:
+    from yoso_core.demo import DemoResult
+
+# Okabe and Ito's palette, told apart by the colour-blind; the grey, the blue and the hatching stay apart in black and white too.
+COLOUR = {SOFTMAX: "#b3b3b3", EXPECTATION: "#0072b2", SAMPLED: "#e69f00"}
+MARKER = {SOFTMAX: "s", EXPECTATION: "o", SAMPLED: "D"}
+INK, FAINT = "#333333", "#dddddd"
+DASHES = (0, (4, 3))
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 26,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "hatch.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.8,
+}
+
+
+def save_figure(result: "DemoResult", path: Path) -> None:
+    """Draw the three panels and write them to ``path``, 1800 by 630 pixels."""
+    sizes = result.sizes
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 4.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03))
+        words, error, times = figure.subplots(1, 3, width_ratios=[1.05, 0.95, 1.1])
+        draw_words(words, result.words[0])
+        draw_error(error, result.error)
+        draw_times(times, result.lengths, result.seconds)
+        caption = (
+            f"Self-attention over {result.passage_tokens:,} words of {result.source}. d = {sizes.dim}, tau = {sizes.hash_code_len}, "
+            f"m = {sizes.num_hash} where no axis says otherwise; softmax in NumPy."
+        )
+        figure.supxlabel(textwrap.fill(caption, 160), fontsize=8.5, color="#666666", parse_math=False)
+        figure.savefig(path)
+
+
+def draw_words(axes: Axes, attention: WordAttention, number: int = 8) -> None:
+    """Bars: the words that one word attends to most, side by side under each method."""
+    rows = np.arange(len(attention.others[:number]))
+    for place, name in enumerate(METHODS):
+        lift, hatch = attention.lift[name][:number], "/////" if name == SAMPLED else None
+        bars = rows + (place - 1) * 0.27
+        axes.barh(bars, lift, 0.25, color=COLOUR[name], label=LABELS[name], linewidth=0, edgecolor="white", hatch=hatch)
+    axes.axvline(1, color=INK, linewidth=0.9, linestyle=DASHES)
+    axes.set_yticks(rows, attention.others[:number])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_title(f"What “{attention.word}” attends to")
+    axes.set_xlabel("attention, as a multiple of an even share (dashed)")
+    legend_under_title(axes)
+
+
+def draw_error(axes: Axes, error: SamplingError) -> None:
+    """Log-log: error against the number of hashes, beside a line of slope -1/2."""
+    m, rms = np.array(error.num_hash), np.array(error.rms)
+    level = np.exp(np.mean(np.log(rms * np.sqrt(m))))
+    slope = f"measured, slope {error.slope:.2f}".replace("-", "\N{MINUS SIGN}")
+    axes.plot(m, rms, MARKER[SAMPLED], color=COLOUR[SAMPLED], markeredgecolor=INK, markersize=7, label=slope, zorder=3)
+    axes.plot(m, level / np.sqrt(m), color=INK, linewidth=1, linestyle=DASHES, label=r"$1/\sqrt{m}$")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(m, [str(i) for i in m])
+    axes.set_yticks([t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if rms.min() / 1.5 <= t <= rms.max() * 1.5])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.minorticks_off()
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_title("More hashes, less error")
+    axes.set_xlabel("number of hashes m")
+    axes.set_ylabel("RMS error relative to the expectation")
+    legend_under_title(axes)
+
+
+def draw_times(axes: Axes, lengths: list[int], seconds: dict[str, list[float]]) -> None:
+    """Log-log: time against the number of tokens, and how far apart softmax and sampling are at the last."""
+    for name in METHODS:
+        axes.plot(lengths, np.array(seconds[name]) * 1e3, color=COLOUR[name], marker=MARKER[name], label=LABELS[name], linewidth=2)
+    slow, fast = seconds[SOFTMAX][-1] * 1e3, seconds[SAMPLED][-1] * 1e3
+    arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (lengths[-1] * 1.2, slow), (lengths[-1] * 1.2, fast), arrowprops=arrow)
+    axes.text(lengths[-1] * 1.3, np.sqrt(slow * fast), f"{slow / fast:,.0f}×", va="center", fontweight="bold")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlim(right=lengths[-1] * 2.6)
+    axes.set_xticks(lengths, [f"{n:,}" if (len(lengths) - i) % 2 else "" for i, n in enumerate(lengths)])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.minorticks_off()
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_title("Quadratic against linear")
+    axes.set_xlabel("tokens n")
+    axes.set_ylabel("time of one head, milliseconds")
+    legend_under_title(axes)
+
+
+def legend_under_title(axes: Axes) -> None:
+    """One row between title and axes, where no data can be hidden."""
+    legend = axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.03, 1), ncols=3, columnspacing=1, handlelength=1.6, handletextpad=0.4, borderpad=0.2
+    )
+    legend.set_in_layout(False)  # its width shall not push the panels apart

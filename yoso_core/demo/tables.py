@@ -1,0 +1,115 @@
+"""The demo's numbers on the terminal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from yoso_core.comparison import duration
+from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX
+
+if TYPE_CHECKING:
+    from yoso_core.demo import DemoResult
+
+LABELS = {SOFTMAX: "softmax", EXPECTATION: "YOSO expected", SAMPLED: "YOSO sampled"}
+
+
+def print_tables(result: "DemoResult") -> None:
+    """Four tables, each with a sentence or two on what it shows."""
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    n, sizes = result.passage_tokens, result.sizes
+    console.print(
+        f"Self-attention over {n:,} words from the middle of {result.source} ({result.text_tokens:,} words of prose whose statistics are "
+        f"known); d = {sizes.dim}, tau = {sizes.hash_code_len}, m = {sizes.num_hash} where nothing else is said."
+    )
+    if n < sizes.passage:
+        console.print(f"The text is shorter than {sizes.passage:,} such words, so all of it is used.")
+    for show in (words_table, error_table, time_table, agreement_table):
+        console.print()
+        console.print(show(result))
+    console.print(f"\nPicture: {result.output}    Time in all: {result.elapsed:.0f} s")
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold", caption_style="dim")
+
+
+def words_table(result: "DemoResult", number: int = 5) -> Table:
+    table = _table(
+        "1. The words that a word attends to",
+        "Times an even share: 5.0 is five times the attention that the word would get if every token got the same. Softmax runs at scale "
+        f"{result.softmax_scale:.1f}, where it is as sharp as YOSO on average; sampled is one draw of {result.sizes.num_hash} hashes.",
+    )
+    for column in ("word", "method", "attends to, beside itself"):
+        table.add_column(column, no_wrap=column == "method")
+    for attention in result.words:
+        for name in METHODS:
+            top = ", ".join(f"{word} {lift:.1f}" for word, lift in attention.strongest(name, number))
+            table.add_row(attention.word if name == METHODS[0] else "", LABELS[name], top, end_section=name == METHODS[-1])
+    return table
+
+
+def error_table(result: "DemoResult") -> Table:
+    table = _table(
+        f"2. The error of sampling falls as 1 / sqrt(m): fitted slope {result.error.slope:.2f}",
+        "RMS error of the attention's output, relative to the exact expectation, before the output is normalised. Four times the hashes "
+        "halve it.",
+    )
+    table.add_column("hashes m")
+    for m in result.error.num_hash:
+        table.add_column(str(m), justify="right")
+    table.add_row("error", *(f"{rms:.1%}" for rms in result.error.rms))
+    return table
+
+
+def time_table(result: "DemoResult") -> Table:
+    n = result.lengths[-1]
+    m, buckets = result.sizes.num_hash, 1 << result.sizes.hash_code_len
+    ratio = result.seconds[SOFTMAX][-1] / result.seconds[SAMPLED][-1]
+    table = _table(
+        "3. Time of one head against the number of tokens n",
+        f"At n = {n:,} softmax and the expectation weigh {n * n / 1e6:,.0f} million pairs of tokens. Sampling weighs none: each token is "
+        f"added to one of {buckets} buckets and reads one, {m} times over. It is {ratio:,.0f} times as fast as softmax in NumPy here. "
+        "Medians of a few runs.",
+    )
+    table.add_column("method", no_wrap=True)
+    for length in result.lengths:
+        table.add_column(f"{length:,}", justify="right", no_wrap=True)
+    table.add_column("grows as", justify="right")
+    for name in METHODS:
+        seconds = result.seconds[name]
+        table.add_row(LABELS[name], *map(duration, seconds), _growth(result.lengths, seconds))
+    return table
+
+
+def _growth(lengths: list[int], seconds: list[float]) -> str:
+    """The power of n that the last three times follow."""
+    if len(lengths) < 3:
+        return "-"
+    return f"n^{np.polyfit(np.log(lengths[-3:]), np.log(seconds[-3:]), 1)[0]:.1f}"
+
+
+def agreement_table(result: "DemoResult") -> Table:
+    n = min(result.sizes.agreement, result.passage_tokens)
+    table = _table(
+        "4. Every variant gives the same answer: " + ("all agree" if result.agrees else "NOT ALL AGREE"),
+        f"On {n:,} tokens of the passage, against the definition in float64. Hash codes must be equal bit for bit; sums may differ by "
+        "rounding.",
+    )
+    for column in ("operation", "variant", "verdict", "difference", "time"):
+        table.add_column(column, justify="right" if column in ("difference", "time") else "left", no_wrap=True)
+    for comparison in result.agreement:
+        for i, row in enumerate(comparison.rows):
+            ran = row.median_seconds is not None
+            table.add_row(
+                comparison.op if i == 0 else "",
+                row.variant,
+                row.verdict,
+                "-" if not ran else f"{row.codes_differing} codes" if row.rms_error is None else f"{row.rms_error:.1e} RMS",
+                "-" if row.median_seconds is None else duration(row.median_seconds),
+                style=None if row.verdict == "agrees" else "dim" if row.verdict == "cannot run" else "bold red",
+                end_section=i == len(comparison.rows) - 1,
+            )
+    return table
