@@ -9,7 +9,7 @@ import numpy as np
 
 import yoso_core
 from yoso_core.benchmarks.cases import Workload
-from yoso_core.comparison import tolerance, truth
+from yoso_core.truth import tolerance, truth
 
 Tensors = dict[str, Any]
 """``query``, ``key``, ``value`` ``(1, heads, n, d)`` and ``signs``, torch tensors on the CPU."""

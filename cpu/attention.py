@@ -12,7 +12,7 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.cumulation import (
-    QUERY_BLOCK,
+    KEY_BLOCK,
     TABLE_BYTES,
     accumulate,
     clear,
@@ -22,9 +22,10 @@ from yoso_core.cpu.cumulation import (
     lsh_cumulation,
     plan,
     scatter_tile,
+    task_of,
 )
 from yoso_core.cpu.expectation import expectation_attention
-from yoso_core.cpu.hashing import fast_hash, hyperplane_hash, spread_signs
+from yoso_core.cpu.hashing import check_dim, fast_hash, hyperplane_hash, spread_signs
 from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.tiles import aligned, load_tile, pack, rotate, tame_tile
 from yoso_core.cpu.views import Array, input_array, kept, output_array, rows, working_dtype
@@ -44,9 +45,9 @@ def hash_tile(tile, dim, codes, finite, x, signs, b, h, i, part, count, hash_cod
 
 @cache
 def _scatter_kernel(dim: int, dtype: Any) -> Any:
-    """As `cumulation._scatter_kernel`, with codes hashed from the keys. A task is (head, part, piece of the keys).
+    """As `cumulation._scatter_kernel`, with codes hashed from the keys. A task is (head, ``together`` parts, piece of the keys).
 
-    Reads keys and values once per part, ``n (d + d_v)`` entries; rotates in ``3 n D log2 D`` additions; adds ``n d_v`` entries to a table
+    Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds ``n d_v`` entries to a table
     in cache for every hash.
     """
 
@@ -60,30 +61,49 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
             input_array(types.uint8, 3),
             output_array(types.uint8, 3),
             output_array(dtype, 1),
-            *([types.intp] * 8),
+            *([types.intp] * 9),
         )
     )
     def scatter(
-        first, last, key, signs, value, keep, spoiled, tables, head0, part0, parts, num_hash, hash_code_len, splits, table_size, per
+        first,
+        last,
+        key,
+        signs,
+        value,
+        keep,
+        spoiled,
+        tables,
+        head0,
+        part0,
+        parts,
+        together,
+        num_hash,
+        hash_code_len,
+        per,
+        splits,
+        table_size,
     ):
         n = key.shape[2]
         tile = aligned(dim * LANES, key.dtype)
         codes, places = aligned(per * LANES, np.int32), np.empty(per, np.intp)
         finite = np.ones(LANES, np.uint8)
         for task in range(first, last):
-            slot, split = divmod(task, splits)
-            head, part = divmod(slot, parts)
+            head, part1, split = task_of(task, parts, together, splits)
             b, h = divmod(head0 + head, key.shape[1])
-            count = min(per, num_hash - (part0 + part) * per)
-            start = task * per * table_size
-            clear(tables, start, count * table_size)
-            stop = n * (split + 1) // splits
-            for i in range(n * split // splits, stop, LANES):
-                if hash_tile(tile, dim, codes, finite, key, signs, b, h, i, part0 + part, count, hash_code_len):
-                    for t in range(min(LANES, stop - i)):
-                        if keep[b, h, i + t] and not finite[t]:
-                            spoiled[b, h, 0] = 1
-                scatter_tile(tables, start, table_size, codes, places, count, value, keep, b, h, i, stop)
+            begin, end = n * split // splits, n * (split + 1) // splits
+            for block in range(begin, max(end, begin + 1), KEY_BLOCK):
+                stop = min(block + KEY_BLOCK, end)
+                for part in range(part1, min(part1 + together, parts)):
+                    count = min(per, num_hash - (part0 + part) * per)
+                    start = ((head * parts + part) * splits + split) * per * table_size
+                    if block == begin:
+                        clear(tables, start, count * table_size)
+                    for i in range(block, stop, LANES):
+                        if hash_tile(tile, dim, codes, finite, key, signs, b, h, i, part0 + part, count, hash_code_len):
+                            for t in range(min(LANES, stop - i)):
+                                if keep[b, h, i + t] and not finite[t]:
+                                    spoiled[b, h, 0] = 1
+                        scatter_tile(tables, start, table_size, codes, places, count, False, value, keep, b, h, i, stop)
 
     return scatter
 
@@ -103,7 +123,7 @@ def _gather_kernel(dim: int, dtype: Any) -> Any:
             output_array(dtype, 1),
             output_array(dtype, 4),
             types.boolean,
-            *([types.intp] * 8),
+            *([types.intp] * 9),
         )
     )
     def gather(
@@ -119,32 +139,33 @@ def _gather_kernel(dim: int, dtype: Any) -> Any:
         head0,
         part0,
         parts,
+        block,
         num_hash,
         hash_code_len,
+        per,
         splits,
         table_size,
-        per,
     ):
         n = query.shape[2]
         tile = aligned(dim * LANES, query.dtype)
         codes, places = aligned(per * LANES, np.int32), np.empty(per, np.intp)
         finite = np.ones(LANES, np.uint8)
-        blocks = (n + QUERY_BLOCK - 1) // QUERY_BLOCK
+        blocks = (n + block - 1) // block
         for task in range(first, last):
-            head, block = divmod(task, blocks)
+            head, turn = divmod(task, blocks)
             b, h = divmod(head0 + head, query.shape[1])
-            stop = min((block + 1) * QUERY_BLOCK, n)
+            stop = min((turn + 1) * block, n)
             for part in range(part0, part0 + parts):
                 count = min(per, num_hash - part * per)
                 start = (head * parts + part - part0) * splits * per * table_size
-                for i in range(block * QUERY_BLOCK, stop, LANES):
+                for i in range(turn * block, stop, LANES):
                     if hash_tile(tile, dim, codes, finite, query, signs, b, h, i, part, count, hash_code_len):
                         for t in range(min(LANES, stop - i)):
                             spoiled[b, h, 1 + i + t] = 1 - finite[t]
-                    gather_tile(tables, start, table_size, codes, places, count, out, keep, part == 0, b, h, i)
+                    gather_tile(tables, start, table_size, codes, places, count, False, out, keep, part == 0, b, h, i)
             if (part0 + parts) * per >= num_hash:
                 scale = out.dtype.type(1 / num_hash)
-                finish_rows(out, keep, spoiled, b, h, block * QUERY_BLOCK, stop, scale, normalize)
+                finish_rows(out, keep, spoiled, b, h, turn * block, stop, scale, normalize)
 
     return gather
 
@@ -187,6 +208,8 @@ def yoso_attention(
     n_k, d_v = v.shape[2:]
     capacity = 1 << hash_code_len
     layout = hash_layout(num_hash, hash_code_len, dim)
+    if signs is not None:
+        check_dim("query", layout.padded_dim)
     per = min(layout.codes_per_part, num_hash)
     spoiled = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
     fused = per > 0 and dense_tables_fit(capacity, n_k) and per * capacity * d_v * v.itemsize <= TABLE_BYTES
@@ -216,7 +239,7 @@ def yoso_attention(
     numba_type = from_dtype(np.dtype(dtype))
     scatter, gather = _scatter_kernel(layout.padded_dim, numba_type), _gather_kernel(layout.padded_dim, numba_type)
     shape = plan(out.shape, n_k, num_hash, per, capacity * d_v, out.itemsize, num_threads)
-    cut = (num_hash, hash_code_len, shape.splits, shape.table_size, per)
+    cut = (num_hash, hash_code_len, shape.per, shape.splits, shape.table_size)
     accumulate(
         shape,
         out,

@@ -24,15 +24,19 @@ ENOUGH_TASKS = 16
 
 @helper
 def sort_by_bucket(codes, keep, b, h, c, begins, order):
-    """Counting sort of the kept rows: bucket ``k`` holds ``order[begins[k] : begins[k + 1]]``, in ascending order."""
+    """Counting sort of the kept rows: bucket ``k`` holds ``order[begins[k] : begins[k + 1]]``, in ascending order.
+
+    Unchecked codes that are out of range stand in no bucket.
+    """
+    capacity = len(begins) - 2
     begins[:] = 0
     for i in range(codes.shape[2]):
-        if keep[b, h, i]:
+        if keep[b, h, i] and 0 <= codes[b, h, i, c] < capacity:
             begins[codes[b, h, i, c] + 2] += 1
     for k in range(2, len(begins)):
         begins[k] += begins[k - 1]
     for i in range(codes.shape[2]):
-        if keep[b, h, i]:
+        if keep[b, h, i] and 0 <= codes[b, h, i, c] < capacity:
             bucket = codes[b, h, i, c] + 1
             order[begins[bucket]] = i
             begins[bucket] += 1
@@ -224,7 +228,7 @@ def lsh_weighted_cumulation(
     batch, num_heads, n_q, num_hash = query_code.shape
     n_k, d_v = v.shape[2:]
     if not dense_tables_fit(hashtable_capacity, n_k):
-        query_code, key_code = relabelled(query_code, key_code, keep_key, num_threads)
+        query_code, key_code = relabelled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
         hashtable_capacity = n_k + 1
     groups = max(1, min(num_hash, ENOUGH_TASKS // max(batch * num_heads, 1)))
     partial = np.empty((groups, batch, num_heads, n_q, d_v), dtype)

@@ -26,11 +26,11 @@ from yoso_core.cpu.views import Array, aligned_empty, heads, input_array, kept, 
 TABLE_BYTES = 32 << 20
 """Tables that exist at one time, at most; more heads or hashes than fit are done in groups. One part of one head is always held."""
 
-SHORT = 4096
-"""Queries and keys together below which all parts of a head are done in one go: a call of a kernel costs more than a cache miss then."""
+KEY_BLOCK = QUERY_BLOCK = 2048
+"""Keys and queries that one thread takes through all its parts before it goes on: so they are read from memory once, not for every part."""
 
-QUERY_BLOCK = 512
-"""Queries to a gather task."""
+SMALL_QUERY_BLOCK = 512
+"""Queries to a gather task where all threads share a head."""
 
 SPLIT_TASKS = 16
 SPLIT_KEYS = 4096
@@ -58,8 +58,8 @@ class Plan:
     table_size: int
     """Entries of one hash's table."""
     by_head: bool
-    """With heads enough for every thread, one thread scatters and gathers a head, part after part, in tables that stay in its cache. Else
-    all threads scatter first, into tables of all heads, and then gather."""
+    """With heads enough for every thread, one thread scatters and gathers a head, in tables of its own that stay in its cache. Else all
+    threads scatter first, into tables of many heads, and then gather."""
     heads_at_once: int
     parts_at_once: int
 
@@ -76,9 +76,8 @@ def plan(shape: tuple[int, ...], n_k: int, num_hash: int, per: int, table_size: 
     part_bytes = max(per * table_size * itemsize, 1)
     affordable = max(1, TABLE_BYTES // part_bytes)
     splits = max(1, min(SPLIT_TASKS // max(num_heads * parts, 1), n_k // SPLIT_KEYS, affordable))
-    parts_of_head = min(parts, affordable // threads) if shape[2] + n_k < SHORT else 1
-    if splits == 1 and num_heads >= 2 * threads and parts_of_head >= 1 and threads <= affordable:
-        return Plan(parts, per, splits, table_size, True, 1, parts_of_head)
+    if splits == 1 and num_heads >= 2 * threads and affordable >= threads:
+        return Plan(parts, per, splits, table_size, True, 1, min(parts, affordable // threads))
     slots = max(1, affordable // splits)
     parts_at_once = min(parts, slots)
     return Plan(parts, per, splits, table_size, False, max(1, min(num_heads, slots // parts_at_once)), parts_at_once)
@@ -103,13 +102,30 @@ def find_rows(places, start, table_size, codes, count, t, d_v):
 
 
 @helper
-def scatter_tile(tables, start, table_size, codes, places, count, value, keep, b, h, i, stop):
-    """Add up to 16 values, from row ``i`` on, to their buckets in ``count`` tables; 64 columns at a time stay in registers."""
+def guard_rows(places, capacity, codes, count, t):
+    """Leave out the hashes whose code is out of range: unchecked codes from outside must not reach beyond a table. How many are left."""
+    left = 0
+    for c in range(count):
+        if 0 <= codes[c * LANES + t] < capacity:
+            places[left] = places[c]
+            left += 1
+    return left
+
+
+@helper
+def scatter_tile(tables, start, table_size, codes, places, hashes, guarded, value, keep, b, h, i, stop):
+    """Add up to 16 values, from row ``i`` on, to their buckets in ``hashes`` tables; 64 columns at a time stay in registers.
+
+    ``guarded``, a constant: the codes come from outside and may be out of range.
+    """
     d_v = value.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     for t in range(min(LANES, stop - i)):
         if keep[b, h, i + t]:
+            count = hashes
             find_rows(places, start, table_size, codes, count, t, d_v)
+            if guarded:
+                count = guard_rows(places, table_size // max(d_v, 1), codes, count, t)
             for r in range(0, wide, 4 * LANES):
                 v0, v1 = load(value, (b, h, i + t, r)), load(value, (b, h, i + t, r + LANES))
                 v2, v3 = load(value, (b, h, i + t, r + 2 * LANES)), load(value, (b, h, i + t, r + 3 * LANES))
@@ -129,14 +145,17 @@ def scatter_tile(tables, start, table_size, codes, places, count, value, keep, b
 
 
 @helper
-def gather_tile(tables, start, table_size, codes, places, count, out, keep, fresh, b, h, i):
+def gather_tile(tables, start, table_size, codes, places, hashes, guarded, out, keep, fresh, b, h, i):
     """Add the buckets of up to 16 queries to their output rows (or begin the rows with them, where ``fresh``)."""
     d_v = out.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     zero = fill(out.dtype.type(0))
     for t in range(min(LANES, out.shape[2] - i)):
         if keep[b, h, i + t]:
+            count = hashes
             find_rows(places, start, table_size, codes, count, t, d_v)
+            if guarded:
+                count = guard_rows(places, table_size // max(d_v, 1), codes, count, t)
             for r in range(0, wide, 4 * LANES):
                 y0, y1, y2, y3 = zero, zero, zero, zero
                 if not fresh:
@@ -240,7 +259,7 @@ def finish_rows(out, keep, spoiled, b, h, first, last, scale, normalize):
 def _scatter_kernel(dtype: Any) -> Any:
     """Tables of the parts ``part0 ... part0 + parts - 1`` of the heads from ``head0`` on, from stored codes.
 
-    A task is (head, part, piece of the keys). Reads ``n (m code bytes + parts d_v)`` entries, adds ``n m d_v`` times into cache.
+    A task is (head, ``together`` parts, piece of the keys). Reads ``n (m code bytes + d_v)`` entries, adds ``n m d_v`` times into cache.
     """
 
     @kernel(
@@ -251,31 +270,37 @@ def _scatter_kernel(dtype: Any) -> Any:
             input_array(dtype, 4),
             input_array(types.uint8, 3),
             output_array(dtype, 1),
-            types.intp,
-            types.intp,
-            types.intp,
-            types.intp,
-            types.intp,
-            types.intp,
+            *([types.intp] * 7),
         )
     )
-    def scatter(first, last, key_code, value, keep, tables, head0, part0, parts, per, splits, table_size):
+    def scatter(first, last, key_code, value, keep, tables, head0, part0, parts, together, per, splits, table_size):
         n, num_hash = key_code.shape[2], key_code.shape[3]
         codes, places = aligned(per * LANES, np.int32), np.empty(per, np.intp)
         for task in range(first, last):
-            slot, split = divmod(task, splits)
-            head, part = divmod(slot, parts)
+            head, part1, split = task_of(task, parts, together, splits)
             b, h = divmod(head0 + head, key_code.shape[1])
-            hash0 = (part0 + part) * per
-            count = min(per, num_hash - hash0)
-            start = task * per * table_size
-            clear(tables, start, count * table_size)
-            stop = n * (split + 1) // splits
-            for i in range(n * split // splits, stop, LANES):
-                load_codes(codes, key_code, b, h, i, hash0, count, stop)
-                scatter_tile(tables, start, table_size, codes, places, count, value, keep, b, h, i, stop)
+            begin, end = n * split // splits, n * (split + 1) // splits
+            for block in range(begin, max(end, begin + 1), KEY_BLOCK):
+                stop = min(block + KEY_BLOCK, end)
+                for part in range(part1, min(part1 + together, parts)):
+                    hash0 = (part0 + part) * per
+                    count = min(per, num_hash - hash0)
+                    start = ((head * parts + part) * splits + split) * per * table_size
+                    if block == begin:
+                        clear(tables, start, count * table_size)
+                    for i in range(block, stop, LANES):
+                        load_codes(codes, key_code, b, h, i, hash0, count, stop)
+                        scatter_tile(tables, start, table_size, codes, places, count, True, value, keep, b, h, i, stop)
 
     return scatter
+
+
+@helper
+def task_of(task, parts, together, splits):
+    """Number of the head, first part, and piece of the keys of a scatter task."""
+    slot, split = divmod(task, splits)
+    head, turn = divmod(slot, (parts + together - 1) // together)
+    return head, turn * together, split
 
 
 @helper
@@ -315,32 +340,27 @@ def _gather_kernel(dtype: Any) -> Any:
             input_array(dtype, 1),
             output_array(dtype, 4),
             input_array(types.uint8, 3),
-            types.intp,
-            types.intp,
-            types.intp,
-            types.intp,
-            types.intp,
-            types.intp,
             types.boolean,
+            *([types.intp] * 7),
         )
     )
-    def gather(first, last, query_code, keep, tables, out, spoiled, head0, part0, parts, per, splits, table_size, normalize):
+    def gather(first, last, query_code, keep, tables, out, spoiled, normalize, head0, part0, parts, block, per, splits, table_size):
         n, num_hash = query_code.shape[2], query_code.shape[3]
         codes, places = aligned(per * LANES, np.int32), np.empty(per, np.intp)
-        blocks = (n + QUERY_BLOCK - 1) // QUERY_BLOCK
+        blocks = (n + block - 1) // block
         for task in range(first, last):
-            head, block = divmod(task, blocks)
+            head, turn = divmod(task, blocks)
             b, h = divmod(head0 + head, query_code.shape[1])
-            stop = min((block + 1) * QUERY_BLOCK, n)
+            stop = min((turn + 1) * block, n)
             for part in range(parts):
                 hash0 = (part0 + part) * per
                 count = min(per, num_hash - hash0)
                 start = (head * parts + part) * splits * per * table_size
-                for i in range(block * QUERY_BLOCK, stop, LANES):
+                for i in range(turn * block, stop, LANES):
                     load_codes(codes, query_code, b, h, i, hash0, count, stop)
-                    gather_tile(tables, start, table_size, codes, places, count, out, keep, hash0 == 0, b, h, i)
+                    gather_tile(tables, start, table_size, codes, places, count, True, out, keep, hash0 == 0, b, h, i)
             if (part0 + parts) * per >= num_hash:
-                finish_rows(out, keep, spoiled, b, h, block * QUERY_BLOCK, stop, out.dtype.type(1 / num_hash), normalize)
+                finish_rows(out, keep, spoiled, b, h, turn * block, stop, out.dtype.type(1 / num_hash), normalize)
 
     return gather
 
@@ -357,10 +377,11 @@ def accumulate(
 ) -> None:
     """Both rounds, for as many heads and parts at a time as the plan says.
 
-    ``scatter(first, last, tables, head0, part0, parts)`` and ``gather`` likewise do a range of tasks of one group.
+    ``scatter(first, last, tables, head0, part0, parts, together)`` does a range of tasks of one group, ``together`` parts to a task;
+    ``gather(first, last, tables, head0, part0, parts, block)`` likewise, ``block`` queries to a task.
     """
     batch, num_heads, n_q, d_v = out.shape
-    heads_in_all, blocks = batch * num_heads, -(-n_q // QUERY_BLOCK)
+    heads_in_all = batch * num_heads
     head_work = num_hash * (d_v + 64)
     part_size = shape.per * shape.table_size
     if shape.by_head:
@@ -370,8 +391,8 @@ def accumulate(
             for head in range(first, last):
                 for part0 in range(0, shape.parts, shape.parts_at_once):
                     parts = min(shape.parts_at_once, shape.parts - part0)
-                    scatter(0, parts, tables, head, part0, parts)
-                    gather(0, blocks, tables, head, part0, parts)
+                    scatter(0, 1, tables, head, part0, parts, parts)
+                    gather(0, -(-n_q // QUERY_BLOCK), tables, head, part0, parts, QUERY_BLOCK)
 
         cost = heads_in_all * (head_work * (n_q + n_k) + shape.parts * part_size)
         share(heads_in_all, do_heads, num_threads=num_threads, cost=cost)
@@ -386,7 +407,7 @@ def accumulate(
             group = (tables, head0, part0, parts)
             share(
                 slots * shape.splits,
-                lambda first, last, group=group: scatter(first, last, *group),  # type: ignore[misc]
+                lambda first, last, group=group: scatter(first, last, *group, 1),  # type: ignore[misc]
                 num_threads=num_threads,
                 cost=heads_now * head_work * n_k + slots * part_size,
             )
@@ -398,8 +419,8 @@ def accumulate(
                     cost=slots * shape.splits * part_size,
                 )
             share(
-                heads_now * blocks,
-                lambda first, last, group=group: gather(first, last, *group),  # type: ignore[misc]
+                heads_now * -(-n_q // SMALL_QUERY_BLOCK),
+                lambda first, last, group=group: gather(first, last, *group, SMALL_QUERY_BLOCK),  # type: ignore[misc]
                 num_threads=num_threads,
                 cost=heads_now * head_work * n_q,
             )
@@ -414,7 +435,8 @@ def dense_tables_fit(capacity: int, n_k: int) -> bool:
 def _relabel_kernel() -> Any:
     """Number the occupied buckets of each (head, hash) from 1 on, in the order in which keys first meet them; 0 is the empty bucket.
 
-    A hash map with open addressing, at most half full. ``slots`` holds the code plus one, or 0 for a free place.
+    A hash map with open addressing, at most half full. ``slots`` holds the code plus one, or 0 for a free place. A code out of range meets
+    nobody.
     """
 
     @kernel(
@@ -426,9 +448,10 @@ def _relabel_kernel() -> Any:
             input_array(types.uint8, 3),
             output_array(types.int32, 4),
             output_array(types.int32, 4),
+            types.intp,
         )
     )
-    def relabel(first, last, query_code, key_code, keep, query_label, key_label):
+    def relabel(first, last, query_code, key_code, keep, query_label, key_label, capacity):
         n_k, num_hash = key_code.shape[2], key_code.shape[3]
         size = 4
         while size < 2 * n_k:
@@ -440,7 +463,7 @@ def _relabel_kernel() -> Any:
             slots[:] = 0
             occupied = 0
             for i in range(n_k):
-                if keep[b, h, i]:
+                if keep[b, h, i] and 0 <= key_code[b, h, i, c] < capacity:
                     place = find_slot(slots, key_code[b, h, i, c])
                     if slots[place] == 0:
                         occupied += 1
@@ -466,14 +489,14 @@ def find_slot(slots, code):
     return place
 
 
-def relabelled(query_code: Array, key_code: Array, keep: Array, num_threads: int | None) -> tuple[Array, Array]:
+def relabelled(query_code: Array, key_code: Array, keep: Array, capacity: int, num_threads: int | None) -> tuple[Array, Array]:
     """Codes ``(batch, heads, n, m)`` as labels of occupied buckets, ``0 ... n_k``; nobody is in bucket 0."""
     query_label, key_label = np.empty(query_code.shape, np.int32), np.empty(key_code.shape, np.int32)
     batch, num_heads, _, num_hash = key_code.shape
     run = _relabel_kernel()
     share(
         batch * num_heads * num_hash,
-        lambda first, last: run(first, last, query_code, key_code, keep, query_label, key_label),
+        lambda first, last: run(first, last, query_code, key_code, keep, query_label, key_label, capacity),
         num_threads=num_threads,
         cost=10.0 * (query_code.size + key_code.size),
     )
@@ -506,7 +529,7 @@ def lsh_cumulation(
     batch, num_heads, n_q, num_hash = query_code.shape
     n_k, d_v = v.shape[2:]
     if not dense_tables_fit(hashtable_capacity, n_k):
-        query_code, key_code = relabelled(query_code, key_code, keep_key, num_threads)
+        query_code, key_code = relabelled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
         hashtable_capacity = n_k + 1
     if spoiled is None:
         spoiled = np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q))
@@ -521,7 +544,7 @@ def lsh_cumulation(
         n_k,
         num_hash,
         lambda first, last, tables, *group: scatter(first, last, key_code, v, keep_key, tables, *group, *cut),
-        lambda first, last, tables, *group: gather(first, last, query_code, keep_query, tables, out, spoiled, *group, *cut, normalize),
+        lambda first, last, tables, *group: gather(first, last, query_code, keep_query, tables, out, spoiled, normalize, *group, *cut),
         num_threads=num_threads,
     )
     return out.reshape(*query_hash_code.shape[:-1], d_v).astype(value.dtype, copy=False)

@@ -34,7 +34,8 @@ STEEP = 0.99
 
 KEYS_AT_ONCE = 4
 KEY_BLOCK = 64
-"""Keys whose contributions are added up by themselves before they join the total: sums of sums round less."""
+DIM_BLOCK = 128
+"""Keys, and coordinates, that are added up by themselves before they join the total: sums of sums round less."""
 
 QUERY_TILE = 2 * LANES
 
@@ -70,11 +71,11 @@ def _unit_kernel(dtype: Any) -> Any:
                 finite = finite and math.isfinite(entry)
                 largest = max(largest, entry)
             spoiled[b, h, i] = not finite
-            squares = x.dtype.type(0)
+            squares = 0.0  # in float64: a sum of a thousand squares in float32 would show
             for c in range(d):
                 entry = x[b, h, i, c] / largest if largest > 0 else x.dtype.type(0)
                 unit[b, h, i, c] = entry
-                squares += entry * entry
+                squares += float(entry) * float(entry)
             length = x.dtype.type(math.sqrt(squares)) if largest > 0 else x.dtype.type(1)
             for c in range(d):
                 unit[b, h, i, c] = unit[b, h, i, c] / length if finite else x.dtype.type(np.nan)
@@ -148,6 +149,23 @@ def weight(cosine, tile, unit_key, b, h, j, polynomial, hash_code_len, scratch):
     return power(steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch), hash_code_len)
 
 
+@helper
+def products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, first, last):
+    """The dot products of 32 queries with four keys, over the coordinates ``first ... last - 1``: eight registers of sums."""
+    zero = fill(tile0.dtype.type(0))
+    a0, a1, a2, a3 = zero, zero, zero, zero
+    b0, b1, b2, b3 = zero, zero, zero, zero
+    for c in range(first, last):
+        q0, q1 = load(tile0, c * LANES), load(tile1, c * LANES)
+        k0, k1 = fill(unit_key[b, h, j0, c]), fill(unit_key[b, h, j1, c])
+        k2, k3 = fill(unit_key[b, h, j2, c]), fill(unit_key[b, h, j3, c])
+        a0, a1 = multiply_add(q0, k0, a0), multiply_add(q0, k1, a1)
+        a2, a3 = multiply_add(q0, k2, a2), multiply_add(q0, k3, a3)
+        b0, b1 = multiply_add(q1, k0, b0), multiply_add(q1, k1, b1)
+        b2, b3 = multiply_add(q1, k2, b2), multiply_add(q1, k3, b3)
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
 @cache
 def _expectation_kernel(dtype: Any, polynomial: tuple[float, ...]) -> Any:
     """Output rows of 32 queries for each task, which walks over all kept keys, four at a time.
@@ -202,24 +220,11 @@ def _expectation_kernel(dtype: Any, polynomial: tuple[float, ...]) -> Any:
                 block_sum[:] = 0
                 for group in range(block, min(block + KEY_BLOCK, num_kept), KEYS_AT_ONCE):
                     j0, j1, j2, j3 = chosen[group], chosen[group + 1], chosen[group + 2], chosen[group + 3]
-                    a0, a1, a2, a3 = zero, zero, zero, zero
-                    b0, b1, b2, b3 = zero, zero, zero, zero
-                    for c in range(d):
-                        q0, q1 = load(tile0, c * LANES), load(tile1, c * LANES)
-                        k0, k1 = fill(unit_key[b, h, j0, c]), fill(unit_key[b, h, j1, c])
-                        k2, k3 = fill(unit_key[b, h, j2, c]), fill(unit_key[b, h, j3, c])
-                        a0, a1, a2, a3 = (
-                            multiply_add(q0, k0, a0),
-                            multiply_add(q0, k1, a1),
-                            multiply_add(q0, k2, a2),
-                            multiply_add(q0, k3, a3),
-                        )
-                        b0, b1, b2, b3 = (
-                            multiply_add(q1, k0, b0),
-                            multiply_add(q1, k1, b1),
-                            multiply_add(q1, k2, b2),
-                            multiply_add(q1, k3, b3),
-                        )
+                    a0, a1, a2, a3, b0, b1, b2, b3 = products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, 0, min(d, DIM_BLOCK))
+                    for c in range(DIM_BLOCK, d, DIM_BLOCK):
+                        c0, c1, c2, c3, d0, d1, d2, d3 = products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, c, min(d, c + DIM_BLOCK))
+                        a0, a1, a2, a3 = a0 + c0, a1 + c1, a2 + c2, a3 + c3
+                        b0, b1, b2, b3 = b0 + d0, b1 + d1, b2 + d2, b3 + d3
                     a0 = weight(a0, tile0, unit_key, b, h, j0, polynomial, hash_code_len, scratch)
                     a1 = weight(a1, tile0, unit_key, b, h, j1, polynomial, hash_code_len, scratch)
                     a2 = weight(a2, tile0, unit_key, b, h, j2, polynomial, hash_code_len, scratch)

@@ -9,12 +9,20 @@ from numba import from_dtype, types
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, weight_where_positive
 from yoso_core.cpu.threads import share
-from yoso_core.cpu.tiles import aligned, hadamard, load_tile, pack, rotate, tame_tile
+from yoso_core.cpu.tiles import MAX_DIM, aligned, hadamard, load_tile, pack, rotate, tame_tile
 from yoso_core.cpu.views import Array, heads, input_array, output_array, rows, working_dtype
 from yoso_core.reference.hashing import hash_layout
 
 BLOCK = 64
 """Vectors to a task: 4 tiles."""
+
+
+def check_dim(name: str, padded_dim: int) -> None:
+    """The kernels exist up to `MAX_DIM`; the reference has no such limit."""
+    if padded_dim > MAX_DIM:
+        raise ValueError(
+            f"{name}: the CPU kernels take up to {MAX_DIM} dims, got {padded_dim} after padding; variant='numpy:...' takes more"
+        )
 
 
 @helper
@@ -49,6 +57,7 @@ def hadamard_transform(x: Array, *, num_threads: int | None = None) -> Array:
     """See `yoso_core.reference.hadamard_transform`; the same bits."""
     vectors = rows(np.atleast_2d(x), working_dtype(x))
     batch, num_heads, n, dim = vectors.shape
+    check_dim("x", dim)
     out = np.empty((batch, num_heads, n, dim), vectors.dtype)
     run = _hadamard_kernel(dim, from_dtype(vectors.dtype))
     share(
@@ -119,6 +128,7 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *
     x = rows(vectors, dtype)
     batch, num_heads, n, _ = x.shape
     layout = hash_layout(num_hash, hash_code_len, x.shape[-1])
+    check_dim("vectors", layout.padded_dim)
     codes = np.empty((batch, num_heads, n, num_hash), np.int32)
     spread = spread_signs(signs, vectors.shape[:-2], dtype)
     run = _fast_hash_kernel(layout.padded_dim, from_dtype(np.dtype(dtype)))

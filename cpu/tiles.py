@@ -15,8 +15,8 @@ from yoso_core.cpu.lanes import LANES, absolute, all_at_most, fill, load, load_t
 HUGE = 2.0**60
 """Vectors with entries beyond this are scaled down by a power of two, as the reference does."""
 
-MAX_TILE_DIM = 1 << 14
-"""Largest padded dimension that has butterflies below: a tile of it is 1 MiB in float32."""
+MAX_DIM = 1 << 18
+"""Largest padded dimension that has butterflies below: a tile of it is 16 MiB in float32."""
 
 
 @helper
@@ -93,11 +93,17 @@ def hadamard(tile, dim, flip, signs, b, h, stage, part):
 
     ``dim`` is a constant, so only its own passes are compiled: the bits of ``log2 dim`` that are no multiple of three first, then threes.
     """
-    if dim in (2, 16, 128, 1024, 8192):
+    if dim in (2, 16, 128, 1024, 8192, 65536):
         butterflies_2(tile, dim, dim // 2, flip, signs, b, h, stage, part)
         flip = False
-    if dim in (4, 32, 256, 2048, 16384):
+    if dim in (4, 32, 256, 2048, 16384, 131072):
         butterflies_4(tile, dim, dim // 4, flip, signs, b, h, stage, part)
+        flip = False
+    if dim >= 262144:
+        butterflies_8(tile, dim, 32768, flip, signs, b, h, stage, part)
+        flip = False
+    if dim >= 32768:
+        butterflies_8(tile, dim, 4096, flip, signs, b, h, stage, part)
         flip = False
     if dim >= 4096:
         butterflies_8(tile, dim, 512, flip, signs, b, h, stage, part)

@@ -8,6 +8,9 @@ import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
 
+WEIGHT_BLOCK = 16
+"""Coordinates of a weight that have their tables at one time."""
+
 
 def collision_rate(query_hash_code: Array, key_hash_code: Array) -> Array:
     """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of one head, float64."""
@@ -150,9 +153,9 @@ def lsh_weighted_cumulation_tables(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """As `lsh_weighted_cumulation_pairs`, in time linear in n: the weights leave the sum, one coordinate at a time.
+    """As `lsh_weighted_cumulation_pairs`, in time linear in n: the weights leave the sum, coordinate by coordinate.
 
-    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``: a table of ``key_weight_r * value`` for each coordinate ``r``.
+    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``: a table of ``key_weight_r * value`` for each coordinate ``r``, some at a time.
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -163,11 +166,12 @@ def lsh_weighted_cumulation_tables(
         queries, keys = keep_query[head], keep_key[head]
         for h in range(num_hash):
             size, read, write = bucket_labels(query_hash_code[head][queries, h], key_hash_code[head][keys, h])
-            met = np.zeros_like(out[head][queries])
-            for r in range(num_weight):
-                table = np.zeros((size, value.shape[-1]), v.dtype)
+            total = np.zeros_like(out[head][queries])
+            for r in range(0, num_weight, WEIGHT_BLOCK):
+                a, b = (w[head][kept, r : r + WEIGHT_BLOCK] for w, kept in ((qw, queries), (kw, keys)))
+                table = np.zeros((size, b.shape[1], value.shape[-1]), v.dtype)
                 with np.errstate(invalid="ignore"):
-                    np.add.at(table, write, kw[head][keys, r, None] * v[head][keys])
-                    met += qw[head][queries, r, None] * table[read]
-            out[head][queries] += met
+                    np.add.at(table, write, b[:, :, None] * v[head][keys][:, None, :])
+                    total += np.einsum("ir,irc->ic", a, table[read])
+            out[head][queries] += total
     return nan_unless_finite(spoil_rows(out / num_hash, qw, keep_query)).astype(value.dtype)

@@ -105,7 +105,7 @@ def expectation_attention_backward(
             grad_q[(*head, i)] = pull @ keys
             grad_k[head][kept] += pull[:, None] * q_i
             grad_v[head][kept] += weight[:, None] * g_i
-    return through_normalisation(grad_q, grad_k, grad_v, query, key, value)
+    return through_normalisation(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
 
 
 def lsh_attention_backward(
@@ -143,15 +143,15 @@ def lsh_attention_backward(
             grad_q[(*head, i)] = pull @ keys
             grad_k[head][kept] += pull[:, None] * q_i
             grad_v[head][kept] += weight[:, None] * g_i
-    return through_normalisation(grad_q, grad_k, grad_v, query, key, value)
+    return through_normalisation(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
 
 
 def through_normalisation(
-    grad_q: Array, grad_k: Array, grad_v: Array, query: Array, key: Array, value: Array
+    grad_q: Array, grad_k: Array, grad_v: Array, query: Array, key: Array, value: Array, keep_query: Array, keep_key: Array
 ) -> tuple[Array, Array, Array]:
-    """From gradients by the unit vectors to gradients by the caller's query and key, in the callers' dtypes."""
+    """From gradients by the unit vectors to gradients by the caller's query and key, in the callers' dtypes; zeros in masked rows."""
     return (
-        l2_normalize_backward(grad_q, query).astype(query.dtype),
-        l2_normalize_backward(grad_k, key).astype(key.dtype),
+        np.where(keep_query[..., None], l2_normalize_backward(grad_q, query), 0).astype(query.dtype),
+        np.where(keep_key[..., None], l2_normalize_backward(grad_k, key), 0).astype(key.dtype),
         grad_v.astype(value.dtype),
     )

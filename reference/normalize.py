@@ -12,7 +12,7 @@ def row_norm(x: Array) -> Array:
     """Euclidean length of every row, ``(..., n, 1)``; divided by the largest entry first, so that no square overflows or vanishes."""
     largest = np.max(np.abs(x), axis=-1, keepdims=True, initial=0)
     scale = np.where(largest > 0, largest, 1).astype(x.dtype)
-    with np.errstate(invalid="ignore"):  # a row that is not finite has no finite length
+    with np.errstate(invalid="ignore", over="ignore"):  # a row that is not finite has no finite length, nor has a huge one
         return scale * np.sqrt(np.sum((x / scale) ** 2, axis=-1, keepdims=True))
 
 

@@ -9,7 +9,9 @@ import torch
 
 import yoso_core
 from yoso_core import reference, registry
-from yoso_core.comparison import Comparison, Row, compare, example_inputs, tolerance, truth
+from yoso_core.comparison import Comparison, Row, compare
+from yoso_core.inputs import example_inputs
+from yoso_core.truth import tolerance, truth
 
 SMALL = {"n": 33, "n_key": 41, "dim": 16, "value_dim": 20, "num_hash": 7, "hash_code_len": 5}
 UNMASKED = ("hadamard_transform", "fast_hash", "hyperplane_hash")

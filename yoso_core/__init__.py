@@ -30,7 +30,8 @@ from yoso_core.ops import (
 from yoso_core.registry import Variant, variants
 
 if TYPE_CHECKING:
-    from yoso_core.comparison import Comparison, compare, example_inputs
+    from yoso_core.comparison import Comparison, compare
+    from yoso_core.inputs import example_inputs
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,7 @@ __all__ = [
     "yoso_attention",
 ]
 
-_LAZY = {"compare": "comparison", "example_inputs": "comparison", "Comparison": "comparison"}
+_LAZY = {"compare": "comparison", "example_inputs": "inputs", "Comparison": "comparison"}
 
 
 def __getattr__(name: str) -> Any:

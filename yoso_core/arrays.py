@@ -27,6 +27,10 @@ def library_of(x: object) -> str | None:
     return None
 
 
+OPTIONAL = ("query_mask", "key_mask")
+"""Arguments that may be ``None`` wherever they occur."""
+
+
 @dataclass(frozen=True)
 class Caller:
     """Whose arrays these are: what the result must be again."""
@@ -64,7 +68,7 @@ def device_of(x: Array) -> str:
 
 
 def one_caller(named: Mapping[str, Array | None]) -> Caller:
-    """The single library and device that all arrays given share.
+    """The single library and device that all arrays given share. Of the names in `OPTIONAL`, ``None`` is left out.
 
     Raises
     ------
@@ -73,7 +77,7 @@ def one_caller(named: Mapping[str, Array | None]) -> Caller:
     """
     first: tuple[str, Caller] | None = None
     for name, x in named.items():
-        if x is None:
+        if x is None and name in OPTIONAL:
             continue
         library = library_of(x)
         if library is None:

@@ -215,11 +215,11 @@ def compare(
 
     Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits that it promises to.
     """
-    from yoso_core import comparison
+    from yoso_core import comparison, inputs
 
     with _one_line_errors(context):
         _check_picture("plot", plot)
-        args, kwargs = comparison.example_inputs(
+        args, kwargs = inputs.example_inputs(
             op,
             batch=batch,
             heads=heads,

@@ -208,7 +208,8 @@ def lsh_cumulation(
     hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the buckets that are occupied.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
         skipped, so they may hold NaN; masked queries get zeros.
-    validate : check that the codes are in range (one pass over them); pass ``False`` for codes known to be right.
+    validate : check that the codes are in range (one pass over them); pass ``False`` for codes known to be right. What a code out of range
+        meets is then not promised, only that nothing crashes.
 
     Returns
     -------
@@ -480,7 +481,8 @@ def yoso_attention(
     query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; only their directions matter.
     value : float ``(..., n_k, d_v)``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`, dense and exactly unbiased.
+    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`, dense and exactly unbiased. The
+        expectation needs neither, and does not look at them.
     rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh entropy), one draw for each index of the last
         leading dim (the heads) and shared over the dims before it, so that a result does not depend on its neighbours in a batch.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
@@ -501,10 +503,9 @@ def yoso_attention(
             "query": query,
             "key": key,
             "value": value,
-            "signs": signs,
-            "planes": planes,
             "query_mask": query_mask,
             "key_mask": key_mask,
+            **{name: x for name, x in (("signs", signs), ("planes", planes)) if x is not None},
         }
     )
     _check_attention(query, key, value, query_mask, key_mask)

@@ -1,0 +1,204 @@
+"""What the test modules share: cases with readable names, inputs made from them, and the check of one variant against its definition."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import yoso_core
+from yoso_core import reference, truth
+from yoso_core.reference.arrays import Array
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs, as data."""
+
+    n_q: int
+    n_k: int
+    d: int
+    d_v: int
+    num_hash: int
+    hash_code_len: int
+    dtype: str = "float32"
+    mask: str = "none"
+    """``none``; ``masked``: about a third, hiding NaN and infinity; ``fully``: all keys of the first head; ``broadcast``: dims of 1."""
+    kind: str = "clusters"
+    """Of the vectors: ``clusters`` (so that codes meet), ``repeated`` (few, so that many are equal), ``quantised`` and ``onehot`` (many
+    projections are exactly zero), or a magnitude."""
+    leading: tuple[int, ...] = (2,)
+    mode: str = "signs"
+    """Of `yoso_attention`: ``signs``, ``planes`` or ``expectation``."""
+    normalize_output: bool = True
+
+    def __str__(self) -> str:
+        n = f"n{self.n_q}" if self.n_q == self.n_k else f"q{self.n_q}-k{self.n_k}"
+        parts = [n, f"d{self.d}-v{self.d_v}-m{self.num_hash}-tau{self.hash_code_len}", self.dtype]
+        parts += [self.mask] * (self.mask != "none") + [self.kind] * (self.kind != "clusters") + [self.mode] * (self.mode != "signs")
+        parts += ["raw"] * (not self.normalize_output)
+        parts += ["lead" + "x".join(map(str, self.leading))] * (self.leading != (2,))
+        return "-".join(parts)
+
+
+def draw_vectors(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> Array:
+    if kind == "onehot":
+        return np.eye(shape[-1])[rng.integers(shape[-1], size=shape[:-1])]
+    if kind == "quantised":
+        return rng.integers(-2, 3, size=shape).astype(float)
+    centres = np.random.default_rng(7).standard_normal((4, shape[-1]))
+    near = centres[rng.integers(4, size=shape[:-1])]
+    if kind == "repeated":
+        return near
+    near = near + 0.2 * rng.standard_normal(shape)
+    return near if kind == "clusters" else near * float(kind)
+
+
+def draw_codes(rng: np.random.Generator, shape: tuple[int, ...], capacity: int) -> Array:
+    """Codes from a pool of at most 16, so that they meet however large the range is; its ends and neighbours are among them."""
+    few = np.append(np.random.default_rng(7).integers(capacity, size=6), [0, capacity - 1])
+    return rng.choice(np.append(few, few ^ 1), size=shape).astype(np.int32)
+
+
+def draw_mask(rng: np.random.Generator, mask: str, shape: tuple[int, ...]) -> Array | None:
+    if mask == "none":
+        return None
+    if mask == "broadcast":
+        return rng.random((*[1] * (len(shape) - 1), shape[-1])) > 0.3
+    keep = rng.random(shape) > 0.3
+    if mask == "fully":
+        keep[0] = False
+        return keep.astype(np.int64) * 3
+    return keep
+
+
+def hide(x: Array, keep: Array | None, mask: str, poison: float) -> Array:
+    """Whatever is masked holds no number at all."""
+    if mask == "masked" and keep is not None:
+        x[~keep] = poison
+    return x
+
+
+def build(op: str, case: Case) -> dict[str, Any]:
+    """Keyword arguments for the face's function of that name, as NumPy arrays; floats are float64 holding values of the case's dtype."""
+    rng = np.random.default_rng(0)
+    m, tau, capacity = case.num_hash, case.hash_code_len, 1 << case.hash_code_len
+    query_rows, key_rows = (*case.leading, case.n_q), (*case.leading, case.n_k)
+    keep_query, keep_key = draw_mask(rng, case.mask, query_rows), draw_mask(rng, case.mask, key_rows)
+    query = hide(draw_vectors(rng, (*query_rows, case.d), case.kind), keep_query, case.mask, np.inf)
+    key = hide(draw_vectors(rng, (*key_rows, case.d), case.kind), keep_key, case.mask, np.nan)
+    value = hide(rng.standard_normal((*key_rows, case.d_v)), keep_key, case.mask, np.nan)
+    masks = {"query_mask": keep_query, "key_mask": keep_key}
+    codes = {
+        "query_hash_code": draw_codes(rng, (*query_rows, m), capacity),
+        "key_hash_code": draw_codes(rng, (*key_rows, m), capacity),
+    }
+    numbers = {"num_hash": m, "hash_code_len": tau}
+    signs = reference.sample_signs(m, tau, case.d, batch_shape=case.leading[-1:], rng=1)
+    # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does not depend on the order of a sum.
+    planes = rng.integers(-8, 9, size=(*case.leading[-1:], case.d, m * tau)).astype(np.float32)
+    vectors = draw_vectors(rng, (*key_rows, case.d), case.kind)
+
+    def rounded(x: Any) -> Any:
+        return as_float64(as_dtype(x, case.dtype)) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+
+    if op == "hadamard_transform":
+        made: dict[str, Any] = {"x": draw_vectors(rng, (*key_rows, 1 << (case.d - 1).bit_length()), case.kind)}
+    elif op == "fast_hash":
+        made = {"vectors": vectors, "signs": signs, **numbers}
+    elif op == "hyperplane_hash":
+        made = {"vectors": vectors, "planes": planes, **numbers}
+    elif op == "lsh_cumulation":
+        made = {**codes, "value": value, "hashtable_capacity": capacity, **masks}
+    elif op == "lsh_weighted_cumulation":
+        made = {**codes, "query_weight": query, "key_weight": key, "value": value, "hashtable_capacity": capacity, **masks}
+    elif op == "expectation_attention":
+        made = {"query": query, "key": key, "value": value, "hash_code_len": tau, **masks}
+    elif op == "yoso_attention":
+        draw = {"signs": {"signs": signs}, "planes": {"planes": planes}, "expectation": {"use_expectation": True}}[case.mode]
+        made = {"query": query, "key": key, "value": value, **numbers, **draw, **masks, "normalize_output": case.normalize_output}
+    else:
+        raise NotImplementedError(f"no inputs for {op}: a new variant needs its line here")
+    return {name: rounded(x) for name, x in made.items()}
+
+
+def as_dtype(x: Any, dtype: str) -> Any:
+    """A float64 array as the caller's: NumPy, or torch for bfloat16, which NumPy lacks. What is no float array keeps its dtype."""
+    is_float = isinstance(x, np.ndarray) and x.dtype == np.float64
+    if dtype != "bfloat16":
+        return x.astype(dtype) if is_float else x
+    if not isinstance(x, np.ndarray):
+        return x
+    return torch.from_numpy(x).to(torch.bfloat16) if is_float else torch.from_numpy(x)
+
+
+def as_float64(x: Any) -> Array:
+    return x.double().numpy() if isinstance(x, torch.Tensor) else x.astype(np.float64)
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """``np.empty`` hands out NaN (integers: -1), so that an element nobody writes shows."""
+
+    def poisoned(allocate: Any) -> Any:
+        def allocate_and_fill(*args: Any, **kwargs: Any) -> Array:
+            fresh: Array = allocate(*args, **kwargs)
+            if fresh.dtype.kind in "fiu":
+                fresh.fill(np.nan if fresh.dtype.kind == "f" else np.array(-1).astype(fresh.dtype))
+            return fresh
+
+        return allocate_and_fill
+
+    with mock.patch.object(np, "empty", poisoned(np.empty)), mock.patch.object(np, "empty_like", poisoned(np.empty_like)):
+        yield
+
+
+def definition_of(op: str) -> yoso_core.Variant:
+    (definition,) = (v for v in yoso_core.variants(op) if v.definition)
+    return definition
+
+
+def check_variant(op: str, name: str, case: Case) -> None:
+    """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly; sums within the derived tolerance."""
+    inputs = {k: as_dtype(x, case.dtype) for k, x in build(op, case).items()}
+    face = getattr(yoso_core, op)
+    got = face(**inputs, variant=name)
+    with poisoned_allocations():  # after a first call, since a compiler does not know the replacement
+        again = face(**inputs, variant=name)
+    like = face(**inputs, variant=definition_of(op).name)
+    assert type(got) is type(like)
+    assert (got.dtype, got.shape) == (like.dtype, like.shape)
+    (variant,) = (v for v in yoso_core.variants(op) if v.name == name)
+    if variant.deterministic:
+        np.testing.assert_array_equal(as_float64(again), as_float64(got), "the second call differs, or an element was not written")
+    else:
+        check_values(op, as_float64(again), inputs, case)
+    check_values(op, as_float64(got), inputs, case)
+
+
+def check_values(op: str, got: Array, inputs: dict[str, Any], case: Case) -> None:
+    """Codes and transforms are the definition's, bit for bit; sums lie within the tolerance of its result in float64."""
+    if op == "hyperplane_hash" and case.kind not in ("quantised", "onehot"):
+        check_sides(got.astype(np.int64), case)
+    elif op in ("hadamard_transform", "fast_hash", "hyperplane_hash"):
+        np.testing.assert_array_equal(got, as_float64(getattr(yoso_core, op)(**inputs, variant=definition_of(op).name)))
+    else:
+        (exact,), (allowed,) = truth.truth(op, (), inputs), truth.tolerance(op, (), inputs)
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(exact))
+        error = np.nan_to_num(np.abs(got - exact))
+        over = error > allowed
+        assert not over.any(), f"{over.sum()} of {over.size} off, the worst by {np.max((error - allowed)[over]):.3g} beyond its tolerance"
+
+
+def check_sides(codes: Array, case: Case) -> None:
+    """Every bit of hyperplane codes is the side of its plane, unless the vector is so near that the order of the sum decides."""
+    made = build("hyperplane_hash", case)
+    projection = made["vectors"] @ made["planes"].astype(np.float64)
+    largest = np.abs(made["vectors"]) @ np.abs(made["planes"]).astype(np.float64)
+    bits = (codes[..., None] >> np.arange(case.hash_code_len) & 1).reshape(projection.shape)
+    eps = np.finfo(np.float64 if case.dtype == "float64" else np.float32).eps
+    clear = np.abs(projection) > case.d * eps * largest
+    np.testing.assert_array_equal(bits[clear], projection[clear] > 0)

@@ -1,0 +1,255 @@
+"""Every variant of every operation against its definition: one parametrised test over the registry, and the faults that it must catch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import support
+from support import Case, check_variant, definition_of
+
+from yoso_core import reference, registry
+from yoso_core.reference.arrays import Array, full_mask
+
+SIZES = (
+    Case(0, 0, 48, 7, 7, 9),
+    Case(0, 63, 48, 7, 7, 9),
+    Case(7, 0, 48, 7, 7, 9),
+    Case(1, 1, 1, 1, 1, 1),
+    Case(1, 137, 20, 7, 33, 30),
+    Case(7, 7, 7, 20, 7, 13),  # tau > D: a code spans several parts
+    Case(63, 63, 1, 1, 7, 30),
+    Case(63, 63, 4, 1, 33, 13, "float64"),
+    Case(63, 63, 48, 48, 7, 9, mask="masked"),
+    Case(63, 63, 48, 48, 7, 9, "float64", mask="masked"),
+    Case(63, 63, 48, 48, 7, 9, "float16", mask="masked"),
+    Case(63, 63, 48, 48, 7, 9, "bfloat16", mask="masked"),
+    Case(63, 137, 64, 64, 33, 8, mask="fully"),
+    Case(63, 137, 64, 64, 33, 8, "float64"),
+    Case(137, 63, 80, 80, 33, 8, "float16"),
+    Case(137, 137, 128, 128, 7, 13, "bfloat16", mask="fully"),
+    Case(137, 137, 80, 20, 1, 1, mask="broadcast", leading=(2, 3)),
+    Case(137, 137, 20, 64, 7, 9, kind="onehot"),
+    Case(63, 63, 64, 7, 7, 8, kind="quantised", leading=()),
+    Case(63, 63, 48, 48, 7, 9, kind="repeated"),
+    Case(63, 63, 48, 48, 7, 30, "bfloat16", kind="repeated"),
+    Case(63, 63, 64, 7, 7, 8, leading=(0, 2)),
+    Case(7, 7, 1024, 1024, 7, 9, mask="masked"),
+    Case(4097, 4097, 20, 7, 7, 8, leading=()),
+)
+
+MAGNITUDES = ("1e-15", "1e-8", "1e8", "1e15", "1e35")
+HASHES = (
+    *SIZES,
+    *(Case(1, 63, 48, 1, 33, 9, dtype, kind=kind) for dtype in ("float32", "float64") for kind in ("quantised", "onehot", *MAGNITUDES)),
+    *(Case(1, 63, d, 1, 7, tau, kind="quantised") for d, tau in ((1, 13), (7, 30), (20, 1), (128, 9), (1024, 30))),
+    Case(1, 63, 48, 1, 33, 9, "float16", kind="quantised"),
+    Case(1, 63, 128, 1, 33, 9, "bfloat16", kind="onehot"),
+)
+
+ATTENTIONS = (
+    *SIZES,
+    *(Case(63, 63, 48, 48, 7, 9, dtype, mask="masked", normalize_output=False) for dtype in ("float32", "float64", "float16", "bfloat16")),
+    *(Case(63, 137, 48, 48, 7, 8, mask=mask, mode="expectation") for mask in ("masked", "fully")),
+    Case(63, 63, 48, 48, 7, 9, mask="masked", mode="expectation", normalize_output=False),
+    *(Case(63, 63, 20, 48, 7, 9, dtype, mask="fully", kind="quantised", mode="planes") for dtype in ("float32", "float64", "float16")),
+    Case(63, 63, 20, 48, 33, 9, mask="broadcast", kind="onehot", mode="planes", leading=(2, 3), normalize_output=False),
+    Case(63, 137, 64, 20, 7, 8, kind="1e35"),
+    Case(63, 137, 64, 20, 7, 8, kind="1e-15", mode="expectation"),
+)
+
+CASES = {
+    "hadamard_transform": HASHES,
+    "fast_hash": HASHES,
+    "hyperplane_hash": HASHES,
+    "yoso_attention": ATTENTIONS,
+    "expectation_attention": (*SIZES, Case(63, 63, 48, 7, 7, 9, kind="1e15"), Case(63, 63, 48, 7, 7, 9, "float64", kind="1e35")),
+}
+
+
+def every_check() -> list[Any]:
+    return [
+        pytest.param(kernel.op, kernel.name, case, id=f"{kernel.op}-{kernel.name}-{case}")
+        for kernel in registry.KERNELS
+        if not kernel.definition
+        for case in CASES.get(kernel.op, SIZES)
+    ]
+
+
+@pytest.mark.parametrize(("op", "name", "case"), every_check())
+def test_variant_does_what_its_definition_does(op: str, name: str, case: Case) -> None:
+    reason = registry._missing(name.partition(":")[0])
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    check_variant(op, name, case)
+
+
+# Faults: each wraps the definition of an operation and spoils one line of it.
+
+Fault = Callable[[Callable[..., Any], dict[str, Any]], Any]
+KEY_SIDE = ("key", "value", "key_hash_code", "key_weight", "key_mask")
+
+
+def drops_the_last_keys(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    n = call["value"].shape[-2] // 8 * 8
+    cut = {k: x[..., :n] if k == "key_mask" else x[..., :n, :] for k, x in call.items() if k in KEY_SIDE and x is not None}
+    return run(**{**call, **cut})
+
+
+def drops_the_last_vectors(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    out = run(**call)
+    out[..., out.shape[-2] // 8 * 8 :, :] = 0
+    return out
+
+
+def leaves_the_last_row_unwritten(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    right = run(**call)
+    out = np.empty(right.shape, right.dtype)
+    out[..., :-1, :] = right[..., :-1, :]
+    return out
+
+
+def reads_the_row_before(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return np.roll(run(**call), 1, axis=-2)
+
+
+def ignores_the_key_mask(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "key_mask": None})
+
+
+def ignores_the_query_mask(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "query_mask": None})
+
+
+def multiplies_by_the_mask(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """NaN times zero is NaN."""
+    keep = call["key_mask"]
+    return run(**{**call, "key_mask": None} | ({} if keep is None else {"value": call["value"] * keep[..., None]}))
+
+
+def forgets_one_over_m(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    num_hash = call["num_hash"] if "num_hash" in call else call["query_hash_code"].shape[-1]
+    return run(**call) * num_hash
+
+
+def shifts_the_codes(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "query_hash_code": call["query_hash_code"] >> 1, "key_hash_code": call["key_hash_code"] >> 1})
+
+
+def takes_one_bit_more(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "hash_code_len": call["hash_code_len"] + 1})
+
+
+def starts_at_bit_one(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**call) << 1
+
+
+def puts_the_first_bit_on_top(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    codes, tau = run(**call), call["hash_code_len"]
+    return sum(((codes >> b & 1) << (tau - 1 - b) for b in range(tau)), np.zeros_like(codes))
+
+
+def counts_zero_as_positive(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """``not (-projection > 0)`` is ``projection >= 0``."""
+    return run(**{**call, "vectors": -call["vectors"]}) ^ np.int32((1 << call["hash_code_len"]) - 1)
+
+
+def applies_the_diagonals_in_reverse(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "signs": call["signs"][..., ::-1, :, :]})
+
+
+def uses_one_part_throughout(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    first = call["signs"][..., :1, :]
+    return run(**{**call, "signs": np.broadcast_to(first, call["signs"].shape)})
+
+
+def starts_with_the_smallest_stride(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The same transform, from another tree of additions: bit reversal turns one into the other."""
+    dim = call["x"].shape[-1]
+    width = dim.bit_length() - 1
+    reversal = [int(f"{i:0{width}b}"[::-1], 2) if width else 0 for i in range(dim)]
+    return run(call["x"][..., reversal])[..., reversal]
+
+
+def forgets_to_normalise(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "normalize_output": False})
+
+
+def forgets_a_head(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """Every head gets the first head's draw."""
+    return run(**{**call, "signs": call["signs"][:1]})
+
+
+def uses_arccos(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """A cosine in single precision has lost the small angles."""
+    q, k = (reference.l2_normalize(call[name]) for name in ("query", "key"))
+    keep_query, keep_key = (full_mask(call[f"{side}_mask"], call[side].shape[:-1]) for side in ("query", "key"))
+    q, k, v = (np.where(keep[..., None], x, 0) for x, keep in ((q, keep_query), (k, keep_key), (call["value"], keep_key)))
+    weight: Array = (1 - np.arccos(np.clip(q @ k.swapaxes(-1, -2), -1, 1)) / np.pi) ** call["hash_code_len"]
+    weight = weight * keep_query[..., None] * keep_key[..., None, :]
+    return (weight @ v).astype(call["value"].dtype)
+
+
+ON_SUMS = (drops_the_last_keys, leaves_the_last_row_unwritten, reads_the_row_before, ignores_the_key_mask, multiplies_by_the_mask)
+ON_HASHES = (
+    drops_the_last_vectors,
+    leaves_the_last_row_unwritten,
+    reads_the_row_before,
+    starts_at_bit_one,
+    puts_the_first_bit_on_top,
+    counts_zero_as_positive,
+)
+FAULTS: dict[str, tuple[Fault, ...]] = {
+    "hadamard_transform": (
+        drops_the_last_vectors,
+        leaves_the_last_row_unwritten,
+        reads_the_row_before,
+        starts_with_the_smallest_stride,
+    ),
+    "fast_hash": (*ON_HASHES, applies_the_diagonals_in_reverse, uses_one_part_throughout, forgets_a_head),
+    "hyperplane_hash": ON_HASHES,
+    "lsh_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes),
+    "lsh_weighted_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes),
+    "expectation_attention": (*ON_SUMS, ignores_the_query_mask, takes_one_bit_more, uses_arccos),
+    "yoso_attention": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, forgets_to_normalise, applies_the_diagonals_in_reverse),
+}
+
+# The case that a fault is tried on: small, and of the sort that the fault is about.
+PLAIN = Case(63, 63, 48, 48, 7, 9, mask="masked")
+TRIED_ON = {
+    counts_zero_as_positive: Case(1, 63, 48, 1, 33, 9, kind="quantised"),
+    uses_one_part_throughout: Case(1, 63, 48, 1, 33, 9),
+    forgets_one_over_m: replace(PLAIN, normalize_output=False),
+    uses_arccos: Case(63, 63, 48, 48, 7, 9, kind="repeated"),
+}
+EVERY_FAULT = [pytest.param(op, fault, id=f"{op}-{fault.__name__}") for op, faults in FAULTS.items() for fault in faults]
+
+
+def register(monkeypatch: pytest.MonkeyPatch, op: str, fault: Fault | None) -> str:
+    """Put the definition, spoilt by a fault, into the registry as one more variant."""
+    run = definition_of(op).kernel.load()
+    names = run.__code__.co_varnames[: run.__code__.co_argcount]
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        call = {**dict(zip(names, args, strict=False)), **options}
+        return fault(run, call) if fault else run(**call)
+
+    monkeypatch.setattr(support, "spoilt", spoilt, raising=False)
+    kernel = registry.Kernel(op, "numpy:spoilt", "support:spoilt", "a definition with one line spoilt")
+    monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
+    return kernel.name
+
+
+@pytest.mark.parametrize(("op", "fault"), EVERY_FAULT)
+def test_the_check_catches(op: str, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = register(monkeypatch, op, fault)
+    case = TRIED_ON.get(fault, PLAIN)
+    with pytest.raises(AssertionError):
+        check_variant(op, name, case)
+
+
+@pytest.mark.parametrize("op", FAULTS)
+@pytest.mark.parametrize("case", [PLAIN, *TRIED_ON.values()], ids=str)
+def test_the_check_passes_a_definition_without_fault(op: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_variant(op, register(monkeypatch, op, None), case)
