@@ -13,7 +13,7 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.cumulation import clear, dense_tables_fit, relabelled
-from yoso_core.cpu.lanes import LANES, fill, load, load_transposed, multiply_add, store
+from yoso_core.cpu.lanes import LANES, fill, fill_from, load, load_transposed, multiply_add, store
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
@@ -74,16 +74,16 @@ def add_by_pairs(out, query_weight, key_weight, value, b, h, g, queries, keys, t
         for i in queries:
             even, odd = zero, zero
             for c in range(0, d_w - 1, 2):
-                even = multiply_add(fill(query_weight[b, h, i, c]), load(tile, c * LANES), even)
-                odd = multiply_add(fill(query_weight[b, h, i, c + 1]), load(tile, (c + 1) * LANES), odd)
+                even = multiply_add(fill_from(query_weight, (b, h, i, c)), load(tile, c * LANES), even)
+                odd = multiply_add(fill_from(query_weight, (b, h, i, c + 1)), load(tile, (c + 1) * LANES), odd)
             if d_w % 2:
-                even = multiply_add(fill(query_weight[b, h, i, d_w - 1]), load(tile, (d_w - 1) * LANES), even)
+                even = multiply_add(fill_from(query_weight, (b, h, i, d_w - 1)), load(tile, (d_w - 1) * LANES), even)
             store(products, 0, even + odd)
             for c in range(0, wide, 4 * LANES):
                 y0, y1 = load(out, (g, b, h, i, c)), load(out, (g, b, h, i, c + LANES))
                 y2, y3 = load(out, (g, b, h, i, c + 2 * LANES)), load(out, (g, b, h, i, c + 3 * LANES))
                 for t in range(count):
-                    j, w = keys[start + t], fill(products[t])
+                    j, w = keys[start + t], fill_from(products, t)
                     y0 = multiply_add(w, load(value, (b, h, j, c)), y0)
                     y1 = multiply_add(w, load(value, (b, h, j, c + LANES)), y1)
                     y2 = multiply_add(w, load(value, (b, h, j, c + 2 * LANES)), y2)
@@ -95,7 +95,7 @@ def add_by_pairs(out, query_weight, key_weight, value, b, h, g, queries, keys, t
             for c in range(wide, full, LANES):
                 y0 = load(out, (g, b, h, i, c))
                 for t in range(count):
-                    y0 = multiply_add(fill(products[t]), load(value, (b, h, keys[start + t], c)), y0)
+                    y0 = multiply_add(fill_from(products, t), load(value, (b, h, keys[start + t], c)), y0)
                 store(out, (g, b, h, i, c), y0)
             for c in range(full, d_v):
                 for t in range(count):
@@ -116,16 +116,16 @@ def add_by_outer_product(out, query_weight, key_weight, value, b, h, g, queries,
             v0, v1 = load(value, (b, h, j0, c)), load(value, (b, h, j1, c))
             v2, v3 = load(value, (b, h, j2, c)), load(value, (b, h, j3, c))
             for r in range(d_w):
-                row = multiply_add(fill(key_weight[b, h, j0, r]), v0, load(outer, r * d_v + c))
-                row = multiply_add(fill(key_weight[b, h, j1, r]), v1, row)
-                row = multiply_add(fill(key_weight[b, h, j2, r]), v2, row)
-                store(outer, r * d_v + c, multiply_add(fill(key_weight[b, h, j3, r]), v3, row))
+                row = multiply_add(fill_from(key_weight, (b, h, j0, r)), v0, load(outer, r * d_v + c))
+                row = multiply_add(fill_from(key_weight, (b, h, j1, r)), v1, row)
+                row = multiply_add(fill_from(key_weight, (b, h, j2, r)), v2, row)
+                store(outer, r * d_v + c, multiply_add(fill_from(key_weight, (b, h, j3, r)), v3, row))
     for start in range(grouped, len(keys)):
         j0 = keys[start]
         for c in range(0, full, LANES):
             v0 = load(value, (b, h, j0, c))
             for r in range(d_w):
-                store(outer, r * d_v + c, multiply_add(fill(key_weight[b, h, j0, r]), v0, load(outer, r * d_v + c)))
+                store(outer, r * d_v + c, multiply_add(fill_from(key_weight, (b, h, j0, r)), v0, load(outer, r * d_v + c)))
     for j in keys:
         for r in range(d_w):
             for c in range(full, d_v):
@@ -134,7 +134,7 @@ def add_by_outer_product(out, query_weight, key_weight, value, b, h, g, queries,
         for c in range(0, wide, 4 * LANES):
             y0, y1, y2, y3 = zero, zero, zero, zero
             for r in range(d_w):
-                w, at = fill(query_weight[b, h, i, r]), r * d_v + c
+                w, at = fill_from(query_weight, (b, h, i, r)), r * d_v + c
                 y0 = multiply_add(w, load(outer, at), y0)
                 y1 = multiply_add(w, load(outer, at + LANES), y1)
                 y2 = multiply_add(w, load(outer, at + 2 * LANES), y2)
@@ -146,7 +146,7 @@ def add_by_outer_product(out, query_weight, key_weight, value, b, h, g, queries,
         for c in range(wide, full, LANES):
             y0 = zero
             for r in range(d_w):
-                y0 = multiply_add(fill(query_weight[b, h, i, r]), load(outer, r * d_v + c), y0)
+                y0 = multiply_add(fill_from(query_weight, (b, h, i, r)), load(outer, r * d_v + c), y0)
             store(out, (g, b, h, i, c), load(out, (g, b, h, i, c)) + y0)
         for c in range(full, d_v):
             for r in range(d_w):

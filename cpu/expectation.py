@@ -19,6 +19,7 @@ from yoso_core.cpu.lanes import (
     absolute,
     all_at_most,
     fill,
+    fill_from,
     load,
     multiply_add,
     square_root,
@@ -113,7 +114,7 @@ def steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch):
         return chance
     apart, along = fill(tile.dtype.type(0)), fill(tile.dtype.type(0))
     for c in range(unit_key.shape[3]):
-        q, k = load(tile, c * LANES), fill(unit_key[b, h, j, c])
+        q, k = load(tile, c * LANES), fill_from(unit_key, (b, h, j, c))
         apart, along = multiply_add(q - k, q - k, apart), multiply_add(q + k, q + k, along)
     store(scratch, 0, chance)
     store(scratch, LANES, cosine)
@@ -157,8 +158,8 @@ def products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, first, last):
     b0, b1, b2, b3 = zero, zero, zero, zero
     for c in range(first, last):
         q0, q1 = load(tile0, c * LANES), load(tile1, c * LANES)
-        k0, k1 = fill(unit_key[b, h, j0, c]), fill(unit_key[b, h, j1, c])
-        k2, k3 = fill(unit_key[b, h, j2, c]), fill(unit_key[b, h, j3, c])
+        k0, k1 = fill_from(unit_key, (b, h, j0, c)), fill_from(unit_key, (b, h, j1, c))
+        k2, k3 = fill_from(unit_key, (b, h, j2, c)), fill_from(unit_key, (b, h, j3, c))
         a0, a1 = multiply_add(q0, k0, a0), multiply_add(q0, k1, a1)
         a2, a3 = multiply_add(q0, k2, a2), multiply_add(q0, k3, a3)
         b0, b1 = multiply_add(q1, k0, b0), multiply_add(q1, k1, b1)
@@ -241,8 +242,8 @@ def _expectation_kernel(dtype: Any, polynomial: tuple[float, ...]) -> Any:
                         if left < 2:
                             a1, b1 = zero, zero
                     for c in range(d_v):
-                        v0, v1 = fill(value[b, h, j0, c]), fill(value[b, h, j1, c])
-                        v2, v3 = fill(value[b, h, j2, c]), fill(value[b, h, j3, c])
+                        v0, v1 = fill_from(value, (b, h, j0, c)), fill_from(value, (b, h, j1, c))
+                        v2, v3 = fill_from(value, (b, h, j2, c)), fill_from(value, (b, h, j3, c))
                         y0, y1 = load(block_sum, c * QUERY_TILE), load(block_sum, c * QUERY_TILE + LANES)
                         y0, y1 = multiply_add(a0, v0, y0), multiply_add(b0, v0, y1)
                         y0, y1 = multiply_add(a1, v1, y0), multiply_add(b1, v1, y1)

@@ -7,7 +7,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, weight_where_positive
+from yoso_core.cpu.lanes import LANES, fill, fill_from, load, multiply_add, store, weight_where_positive
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import MAX_DIM, aligned, hadamard, load_tile, pack, rotate, tame_tile
 from yoso_core.cpu.views import Array, heads, input_array, output_array, rows, working_dtype
@@ -119,7 +119,7 @@ def add_stream_bits(tile, dim, packed, start, num_hash, hash_code_len):
 
 def spread_signs(signs: Array, leading: tuple[int, ...], dtype: Any) -> Array:
     """Signs as floats, one draw for each head (by strides of zero where they share one)."""
-    return heads(np.broadcast_to(signs.astype(dtype), (*leading, *signs.shape[-3:])), tail=3)
+    return heads(np.broadcast_to(signs.astype(dtype, order="C"), (*leading, *signs.shape[-3:])), tail=3)
 
 
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, num_threads: int | None = None) -> Array:
@@ -163,7 +163,7 @@ def _hyperplane_kernel(dtype: Any) -> Any:
                     for bit in range(hash_code_len):
                         projection = fill(x.dtype.type(0))
                         for j in range(d):
-                            plane = fill(planes[b, h, c * hash_code_len + bit, j])
+                            plane = fill_from(planes, (b, h, c * hash_code_len + bit, j))
                             projection = multiply_add(load(tile, j * LANES), plane, projection)
                         code = code | weight_where_positive(projection, types.int32(1 << bit))
                     store(code_lanes, 0, code)

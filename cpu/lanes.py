@@ -50,12 +50,20 @@ def _indices(context: Any, builder: Any, index_type: Any, index: Any) -> list[An
     return [context.cast(builder, value, value_type, types.intp) for value_type, value in given]
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index_type: Any, index: Any) -> tuple[Any, int]:
+def _address(context: Any, builder: Any, array_type: Any, array: Any, indices: list[Any]) -> Any:
+    """Address of an entry. The step along the last axis is known to be one entry, which spares the kernels a multiplication each time."""
+    struct = context.make_array(array_type)(context, builder, array)
+    strides = cgutils.unpack_tuple(builder, struct.strides, array_type.ndim)
+    strides[-1] = ir.Constant(strides[-1].type, array_type.dtype.bitwidth // 8)
+    shape = cgutils.unpack_tuple(builder, struct.shape, array_type.ndim)
+    return cgutils.get_item_pointer2(context, builder, struct.data, shape, strides, "A", indices)
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, indices: list[Any]) -> tuple[Any, int]:
     """Address of the first lane, as a pointer to a vector, and the alignment that is certain."""
-    indices = _indices(context, builder, index_type, index)
-    element = cgutils.get_item_pointer(context, builder, array_type, context.make_array(array_type)(context, builder, array), indices)
     vector = ir.VectorType(context.get_data_type(array_type.dtype), LANES)
-    return builder.bitcast(element, vector.as_pointer()), array_type.dtype.bitwidth // 8
+    address = _address(context, builder, array_type, array, indices)
+    return builder.bitcast(address, vector.as_pointer()), array_type.dtype.bitwidth // 8
 
 
 @intrinsic
@@ -63,7 +71,7 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen entries from ``array[index]`` on along the last axis, which must be contiguous. ``index`` is an integer or a tuple."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, align = _pointer(context, builder, signature.args[0], args[0], signature.args[1], args[1])
+        pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
         value = builder.load(pointer)
         value.align = align
         return value
@@ -76,7 +84,7 @@ def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
     """Write sixteen lanes to ``array[index]`` and on."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, align = _pointer(context, builder, signature.args[0], args[0], signature.args[1], args[1])
+        pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
         builder.store(args[2], pointer).align = align
         return context.get_dummy_value()
 
@@ -87,6 +95,17 @@ def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
 def fill(typingctx: Any, scalar: Any) -> Any:
     """The same number in every lane."""
     return Lanes(scalar)(scalar), lambda context, builder, signature, args: _splat(builder, args[0])
+
+
+@intrinsic
+def fill_from(typingctx: Any, array: Any, index: Any) -> Any:
+    """``array[index]`` in every lane; the last axis of ``array`` must be contiguous."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        indices = _indices(context, builder, signature.args[1], args[1])
+        return _splat(builder, builder.load(_address(context, builder, signature.args[0], args[0], indices)))
+
+    return Lanes(array.dtype)(array, index), codegen
 
 
 def _lanewise(floats: str, integers: str) -> Any:
@@ -202,13 +221,11 @@ def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: An
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type, index_type, tile_type = signature.args[0], signature.args[1], signature.args[2]
         indices = _indices(context, builder, index_type, args[1])
-        source = context.make_array(array_type)(context, builder, args[0])
-        vector = ir.VectorType(context.get_data_type(array_type.dtype), LANES)
-        align = array_type.dtype.bitwidth // 8
         rows = []
         for r in range(LANES):
             at = [*indices[:-2], builder.add(indices[-2], ir.Constant(indices[-2].type, r)), indices[-1]]
-            row = builder.load(builder.bitcast(cgutils.get_item_pointer(context, builder, array_type, source, at), vector.as_pointer()))
+            pointer, align = _pointer(context, builder, array_type, args[0], at)
+            row = builder.load(pointer)
             row.align = align
             rows.append(row)
         mask_type = ir.VectorType(_INT32, LANES)
@@ -219,12 +236,11 @@ def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: An
                 if not r & step:
                     a, b = rows[r], rows[r + step]
                     rows[r], rows[r + step] = builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
-        target = context.make_array(tile_type)(context, builder, args[2])
         start = context.cast(builder, args[3], signature.args[3], types.intp)
         for r in range(LANES):
             at = [builder.add(start, ir.Constant(start.type, r * LANES))]
-            pointer = cgutils.get_item_pointer(context, builder, tile_type, target, at)
-            builder.store(rows[r], builder.bitcast(pointer, vector.as_pointer())).align = align
+            pointer, align = _pointer(context, builder, tile_type, args[2], at)
+            builder.store(rows[r], pointer).align = align
         return context.get_dummy_value()
 
     return types.void(array, index, tile, start), codegen

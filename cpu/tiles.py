@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from yoso_core.cpu.compiling import helper
-from yoso_core.cpu.lanes import LANES, absolute, all_at_most, fill, load, load_transposed, store, weight_where_positive
+from yoso_core.cpu.lanes import LANES, absolute, all_at_most, fill, fill_from, load, load_transposed, store, weight_where_positive
 
 HUGE = 2.0**60
 """Vectors with entries beyond this are scaled down by a power of two, as the reference does."""
@@ -30,7 +30,7 @@ def aligned(count, dtype):
 @helper
 def take(tile, j, flip, signs, b, h, stage, part):
     """Coordinate ``j`` of all vectors, times its random sign if ``flip``, a constant, says so."""
-    return load(tile, j * LANES) * fill(signs[b, h, stage, part, j]) if flip else load(tile, j * LANES)
+    return load(tile, j * LANES) * fill_from(signs, (b, h, stage, part, j)) if flip else load(tile, j * LANES)
 
 
 @helper

@@ -45,12 +45,12 @@ class Caller:
         return int(sys.modules["torch"].get_num_threads()) if self.library == "torch" else None
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        """The caller's CPU array as NumPy, sharing memory; bfloat16, which NumPy lacks, is widened to float32."""
+        """The caller's CPU array as NumPy, sharing memory; torch's half types, one of which NumPy lacks, are widened to float32."""
         if self.library == "numpy":
             return np.asarray(x)
         torch = sys.modules["torch"]
         x = x.detach()
-        return (x.float() if x.dtype == torch.bfloat16 else x.resolve_neg()).numpy()
+        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.resolve_neg()).numpy()
 
     def from_numpy(self, result: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         """A fresh NumPy result as the caller's kind of array, in the dtype of ``like`` if one is given."""
