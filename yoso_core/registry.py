@@ -151,9 +151,9 @@ def variants(op: str | Callable[..., Any]) -> list[Variant]:
     >>> [v.name for v in variants("fast_hash") if v.definition]
     ['numpy:formula']
     """
-    found = []
+    found, name = [], op_name(op)
     for kernel in KERNELS:
-        if kernel.op == op_name(op):
+        if kernel.op == name:
             reason = _missing(kernel.where)
             found.append(
                 Variant(kernel.op, kernel.name, reason is None, reason, kernel.summary, kernel.deterministic, kernel.definition, kernel)
