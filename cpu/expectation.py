@@ -30,8 +30,8 @@ from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned, load_tile
 from yoso_core.cpu.views import Array, input_array, kept, output_array, rows, working_dtype
 
-STEEP = 0.99
-"""Cosines beyond this are turned into angles by differences of the vectors."""
+STEEP, STEEP_FOR_GRADIENTS = 0.99, 0.9
+"""Cosines beyond this are turned into angles by differences of the vectors. Gradients need sines too, which suffer sooner."""
 
 KEYS_AT_ONCE = 4
 KEY_BLOCK = 64
@@ -57,10 +57,19 @@ POLYNOMIAL = {types.float32: arccos_polynomial(8), types.float64: arccos_polynom
 
 @cache
 def _unit_kernel(dtype: Any) -> Any:
-    """Rows scaled to unit length (zero rows stay zero), and which of them are not finite. A task is (head, block of rows)."""
+    """Rows scaled to unit length (zero rows stay zero), their lengths, and which of them are not finite. A task is one row."""
 
-    @kernel(types.void(types.intp, types.intp, input_array(dtype, 4), output_array(dtype, 4), output_array(types.uint8, 3)))
-    def normalize(first, last, x, unit, spoiled):
+    @kernel(
+        types.void(
+            types.intp,
+            types.intp,
+            input_array(dtype, 4),
+            output_array(dtype, 4),
+            output_array(dtype, 3),
+            output_array(types.uint8, 3),
+        )
+    )
+    def normalize(first, last, x, unit, lengths, spoiled):
         n, d = x.shape[2], x.shape[3]
         for task in range(first, last):
             head, i = divmod(task, n)
@@ -78,18 +87,19 @@ def _unit_kernel(dtype: Any) -> Any:
                 unit[b, h, i, c] = entry
                 squares += float(entry) * float(entry)
             length = x.dtype.type(math.sqrt(squares)) if largest > 0 else x.dtype.type(1)
+            lengths[b, h, i] = largest * length
             for c in range(d):
                 unit[b, h, i, c] = unit[b, h, i, c] / length if finite else x.dtype.type(np.nan)
 
     return normalize
 
 
-def unit_rows(x: Array, num_threads: int | None) -> tuple[Array, Array]:
-    """``x (batch, heads, n, d)`` with rows of unit length, and uint8 ``(batch, heads, n)``: 1 where a row was not finite."""
-    unit, spoiled = np.empty(x.shape, x.dtype), np.empty(x.shape[:-1], np.uint8)
+def unit_rows(x: Array, num_threads: int | None) -> tuple[Array, Array, Array]:
+    """``x (batch, heads, n, d)`` with rows of unit length, their lengths, and uint8 ``(batch, heads, n)``: 1 where a row was not finite."""
+    unit, lengths, spoiled = np.empty(x.shape, x.dtype), np.empty(x.shape[:-1], x.dtype), np.empty(x.shape[:-1], np.uint8)
     run = _unit_kernel(from_dtype(x.dtype))
-    share(spoiled.size, lambda first, last: run(first, last, x, unit, spoiled), num_threads=num_threads, cost=10.0 * x.size)
-    return unit, spoiled
+    share(spoiled.size, lambda first, last: run(first, last, x, unit, lengths, spoiled), num_threads=num_threads, cost=10.0 * x.size)
+    return unit, lengths, spoiled
 
 
 @helper
@@ -108,11 +118,20 @@ def agreement(cosine, polynomial, like):
 
 
 @helper
-def steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch):
-    """``chance`` with the lanes beyond `STEEP` done again from differences: ``theta = 2 atan2(|q - k|, |q + k|)``."""
-    if all_at_most(absolute(cosine), tile.dtype.type(STEEP)):
-        return chance
-    apart, along = fill(tile.dtype.type(0)), fill(tile.dtype.type(0))
+def chance_and_sine(cosine, tile, unit_key, b, h, j, polynomial, steep, want_sine, scratch):
+    """``1 - theta / pi`` and, if wanted, ``sin theta`` of 16 vectors, coordinate by coordinate in ``tile``, and vector ``j``.
+
+    Lanes beyond ``steep`` are done again from differences: ``theta = 2 atan2(|q - k|, |q + k|)``, ``sin theta = |q - k| |q + k| / 2``.
+    """
+    zero, one = fill(tile.dtype.type(0)), fill(tile.dtype.type(1))
+    chance = agreement(cosine, polynomial, tile)
+    sine = zero
+    if want_sine:
+        square = one - cosine * cosine
+        sine = square_root(where_less(square, zero, zero, square))
+    if all_at_most(absolute(cosine), tile.dtype.type(steep)):
+        return chance, sine
+    apart, along = zero, zero
     for c in range(unit_key.shape[3]):
         q, k = load(tile, c * LANES), fill_from(unit_key, (b, h, j, c))
         apart, along = multiply_add(q - k, q - k, apart), multiply_add(q + k, q + k, along)
@@ -120,11 +139,13 @@ def steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch):
     store(scratch, LANES, cosine)
     store(scratch, 2 * LANES, apart)
     store(scratch, 3 * LANES, along)
+    store(scratch, 4 * LANES, sine)
     for t in range(LANES):
-        if abs(scratch[LANES + t]) > STEEP:
-            theta = 2 * math.atan2(math.sqrt(scratch[2 * LANES + t]), math.sqrt(scratch[3 * LANES + t]))
-            scratch[t] = 1 - theta / math.pi
-    return load(scratch, 0)
+        if abs(scratch[LANES + t]) > steep:
+            difference, together = math.sqrt(scratch[2 * LANES + t]), math.sqrt(scratch[3 * LANES + t])
+            scratch[t] = 1 - 2 * math.atan2(difference, together) / math.pi
+            scratch[4 * LANES + t] = difference * together / 2
+    return load(scratch, 0), load(scratch, 4 * LANES)
 
 
 @helper
@@ -146,8 +167,7 @@ def power(base, exponent):
 @helper
 def weight(cosine, tile, unit_key, b, h, j, polynomial, hash_code_len, scratch):
     """``(1 - arccos(c) / pi)**tau`` for 16 queries and key ``j``."""
-    chance = agreement(cosine, polynomial, tile)
-    return power(steep_agreement(chance, cosine, tile, unit_key, b, h, j, scratch), hash_code_len)
+    return power(chance_and_sine(cosine, tile, unit_key, b, h, j, polynomial, STEEP, False, scratch)[0], hash_code_len)
 
 
 @helper
@@ -165,6 +185,69 @@ def products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, first, last):
         b0, b1 = multiply_add(q1, k0, b0), multiply_add(q1, k1, b1)
         b2, b3 = multiply_add(q1, k2, b2), multiply_add(q1, k3, b3)
     return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@helper
+def list_kept(chosen, keep, b, h):
+    """The kept rows of a head; the last is repeated, to be given weight zero, so that a group of four can always be filled."""
+    count = 0
+    for j in range(keep.shape[2]):
+        if keep[b, h, j]:
+            chosen[count] = j
+            count += 1
+    for j in range(count, count + KEYS_AT_ONCE):
+        chosen[j] = chosen[max(count - 1, 0)]
+    return count
+
+
+@helper
+def all_products(tile0, tile1, rows, b, h, j0, j1, j2, j3):
+    """`products` over all coordinates, `DIM_BLOCK` at a time."""
+    dim = rows.shape[3]
+    a0, a1, a2, a3, b0, b1, b2, b3 = products(tile0, tile1, rows, b, h, j0, j1, j2, j3, 0, min(dim, DIM_BLOCK))
+    for c in range(DIM_BLOCK, dim, DIM_BLOCK):
+        c0, c1, c2, c3, d0, d1, d2, d3 = products(tile0, tile1, rows, b, h, j0, j1, j2, j3, c, min(dim, c + DIM_BLOCK))
+        a0, a1, a2, a3 = a0 + c0, a1 + c1, a2 + c2, a3 + c3
+        b0, b1, b2, b3 = b0 + d0, b1 + d1, b2 + d2, b3 + d3
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@helper
+def drop_missing(left, like, a0, a1, a2, a3, b0, b1, b2, b3):
+    """Zeros for the keys beyond the last."""
+    zero = fill(like.dtype.type(0))
+    if left < 4:
+        a3, b3 = zero, zero
+    if left < 3:
+        a2, b2 = zero, zero
+    if left < 2:
+        a1, b1 = zero, zero
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@helper
+def add_rows(block_sum, rows, b, h, j0, j1, j2, j3, a0, a1, a2, a3, b0, b1, b2, b3):
+    """Four rows, each times its weights, on top of the sums of 32 queries: ``block_sum[c * 32 + t] += sum_u weight_u[t] rows[j_u, c]``."""
+    for c in range(rows.shape[3]):
+        v0, v1 = fill_from(rows, (b, h, j0, c)), fill_from(rows, (b, h, j1, c))
+        v2, v3 = fill_from(rows, (b, h, j2, c)), fill_from(rows, (b, h, j3, c))
+        y0, y1 = load(block_sum, c * QUERY_TILE), load(block_sum, c * QUERY_TILE + LANES)
+        y0, y1 = multiply_add(a0, v0, y0), multiply_add(b0, v0, y1)
+        y0, y1 = multiply_add(a1, v1, y0), multiply_add(b1, v1, y1)
+        y0, y1 = multiply_add(a2, v2, y0), multiply_add(b2, v2, y1)
+        y0, y1 = multiply_add(a3, v3, y0), multiply_add(b3, v3, y1)
+        store(block_sum, c * QUERY_TILE, y0)
+        store(block_sum, c * QUERY_TILE + LANES, y1)
+
+
+@helper
+def load_two_tiles(tile0, tile1, x, b, h, i):
+    """32 rows of ``x[b, h, i:]`` as two tiles, as far as there are so many."""
+    load_tile(tile0, x.shape[3], x, b, h, i)
+    if i + LANES < x.shape[2]:
+        load_tile(tile1, x.shape[3], x, b, h, i + LANES)
+    else:
+        tile1[:] = 0
 
 
 @cache
@@ -194,38 +277,23 @@ def _expectation_kernel(dtype: Any, polynomial: tuple[float, ...]) -> Any:
         n_q, n_k, d, d_v = unit_query.shape[2], unit_key.shape[2], unit_query.shape[3], value.shape[3]
         tile0, tile1 = aligned(d * LANES, out.dtype), aligned(d * LANES, out.dtype)
         block_sum, sums = aligned(d_v * QUERY_TILE, out.dtype), aligned(d_v * QUERY_TILE, out.dtype)
-        scratch = aligned(4 * LANES, out.dtype)
+        scratch = aligned(5 * LANES, out.dtype)
         chosen = np.empty(n_k + KEYS_AT_ONCE, np.intp)
-        zero = fill(out.dtype.type(0))
         listed, num_kept = -1, 0
         tasks_per_head = (n_q + QUERY_TILE - 1) // QUERY_TILE
         for task in range(first, last):
             head, part = divmod(task, tasks_per_head)
             b, h = divmod(head, unit_query.shape[1])
-            if head != listed:  # the kept keys of this head; the last is repeated, with weight zero, to fill a group of four
-                listed, num_kept = head, 0
-                for j in range(n_k):
-                    if keep_key[b, h, j]:
-                        chosen[num_kept] = j
-                        num_kept += 1
-                for j in range(num_kept, num_kept + KEYS_AT_ONCE):
-                    chosen[j] = chosen[max(num_kept - 1, 0)]
+            if head != listed:
+                listed, num_kept = head, list_kept(chosen, keep_key, b, h)
             i = part * QUERY_TILE
-            load_tile(tile0, d, unit_query, b, h, i)
-            if i + LANES < n_q:
-                load_tile(tile1, d, unit_query, b, h, i + LANES)
-            else:
-                tile1[:] = 0
+            load_two_tiles(tile0, tile1, unit_query, b, h, i)
             sums[:] = 0
             for block in range(0, num_kept, KEY_BLOCK):
                 block_sum[:] = 0
                 for group in range(block, min(block + KEY_BLOCK, num_kept), KEYS_AT_ONCE):
                     j0, j1, j2, j3 = chosen[group], chosen[group + 1], chosen[group + 2], chosen[group + 3]
-                    a0, a1, a2, a3, b0, b1, b2, b3 = products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, 0, min(d, DIM_BLOCK))
-                    for c in range(DIM_BLOCK, d, DIM_BLOCK):
-                        c0, c1, c2, c3, d0, d1, d2, d3 = products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3, c, min(d, c + DIM_BLOCK))
-                        a0, a1, a2, a3 = a0 + c0, a1 + c1, a2 + c2, a3 + c3
-                        b0, b1, b2, b3 = b0 + d0, b1 + d1, b2 + d2, b3 + d3
+                    a0, a1, a2, a3, b0, b1, b2, b3 = all_products(tile0, tile1, unit_key, b, h, j0, j1, j2, j3)
                     a0 = weight(a0, tile0, unit_key, b, h, j0, polynomial, hash_code_len, scratch)
                     a1 = weight(a1, tile0, unit_key, b, h, j1, polynomial, hash_code_len, scratch)
                     a2 = weight(a2, tile0, unit_key, b, h, j2, polynomial, hash_code_len, scratch)
@@ -234,23 +302,8 @@ def _expectation_kernel(dtype: Any, polynomial: tuple[float, ...]) -> Any:
                     b1 = weight(b1, tile1, unit_key, b, h, j1, polynomial, hash_code_len, scratch)
                     b2 = weight(b2, tile1, unit_key, b, h, j2, polynomial, hash_code_len, scratch)
                     b3 = weight(b3, tile1, unit_key, b, h, j3, polynomial, hash_code_len, scratch)
-                    left = num_kept - group
-                    if left < 4:
-                        a3, b3 = zero, zero
-                        if left < 3:
-                            a2, b2 = zero, zero
-                        if left < 2:
-                            a1, b1 = zero, zero
-                    for c in range(d_v):
-                        v0, v1 = fill_from(value, (b, h, j0, c)), fill_from(value, (b, h, j1, c))
-                        v2, v3 = fill_from(value, (b, h, j2, c)), fill_from(value, (b, h, j3, c))
-                        y0, y1 = load(block_sum, c * QUERY_TILE), load(block_sum, c * QUERY_TILE + LANES)
-                        y0, y1 = multiply_add(a0, v0, y0), multiply_add(b0, v0, y1)
-                        y0, y1 = multiply_add(a1, v1, y0), multiply_add(b1, v1, y1)
-                        y0, y1 = multiply_add(a2, v2, y0), multiply_add(b2, v2, y1)
-                        y0, y1 = multiply_add(a3, v3, y0), multiply_add(b3, v3, y1)
-                        store(block_sum, c * QUERY_TILE, y0)
-                        store(block_sum, c * QUERY_TILE + LANES, y1)
+                    a0, a1, a2, a3, b0, b1, b2, b3 = drop_missing(num_kept - group, out, a0, a1, a2, a3, b0, b1, b2, b3)
+                    add_rows(block_sum, value, b, h, j0, j1, j2, j3, a0, a1, a2, a3, b0, b1, b2, b3)
                 for c in range(0, d_v * QUERY_TILE, LANES):
                     store(sums, c, load(sums, c) + load(block_sum, c))
             stop = min(i + QUERY_TILE, n_q)
@@ -278,8 +331,8 @@ def expectation_attention(
     Working memory: unit copies of query and key.
     """
     dtype = np.promote_types(working_dtype(query), working_dtype(value))
-    unit_query, spoiled_query = unit_rows(rows(query, dtype), num_threads)
-    unit_key, _ = unit_rows(rows(key, dtype), num_threads)
+    unit_query, _, spoiled_query = unit_rows(rows(query, dtype), num_threads)
+    unit_key, _, _ = unit_rows(rows(key, dtype), num_threads)
     v = rows(value, dtype)
     keep_query, keep_key = kept(query_mask, query.shape[:-1]), kept(key_mask, key.shape[:-1])
     batch, num_heads, n_q, d = unit_query.shape

@@ -118,6 +118,7 @@ def _lanewise(floats: str, integers: str) -> Any:
 
 
 _add, _sub, _mul, _or = _lanewise("fadd", "add"), _lanewise("fsub", "sub"), _lanewise("fmul", "mul"), _lanewise("", "or_")
+_div = _lanewise("fdiv", "sdiv")
 
 
 def _operator(symbol: Callable[..., Any], instruction: Any) -> None:
@@ -131,6 +132,7 @@ for _symbol, _instruction in (
     (operator.add, _add),
     (operator.sub, _sub),
     (operator.mul, _mul),
+    (operator.truediv, _div),
     (operator.or_, _or),
 ):
     _operator(_symbol, _instruction)
@@ -169,6 +171,27 @@ def weight_where_positive(typingctx: Any, lanes: Any, weight: Any) -> Any:
         return builder.select(positive, _splat(builder, args[1]), ir.Constant(ir.VectorType(_INT32, LANES), None))
 
     return Lanes(types.int32)(lanes, types.int32), codegen
+
+
+@intrinsic
+def count_where_equal(typingctx: Any, count: Any, lanes: Any, number: Any) -> Any:
+    """int32 lanes ``count``, one more where ``lanes`` equals ``number``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        equal = builder.icmp_signed("==", args[1], _splat(builder, args[2]))
+        return builder.add(args[0], builder.zext(equal, args[0].type))
+
+    return count(count, lanes, lanes.dtype), codegen
+
+
+@intrinsic
+def to_float(typingctx: Any, lanes: Any, like: Any) -> Any:
+    """int32 lanes as floats of the type of the scalar ``like``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sitofp(args[0], ir.VectorType(args[1].type, LANES))
+
+    return Lanes(like)(lanes, like), codegen
 
 
 @intrinsic

@@ -4,7 +4,7 @@ Plain Python threads that call kernels compiled without the GIL. Numba's own thr
 use them at once, or kill a child that was forked after a call; threads of `concurrent.futures` do neither, and a forked child starts its
 own.
 
-How work is cut into tasks is decided by the callers from shapes alone. Here it is only dealt out, so the number of threads never changes
+What is added up with what is decided by the callers from shapes alone. Here work is only dealt out, so the number of threads never changes
 a bit.
 """
 
@@ -42,7 +42,8 @@ def _forget_pool() -> None:
     _pool, _lock = None, threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+if hasattr(os, "register_at_fork"):  # where there is no fork there is nothing to do
+    os.register_at_fork(after_in_child=_forget_pool)
 
 
 def share(tasks: int, work: Callable[[int, int], object], *, num_threads: int | None, cost: float) -> None:

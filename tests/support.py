@@ -34,12 +34,14 @@ class Case:
     mode: str = "signs"
     """Of `yoso_attention`: ``signs``, ``planes`` or ``expectation``."""
     normalize_output: bool = True
+    grad: str = "lower_bound"
+    """Of the backward functions."""
 
     def __str__(self) -> str:
         n = f"n{self.n_q}" if self.n_q == self.n_k else f"q{self.n_q}-k{self.n_k}"
         parts = [n, f"d{self.d}-v{self.d_v}-m{self.num_hash}-tau{self.hash_code_len}", self.dtype]
         parts += [self.mask] * (self.mask != "none") + [self.kind] * (self.kind != "clusters") + [self.mode] * (self.mode != "signs")
-        parts += ["raw"] * (not self.normalize_output)
+        parts += ["raw"] * (not self.normalize_output) + [self.grad] * (self.grad != "lower_bound")
         parts += ["lead" + "x".join(map(str, self.leading))] * (self.leading != (2,))
         return "-".join(parts)
 
@@ -117,6 +119,10 @@ def build(op: str, case: Case) -> dict[str, Any]:
         made = {**codes, "query_weight": query, "key_weight": key, "value": value, "hashtable_capacity": capacity, **masks}
     elif op == "expectation_attention":
         made = {"query": query, "key": key, "value": value, "hash_code_len": tau, **masks}
+    elif op.endswith("_backward"):
+        grad_out = hide(rng.standard_normal((*query_rows, case.d_v)), keep_query, case.mask, np.nan)
+        made = {"grad_out": grad_out, "query": query, "key": key, "value": value, "hash_code_len": tau, "grad": case.grad, **masks}
+        made |= codes if op == "lsh_attention_backward" else {}
     elif op == "yoso_attention":
         draw = {"signs": {"signs": signs}, "planes": {"planes": planes}, "expectation": {"use_expectation": True}}[case.mode]
         made = {"query": query, "key": key, "value": value, **numbers, **draw, **masks, "normalize_output": case.normalize_output}
@@ -164,33 +170,39 @@ def definition_of(op: str) -> yoso_core.Variant:
 def check_variant(op: str, name: str, case: Case) -> None:
     """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly; sums within the derived tolerance."""
     inputs = {k: as_dtype(x, case.dtype) for k, x in build(op, case).items()}
-    face = getattr(yoso_core, op)
-    got = face(**inputs, variant=name)
+
+    def outputs(variant: str) -> tuple[Any, ...]:
+        result = getattr(yoso_core, op)(**inputs, variant=variant)
+        return result if isinstance(result, tuple) else (result,)
+
+    got = outputs(name)
     with poisoned_allocations():  # after a first call, since a compiler does not know the replacement
-        again = face(**inputs, variant=name)
-    like = face(**inputs, variant=definition_of(op).name)
-    assert type(got) is type(like)
-    assert (got.dtype, got.shape) == (like.dtype, like.shape)
+        again = outputs(name)
+    for x, like in zip(got, outputs(definition_of(op).name), strict=True):
+        assert type(x) is type(like)
+        assert (x.dtype, x.shape) == (like.dtype, like.shape)
     (variant,) = (v for v in yoso_core.variants(op) if v.name == name)
     if variant.deterministic:
-        np.testing.assert_array_equal(as_float64(again), as_float64(got), "the second call differs, or an element was not written")
+        for x, y in zip(again, got, strict=True):
+            np.testing.assert_array_equal(as_float64(x), as_float64(y), "the second call differs, or an element was not written")
     else:
-        check_values(op, as_float64(again), inputs, case)
-    check_values(op, as_float64(got), inputs, case)
+        check_values(op, [as_float64(x) for x in again], inputs, case)
+    check_values(op, [as_float64(x) for x in got], inputs, case)
 
 
-def check_values(op: str, got: Array, inputs: dict[str, Any], case: Case) -> None:
+def check_values(op: str, got: list[Array], inputs: dict[str, Any], case: Case) -> None:
     """Codes and transforms are the definition's, bit for bit; sums lie within the tolerance of its result in float64."""
     if op == "hyperplane_hash" and case.kind not in ("quantised", "onehot"):
-        check_sides(got.astype(np.int64), case)
+        check_sides(got[0].astype(np.int64), case)
     elif op in ("hadamard_transform", "fast_hash", "hyperplane_hash"):
-        np.testing.assert_array_equal(got, as_float64(getattr(yoso_core, op)(**inputs, variant=definition_of(op).name)))
+        np.testing.assert_array_equal(got[0], as_float64(getattr(yoso_core, op)(**inputs, variant=definition_of(op).name)))
     else:
-        (exact,), (allowed,) = truth.truth(op, (), inputs), truth.tolerance(op, (), inputs)
-        np.testing.assert_array_equal(np.isnan(got), np.isnan(exact))
-        error = np.nan_to_num(np.abs(got - exact))
-        over = error > allowed
-        assert not over.any(), f"{over.sum()} of {over.size} off, the worst by {np.max((error - allowed)[over]):.3g} beyond its tolerance"
+        for x, exact, allowed in zip(got, truth.truth(op, (), inputs), truth.tolerance(op, (), inputs), strict=True):
+            np.testing.assert_array_equal(np.isnan(x), np.isnan(exact))
+            error = np.nan_to_num(np.abs(x - exact))
+            over = error > allowed
+            worst = np.max((error - allowed)[over], initial=0)
+            assert not over.any(), f"{over.sum()} of {over.size} off, the worst by {worst:.3g} beyond its tolerance"
 
 
 def check_sides(codes: Array, case: Case) -> None:

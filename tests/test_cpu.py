@@ -265,6 +265,15 @@ def test_arccos_polynomial_is_as_close_as_its_docstring_says(dtype):
     assert np.abs(value - np.arccos(cosine) / np.pi).max() < {"float32": 1.4e-9, "float64": 1.3e-15}[dtype]
 
 
+@pytest.mark.parametrize("op", ["expectation_attention_backward", "lsh_attention_backward"])
+@pytest.mark.parametrize("grad", ["lower_bound", "exact"])
+def test_bits_of_the_gradients_do_not_depend_on_the_number_of_threads(op, grad):
+    args, kwargs = yoso_core.example_inputs(op, n=300, n_key=200, heads=3, dim=20, num_hash=9, hash_code_len=5)
+    one, many = (getattr(cpu, op)(*args, grad=grad, **kwargs, num_threads=count) for count in (1, 3))
+    for x, y in zip(one, many, strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
 @pytest.mark.parametrize("share_of_keys", [1, 3, 2000], ids=["pairs", "between", "outer-products"])
 def test_weighted_cumulation_by_pairs_and_by_outer_products(share_of_keys):
     """Buckets from nearly empty to very full reach both ways of adding up."""

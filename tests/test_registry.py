@@ -59,7 +59,16 @@ ATTENTIONS = (
     Case(63, 137, 64, 20, 7, 8, kind="1e-15", mode="expectation"),
 )
 
+GRADIENTS = (
+    *SIZES,
+    *(Case(63, 137, 48, 20, 7, 9, dtype, mask="masked", grad="exact") for dtype in ("float32", "float64", "float16", "bfloat16")),
+    Case(137, 63, 20, 48, 33, 8, mask="fully", grad="exact"),
+    Case(63, 63, 130, 7, 7, 8, grad="exact", leading=(2, 3)),
+)
+
 CASES = {
+    "expectation_attention_backward": GRADIENTS,
+    "lsh_attention_backward": GRADIENTS,
     "hadamard_transform": HASHES,
     "fast_hash": HASHES,
     "hyperplane_hash": HASHES,
@@ -112,6 +121,17 @@ def leaves_the_last_row_unwritten(run: Callable[..., Any], call: dict[str, Any])
 
 def reads_the_row_before(run: Callable[..., Any], call: dict[str, Any]) -> Any:
     return np.roll(run(**call), 1, axis=-2)
+
+
+def forgets_the_chain_through_the_key(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The gradient by the unit vector, not by the key."""
+    grad_query, grad_key, grad_value = run(**call)
+    length = np.linalg.norm(np.nan_to_num(call["key"]), axis=-1, keepdims=True).astype(grad_key.dtype)
+    return grad_query, grad_key * length, grad_value
+
+
+def takes_the_other_gradient(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "grad": "exact" if call["grad"] == "lower_bound" else "lower_bound"})
 
 
 def ignores_the_key_mask(run: Callable[..., Any], call: dict[str, Any]) -> Any:
@@ -192,6 +212,7 @@ def uses_arccos(run: Callable[..., Any], call: dict[str, Any]) -> Any:
 
 
 ON_SUMS = (drops_the_last_keys, leaves_the_last_row_unwritten, reads_the_row_before, ignores_the_key_mask, multiplies_by_the_mask)
+ON_GRADIENTS = (ignores_the_key_mask, ignores_the_query_mask, forgets_the_chain_through_the_key, takes_the_other_gradient)
 ON_HASHES = (
     drops_the_last_vectors,
     leaves_the_last_row_unwritten,
@@ -212,6 +233,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "lsh_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes),
     "lsh_weighted_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes),
     "expectation_attention": (*ON_SUMS, ignores_the_query_mask, takes_one_bit_more, uses_arccos),
+    "expectation_attention_backward": (*ON_GRADIENTS, takes_one_bit_more),
+    "lsh_attention_backward": (*ON_GRADIENTS, shifts_the_codes),
     "yoso_attention": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, forgets_to_normalise, applies_the_diagonals_in_reverse),
 }
 

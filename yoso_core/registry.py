@@ -89,10 +89,22 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel(
         "expectation_attention_backward",
+        "cpu:blocked",
+        "yoso_core.cpu:expectation_attention_backward",
+        "32 rows by 4 in registers, once by query and once by key",
+    ),
+    Kernel(
+        "expectation_attention_backward",
         "numpy:formula",
         "yoso_core.reference:expectation_attention_backward",
         "one query at a time",
         definition=True,
+    ),
+    Kernel(
+        "lsh_attention_backward",
+        "cpu:buckets",
+        "yoso_core.cpu:lsh_attention_backward",
+        "lower bound: weighted cumulations; exact: all pairs, blocked",
     ),
     Kernel(
         "lsh_attention_backward",
