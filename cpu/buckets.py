@@ -43,114 +43,159 @@ def sort_by_bucket(codes, keep, b, h, c, begins, order):
 
 
 @helper
-def load_weights(tile, raw, x, b, h, chosen, start):
-    """The rows ``chosen[start : start + 16]`` of ``x[b, h]`` as a tile, coordinate by coordinate; missing vectors are zeros."""
-    d = x.shape[3]
-    full = d - d % LANES
-    zero = fill(x.dtype.type(0))
+def load_bucket(tile, raw, values, key_weight, value, b, h, keys, start):
+    """Up to 16 keys of a bucket, ``keys[start : start + 16]``: their weights as a tile, coordinate by coordinate, their values row by row.
+
+    Missing vectors have weights and values of zero.
+    """
+    d_w, d_v = key_weight.shape[3], value.shape[3]
+    wide_w, wide_v = d_w - d_w % LANES, d_v - d_v % LANES
     for t in range(LANES):
-        if start + t < len(chosen):
-            j = chosen[start + t]
-            for c in range(0, full, LANES):
-                store(raw, (t, c), load(x, (b, h, j, c)))
-            for c in range(full, d):
-                raw[t, c] = x[b, h, j, c]
+        if start + t < len(keys):
+            j = keys[start + t]
+            for c in range(0, wide_w, LANES):
+                store(raw, (t, c), load(key_weight, (b, h, j, c)))
+            for c in range(wide_w, d_w):
+                raw[t, c] = key_weight[b, h, j, c]
+            for c in range(0, wide_v, LANES):
+                store(values, t * d_v + c, load(value, (b, h, j, c)))
+            for c in range(wide_v, d_v):
+                values[t * d_v + c] = value[b, h, j, c]
         else:
-            for c in range(0, raw.shape[1], LANES):
-                store(raw, (t, c), zero)
-    for c in range(0, d, LANES):
+            raw[t, :] = 0
+            clear(values, t * d_v, d_v)
+    for c in range(0, d_w, LANES):
         load_transposed(raw, (0, c), tile, c * LANES)
 
 
 @helper
-def add_by_pairs(out, query_weight, key_weight, value, b, h, g, queries, keys, tile, raw, products):
-    """16 keys at a time: all their products with one query at once, then their values on top of its row."""
-    d_w, d_v = query_weight.shape[3], value.shape[3]
-    wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
-    zero = fill(value.dtype.type(0))
-    for start in range(0, len(keys), LANES):
-        load_weights(tile, raw, key_weight, b, h, keys, start)
-        count = min(LANES, len(keys) - start)
-        for i in queries:
-            even, odd = zero, zero
-            for c in range(0, d_w - 1, 2):
-                even = multiply_add(fill_from(query_weight, (b, h, i, c)), load(tile, c * LANES), even)
-                odd = multiply_add(fill_from(query_weight, (b, h, i, c + 1)), load(tile, (c + 1) * LANES), odd)
-            if d_w % 2:
-                even = multiply_add(fill_from(query_weight, (b, h, i, d_w - 1)), load(tile, (d_w - 1) * LANES), even)
-            store(products, 0, even + odd)
-            for c in range(0, wide, 4 * LANES):
-                y0, y1 = load(out, (g, b, h, i, c)), load(out, (g, b, h, i, c + LANES))
-                y2, y3 = load(out, (g, b, h, i, c + 2 * LANES)), load(out, (g, b, h, i, c + 3 * LANES))
-                for t in range(count):
-                    j, w = keys[start + t], fill_from(products, t)
-                    y0 = multiply_add(w, load(value, (b, h, j, c)), y0)
-                    y1 = multiply_add(w, load(value, (b, h, j, c + LANES)), y1)
-                    y2 = multiply_add(w, load(value, (b, h, j, c + 2 * LANES)), y2)
-                    y3 = multiply_add(w, load(value, (b, h, j, c + 3 * LANES)), y3)
-                store(out, (g, b, h, i, c), y0)
-                store(out, (g, b, h, i, c + LANES), y1)
-                store(out, (g, b, h, i, c + 2 * LANES), y2)
-                store(out, (g, b, h, i, c + 3 * LANES), y3)
-            for c in range(wide, full, LANES):
-                y0 = load(out, (g, b, h, i, c))
-                for t in range(count):
-                    y0 = multiply_add(fill_from(products, t), load(value, (b, h, keys[start + t], c)), y0)
-                store(out, (g, b, h, i, c), y0)
-            for c in range(full, d_v):
-                for t in range(count):
-                    out[g, b, h, i, c] += products[t] * value[b, h, keys[start + t], c]
+def add_combinations(target, at0, at1, at2, at3, weights, w0, w1, w2, w3, count, vectors, d_v):
+    """Four rows at once: ``target[at_u + c] += sum_t weights[w_u + t] vectors[t * d_v + c]`` for ``t < count``.
+
+    The same row may stand in two places: all are read before any is written, so it is counted once.
+    """
+    wide, full = d_v - d_v % (2 * LANES), d_v - d_v % LANES
+    for c in range(0, wide, 2 * LANES):
+        a0, b0 = load(target, at0 + c), load(target, at0 + c + LANES)
+        a1, b1 = load(target, at1 + c), load(target, at1 + c + LANES)
+        a2, b2 = load(target, at2 + c), load(target, at2 + c + LANES)
+        a3, b3 = load(target, at3 + c), load(target, at3 + c + LANES)
+        for t in range(count):
+            v0, v1 = load(vectors, t * d_v + c), load(vectors, t * d_v + c + LANES)
+            x0, x1 = fill_from(weights, w0 + t), fill_from(weights, w1 + t)
+            x2, x3 = fill_from(weights, w2 + t), fill_from(weights, w3 + t)
+            a0, b0 = multiply_add(x0, v0, a0), multiply_add(x0, v1, b0)
+            a1, b1 = multiply_add(x1, v0, a1), multiply_add(x1, v1, b1)
+            a2, b2 = multiply_add(x2, v0, a2), multiply_add(x2, v1, b2)
+            a3, b3 = multiply_add(x3, v0, a3), multiply_add(x3, v1, b3)
+        store(target, at0 + c, a0)
+        store(target, at0 + c + LANES, b0)
+        store(target, at1 + c, a1)
+        store(target, at1 + c + LANES, b1)
+        store(target, at2 + c, a2)
+        store(target, at2 + c + LANES, b2)
+        store(target, at3 + c, a3)
+        store(target, at3 + c + LANES, b3)
+    for c in range(wide, full, LANES):
+        a0, a1, a2, a3 = load(target, at0 + c), load(target, at1 + c), load(target, at2 + c), load(target, at3 + c)
+        for t in range(count):
+            v0 = load(vectors, t * d_v + c)
+            a0, a1 = multiply_add(fill_from(weights, w0 + t), v0, a0), multiply_add(fill_from(weights, w1 + t), v0, a1)
+            a2, a3 = multiply_add(fill_from(weights, w2 + t), v0, a2), multiply_add(fill_from(weights, w3 + t), v0, a3)
+        store(target, at0 + c, a0)
+        store(target, at1 + c, a1)
+        store(target, at2 + c, a2)
+        store(target, at3 + c, a3)
+    for c in range(full, d_v):
+        y0, y1, y2, y3 = target[at0 + c], target[at1 + c], target[at2 + c], target[at3 + c]
+        for t in range(count):
+            v = vectors[t * d_v + c]
+            y0 += weights[w0 + t] * v
+            y1 += weights[w1 + t] * v
+            y2 += weights[w2 + t] * v
+            y3 += weights[w3 + t] * v
+        target[at0 + c], target[at1 + c], target[at2 + c], target[at3 + c] = y0, y1, y2, y3
 
 
 @helper
-def add_by_outer_product(out, query_weight, key_weight, value, b, h, g, queries, keys, outer):
+def multiply_queries(products, query_weight, tile, b, h, i0, i1, i2, i3):
+    """The products of four queries with the 16 keys of a tile, to ``products[u * 16 + t]``: sums over even and over odd coordinates."""
+    d_w = query_weight.shape[3]
+    zero = fill(products.dtype.type(0))
+    a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+    for c in range(0, d_w - 1, 2):
+        k0, k1 = load(tile, c * LANES), load(tile, (c + 1) * LANES)
+        a0, a1 = multiply_add(fill_from(query_weight, (b, h, i0, c)), k0, a0), multiply_add(fill_from(query_weight, (b, h, i1, c)), k0, a1)
+        a2, a3 = multiply_add(fill_from(query_weight, (b, h, i2, c)), k0, a2), multiply_add(fill_from(query_weight, (b, h, i3, c)), k0, a3)
+        b0 = multiply_add(fill_from(query_weight, (b, h, i0, c + 1)), k1, b0)
+        b1 = multiply_add(fill_from(query_weight, (b, h, i1, c + 1)), k1, b1)
+        b2 = multiply_add(fill_from(query_weight, (b, h, i2, c + 1)), k1, b2)
+        b3 = multiply_add(fill_from(query_weight, (b, h, i3, c + 1)), k1, b3)
+    if d_w % 2:
+        k0 = load(tile, (d_w - 1) * LANES)
+        a0 = multiply_add(fill_from(query_weight, (b, h, i0, d_w - 1)), k0, a0)
+        a1 = multiply_add(fill_from(query_weight, (b, h, i1, d_w - 1)), k0, a1)
+        a2 = multiply_add(fill_from(query_weight, (b, h, i2, d_w - 1)), k0, a2)
+        a3 = multiply_add(fill_from(query_weight, (b, h, i3, d_w - 1)), k0, a3)
+    store(products, 0, a0 + b0)
+    store(products, LANES, a1 + b1)
+    store(products, 2 * LANES, a2 + b2)
+    store(products, 3 * LANES, a3 + b3)
+
+
+@helper
+def four_of(rows, first):
+    """Four rows from ``first`` on; past the end the last one again, which `add_combinations` counts once."""
+    last = len(rows) - 1
+    return rows[first], rows[min(first + 1, last)], rows[min(first + 2, last)], rows[min(first + 3, last)]
+
+
+@helper
+def add_by_pairs(out, out0, query_weight, key_weight, value, b, h, queries, keys, tile, raw, values, products):
+    """16 keys at a time: their products with four queries at once, then their values on top of the queries' rows."""
+    d_v = value.shape[3]
+    for start in range(0, len(keys), LANES):
+        load_bucket(tile, raw, values, key_weight, value, b, h, keys, start)
+        count = min(LANES, len(keys) - start)
+        for first in range(0, len(queries), 4):
+            i0, i1, i2, i3 = four_of(queries, first)
+            multiply_queries(products, query_weight, tile, b, h, i0, i1, i2, i3)
+            at0, at1, at2, at3 = out0 + i0 * d_v, out0 + i1 * d_v, out0 + i2 * d_v, out0 + i3 * d_v
+            add_combinations(out, at0, at1, at2, at3, products, 0, LANES, 2 * LANES, 3 * LANES, count, values, d_v)
+
+
+@helper
+def add_by_outer_product(out, out0, query_weight, key_weight, value, b, h, queries, keys, tile, raw, values, outer, four_weights):
     """``outer[r * d_v + c] = sum_j key_weight_jr value_jc``, then for every query its rows, each times a coordinate of the weight."""
     d_w, d_v = query_weight.shape[3], value.shape[3]
-    wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
-    zero = fill(value.dtype.type(0))
     clear(outer, 0, d_w * d_v)
-    grouped = len(keys) - len(keys) % 4
-    for start in range(0, grouped, 4):
-        j0, j1, j2, j3 = keys[start], keys[start + 1], keys[start + 2], keys[start + 3]
-        for c in range(0, full, LANES):
-            v0, v1 = load(value, (b, h, j0, c)), load(value, (b, h, j1, c))
-            v2, v3 = load(value, (b, h, j2, c)), load(value, (b, h, j3, c))
-            for r in range(d_w):
-                row = multiply_add(fill_from(key_weight, (b, h, j0, r)), v0, load(outer, r * d_v + c))
-                row = multiply_add(fill_from(key_weight, (b, h, j1, r)), v1, row)
-                row = multiply_add(fill_from(key_weight, (b, h, j2, r)), v2, row)
-                store(outer, r * d_v + c, multiply_add(fill_from(key_weight, (b, h, j3, r)), v3, row))
-    for start in range(grouped, len(keys)):
-        j0 = keys[start]
-        for c in range(0, full, LANES):
-            v0 = load(value, (b, h, j0, c))
-            for r in range(d_w):
-                store(outer, r * d_v + c, multiply_add(fill_from(key_weight, (b, h, j0, r)), v0, load(outer, r * d_v + c)))
-    for j in keys:
+    for start in range(0, len(keys), LANES):
+        load_bucket(tile, raw, values, key_weight, value, b, h, keys, start)
+        count = min(LANES, len(keys) - start)
+        for first in range(0, d_w, 4):
+            r0, r1, r2, r3 = first, min(first + 1, d_w - 1), min(first + 2, d_w - 1), min(first + 3, d_w - 1)
+            add_combinations(
+                outer,
+                r0 * d_v,
+                r1 * d_v,
+                r2 * d_v,
+                r3 * d_v,
+                tile,
+                r0 * LANES,
+                r1 * LANES,
+                r2 * LANES,
+                r3 * LANES,
+                count,
+                values,
+                d_v,
+            )
+    for first in range(0, len(queries), 4):
+        i0, i1, i2, i3 = four_of(queries, first)
         for r in range(d_w):
-            for c in range(full, d_v):
-                outer[r * d_v + c] += key_weight[b, h, j, r] * value[b, h, j, c]
-    for i in queries:
-        for c in range(0, wide, 4 * LANES):
-            y0, y1, y2, y3 = zero, zero, zero, zero
-            for r in range(d_w):
-                w, at = fill_from(query_weight, (b, h, i, r)), r * d_v + c
-                y0 = multiply_add(w, load(outer, at), y0)
-                y1 = multiply_add(w, load(outer, at + LANES), y1)
-                y2 = multiply_add(w, load(outer, at + 2 * LANES), y2)
-                y3 = multiply_add(w, load(outer, at + 3 * LANES), y3)
-            store(out, (g, b, h, i, c), load(out, (g, b, h, i, c)) + y0)
-            store(out, (g, b, h, i, c + LANES), load(out, (g, b, h, i, c + LANES)) + y1)
-            store(out, (g, b, h, i, c + 2 * LANES), load(out, (g, b, h, i, c + 2 * LANES)) + y2)
-            store(out, (g, b, h, i, c + 3 * LANES), load(out, (g, b, h, i, c + 3 * LANES)) + y3)
-        for c in range(wide, full, LANES):
-            y0 = zero
-            for r in range(d_w):
-                y0 = multiply_add(fill_from(query_weight, (b, h, i, r)), load(outer, r * d_v + c), y0)
-            store(out, (g, b, h, i, c), load(out, (g, b, h, i, c)) + y0)
-        for c in range(full, d_v):
-            for r in range(d_w):
-                out[g, b, h, i, c] += query_weight[b, h, i, r] * outer[r * d_v + c]
+            four_weights[r], four_weights[d_w + r] = query_weight[b, h, i0, r], query_weight[b, h, i1, r]
+            four_weights[2 * d_w + r], four_weights[3 * d_w + r] = query_weight[b, h, i2, r], query_weight[b, h, i3, r]
+        at0, at1, at2, at3 = out0 + i0 * d_v, out0 + i1 * d_v, out0 + i2 * d_v, out0 + i3 * d_v
+        add_combinations(out, at0, at1, at2, at3, four_weights, 0, d_w, 2 * d_w, 3 * d_w, d_w, outer, d_v)
 
 
 @cache
@@ -168,24 +213,25 @@ def _buckets_kernel(dtype: Any) -> Any:
             input_array(dtype, 4),
             input_array(types.uint8, 3),
             input_array(types.uint8, 3),
-            output_array(dtype, 5),
+            output_array(dtype, 1),
+            types.intp,
             types.intp,
         )
     )
-    def accumulate(first, last, query_code, query_weight, key_code, key_weight, value, keep_query, keep_key, out, capacity):
+    def accumulate(first, last, query_code, query_weight, key_code, key_weight, value, keep_query, keep_key, out, groups, capacity):
         n_q, n_k, num_hash = query_code.shape[2], key_code.shape[2], query_code.shape[3]
         d_w, d_v = query_weight.shape[3], value.shape[3]
-        groups = out.shape[0]
         query_begins, key_begins = np.empty(capacity + 2, np.intp), np.empty(capacity + 2, np.intp)
         query_order, key_order = np.empty(n_q, np.intp), np.empty(n_k, np.intp)
-        outer = aligned(d_w * d_v, value.dtype)
         padded_w = (d_w + LANES - 1) // LANES * LANES
         tile, raw = aligned(padded_w * LANES, value.dtype), aligned(LANES * padded_w, value.dtype).reshape(LANES, padded_w)
-        products = aligned(LANES, value.dtype)
+        values, products = aligned(LANES * d_v, value.dtype), aligned(4 * LANES, value.dtype)
+        outer, four_weights = aligned(d_w * d_v, value.dtype), aligned(4 * d_w, value.dtype)
         for task in range(first, last):
             head, g = divmod(task, groups)
             b, h = divmod(head, query_code.shape[1])
-            out[g, b, h] = 0
+            out0 = task * n_q * d_v
+            clear(out, out0, n_q * d_v)
             for c in range(num_hash * g // groups, num_hash * (g + 1) // groups):
                 sort_by_bucket(query_code, keep_query, b, h, c, query_begins, query_order)
                 sort_by_bucket(key_code, keep_key, b, h, c, key_begins, key_order)
@@ -197,9 +243,11 @@ def _buckets_kernel(dtype: Any) -> Any:
                     by_pairs = len(queries) * len(keys) * (d_w + d_v)
                     by_outer_product = (len(queries) + len(keys)) * d_w * d_v
                     if by_pairs <= by_outer_product:
-                        add_by_pairs(out, query_weight, key_weight, value, b, h, g, queries, keys, tile, raw, products)
+                        add_by_pairs(out, out0, query_weight, key_weight, value, b, h, queries, keys, tile, raw, values, products)
                     else:
-                        add_by_outer_product(out, query_weight, key_weight, value, b, h, g, queries, keys, outer)
+                        add_by_outer_product(
+                            out, out0, query_weight, key_weight, value, b, h, queries, keys, tile, raw, values, outer, four_weights
+                        )
 
     return accumulate
 
@@ -231,17 +279,18 @@ def lsh_weighted_cumulation(
         query_code, key_code = relabelled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
         hashtable_capacity = n_k + 1
     groups = max(1, min(num_hash, ENOUGH_TASKS // max(batch * num_heads, 1)))
-    partial = np.empty((groups, batch, num_heads, n_q, d_v), dtype)
+    partial = np.empty((batch, num_heads, groups, n_q, d_v), dtype)
+    flat = partial.reshape(-1)
     run = _buckets_kernel(from_dtype(np.dtype(dtype)))
     share(
         batch * num_heads * groups,
-        lambda first, last: run(first, last, query_code, qw, key_code, kw, v, keep_query, keep_key, partial, hashtable_capacity),
+        lambda first, last: run(first, last, query_code, qw, key_code, kw, v, keep_query, keep_key, flat, groups, hashtable_capacity),
         num_threads=num_threads,
         cost=float(batch * num_heads * num_hash) * (n_q + n_k) * (qw.shape[-1] + d_v),
     )
-    out = partial[0]
-    for more in partial[1:]:
-        out += more
+    out = partial[:, :, 0]
+    for group in range(1, groups):
+        out += partial[:, :, group]
     out *= dtype(1 / num_hash)
     spoiled = ~np.isfinite(qw).all(axis=-1, keepdims=True) | ~np.isfinite(out)
     np.copyto(out, np.nan, where=spoiled)
