@@ -46,7 +46,8 @@ def _splat(builder: Any, scalar: Any) -> Any:
 
 def _indices(context: Any, builder: Any, index_type: Any, index: Any) -> list[Any]:
     """An integer or a tuple of integers of any width as a list of machine words."""
-    given = zip(index_type, cgutils.unpack_tuple(builder, index), strict=True) if hasattr(index_type, "count") else [(index_type, index)]
+    is_tuple: bool = isinstance(index_type, types.BaseTuple)
+    given = zip(index_type, cgutils.unpack_tuple(builder, index), strict=True) if is_tuple else [(index_type, index)]
     return [context.cast(builder, value, value_type, types.intp) for value_type, value in given]
 
 

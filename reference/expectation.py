@@ -1,5 +1,6 @@
 """YOSO-E: attention with the exact expected weights, and the gradients of both kinds of attention."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -91,21 +92,11 @@ def expectation_attention_backward(
     -------
     ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input; masked rows get zeros.
     """
-    keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
-    q, k, v, g = l2_normalize(query), l2_normalize(key), working(value), working(grad_out)
-    grad_q, grad_k, grad_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for head in each_head(query.shape[:-2]):
-        kept = keep_key[head]
-        keys, values = k[head][kept], v[head][kept]
-        for i in np.flatnonzero(keep_query[head]).tolist():
-            q_i, g_i = q[(*head, i)], g[(*head, i)]
-            theta = angles(q_i, keys)
-            weight = expected_weight(theta, hash_code_len)
-            pull = weight * gradient_factor(theta, hash_code_len, grad) * (values @ g_i)
-            grad_q[(*head, i)] = pull @ keys
-            grad_k[head][kept] += pull[:, None] * q_i
-            grad_v[head][kept] += weight[:, None] * g_i
-    return through_normalisation(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
+
+    def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
+        return expected_weight(theta, hash_code_len)
+
+    return attention_backward(grad_out, query, key, value, weight, hash_code_len, grad, query_mask, key_mask)
 
 
 def lsh_attention_backward(
@@ -130,19 +121,39 @@ def lsh_attention_backward(
 
     Source: Zeng et al. 2021, section 3.3.
     """
+
+    def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
+        return collision_rate(query_hash_code[head][i : i + 1], key_hash_code[head][keys])[0].astype(theta.dtype)
+
+    return attention_backward(grad_out, query, key, value, weight, hash_code_len, grad, query_mask, key_mask)
+
+
+def attention_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    weight: Callable[[tuple[int, ...], int, Array, Array], Array],
+    hash_code_len: int,
+    grad: Grad,
+    query_mask: Array | None,
+    key_mask: Array | None,
+) -> tuple[Array, Array, Array]:
+    """The three sums, one query at a time. ``weight(head, i, keys, theta)`` is ``C_i`` over the kept keys, at angles ``theta``."""
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     q, k, v, g = l2_normalize(query), l2_normalize(key), working(value), working(grad_out)
     grad_q, grad_k, grad_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for head in each_head(query.shape[:-2]):
         kept = keep_key[head]
-        keys, values, key_codes = k[head][kept], v[head][kept], key_hash_code[head][kept]
+        keys, values = k[head][kept], v[head][kept]
         for i in np.flatnonzero(keep_query[head]).tolist():
             q_i, g_i = q[(*head, i)], g[(*head, i)]
-            weight = collision_rate(query_hash_code[head][i : i + 1], key_codes)[0].astype(v.dtype)
-            pull = weight * gradient_factor(angles(q_i, keys), hash_code_len, grad) * (values @ g_i)
+            theta = angles(q_i, keys)
+            c_i = weight(head, i, kept, theta)
+            pull = c_i * gradient_factor(theta, hash_code_len, grad) * (values @ g_i)
             grad_q[(*head, i)] = pull @ keys
             grad_k[head][kept] += pull[:, None] * q_i
-            grad_v[head][kept] += weight[:, None] * g_i
+            grad_v[head][kept] += c_i[:, None] * g_i
     return through_normalisation(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
 
 
