@@ -66,7 +66,7 @@ def collision_rate(code_tile, other_code, b, h, j, like):
 
 @helper
 def weight_and_pull(cosine, product, tile, code_tile, unit_y, other_code, b, h, j, polynomial, tau, exact, sampled, scratch):
-    """``C`` and ``C w p.r`` for 16 rows and row ``j``. ``sampled``, a constant: ``C`` is a collision rate, not the expectation."""
+    """``C`` and ``C w p.r`` for 16 rows and row ``j``. Constants: ``exact``, which ``w``; ``sampled``, ``C`` is a collision rate."""
     chance, sine = chance_and_sine(cosine, tile, unit_y, b, h, j, polynomial, STEEP_FOR_GRADIENTS, exact, scratch)
     weight = collision_rate(code_tile, other_code, b, h, j, tile) if sampled else power(chance, tau)
     if exact:
@@ -78,7 +78,7 @@ def weight_and_pull(cosine, product, tile, code_tile, unit_y, other_code, b, h, 
 
 
 @cache
-def _pull_kernel(dtype: Any, polynomial: tuple[float, ...], sampled: bool) -> Any:
+def _pull_kernel(dtype: Any, polynomial: tuple[float, ...], exact: bool, sampled: bool) -> Any:
     """``first`` and ``second`` of the module's equation for 32 rows ``x`` in each task, which walks over all kept rows ``y``, four at once.
 
     For every 128 pairs it does ``128 (2 d + d_v)`` multiply-adds, and ``128 d_v`` more if ``second`` is wanted. ``first`` leaves through
@@ -102,7 +102,6 @@ def _pull_kernel(dtype: Any, polynomial: tuple[float, ...], sampled: bool) -> An
             output_array(dtype, 4),
             types.intp,
             types.boolean,
-            types.boolean,
         )
     )
     def pull(
@@ -120,7 +119,6 @@ def _pull_kernel(dtype: Any, polynomial: tuple[float, ...], sampled: bool) -> An
         first,
         second,
         tau,
-        exact,
         want_second,
     ):
         n, d, d_v = unit_x.shape[2], unit_x.shape[3], companion_x.shape[3]
@@ -209,7 +207,7 @@ def _by_pairs(
     grad_q, grad_k, grad_v = np.empty_like(unit_q), np.empty_like(unit_k), np.empty(v.shape, dtype)
     nothing = np.empty((0, 0, 0, 0), dtype)
     numba_type = from_dtype(np.dtype(dtype))
-    run = _pull_kernel(numba_type, POLYNOMIAL[numba_type], codes is not None)
+    run = _pull_kernel(numba_type, POLYNOMIAL[numba_type], grad == "exact", codes is not None)
     batch, num_heads, n_q, d = unit_q.shape
     n_k, d_v = v.shape[2:]
     queries, keys = (unit_q, length_q, g, code_q, keep_q), (unit_k, length_k, v, code_k, keep_k)
@@ -218,7 +216,7 @@ def _by_pairs(
         share(
             batch * num_heads * -(-x[0].shape[2] // QUERY_TILE),
             lambda task0, task1, x=x, y=(unit_y, companion_y, code_y, keep_y), first=first, second=second: run(  # type: ignore[misc]
-                task0, task1, *x, *y, first, second, hash_code_len, grad == "exact", second.size > 0
+                task0, task1, *x, *y, first, second, hash_code_len, second.size > 0
             ),
             num_threads=num_threads,
             cost=2.0 * batch * num_heads * n_q * n_k * (d + d_v),
