@@ -12,7 +12,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.cumulation import clear, dense_tables_fit, relabelled
+from yoso_core.cpu.cumulation import clear, dense_tables_fit, finish, relabelled
 from yoso_core.cpu.lanes import LANES, fill, fill_from, load, load_transposed, multiply_add, store
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned
@@ -288,11 +288,8 @@ def lsh_weighted_cumulation(
         num_threads=num_threads,
         cost=float(batch * num_heads * num_hash) * (n_q + n_k) * (qw.shape[-1] + d_v),
     )
-    out = partial[:, :, 0]
-    for group in range(1, groups):
-        out += partial[:, :, group]
-    out *= dtype(1 / num_hash)
-    spoiled = ~np.isfinite(qw).all(axis=-1, keepdims=True) | ~np.isfinite(out)
-    np.copyto(out, np.nan, where=spoiled)
-    np.copyto(out, 0, where=keep_query[..., None] == 0)
+    out = partial[:, :, 0] if groups == 1 else partial.sum(axis=2)
+    spoiled = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
+    spoiled[:, :, 1:] = ~np.isfinite(qw).all(axis=-1)
+    finish(out, keep_query, spoiled, 1 / num_hash, num_threads)
     return out.reshape(*query_hash_code.shape[:-1], d_v).astype(value.dtype, copy=False)

@@ -256,6 +256,36 @@ def finish_rows(out, keep, spoiled, b, h, first, last, scale, normalize):
 
 
 @cache
+def _finish_kernel(dtype: Any) -> Any:
+    """`finish_rows` without normalisation, for results that are summed elsewhere. A task is (head, block of rows)."""
+
+    @kernel(
+        types.void(types.intp, types.intp, output_array(dtype, 4), input_array(types.uint8, 3), input_array(types.uint8, 3), types.float64)
+    )
+    def finish(first, last, out, keep, spoiled, scale):
+        n = out.shape[2]
+        blocks = (n + SMALL_QUERY_BLOCK - 1) // SMALL_QUERY_BLOCK
+        for task in range(first, last):
+            head, turn = divmod(task, blocks)
+            b, h = divmod(head, out.shape[1])
+            stop = min((turn + 1) * SMALL_QUERY_BLOCK, n)
+            finish_rows(out, keep, spoiled, b, h, turn * SMALL_QUERY_BLOCK, stop, out.dtype.type(scale), False)
+
+    return finish
+
+
+def finish(out: Array, keep: Array, spoiled: Array, scale: float, num_threads: int | None) -> None:
+    """``out (batch, heads, n, d_v)`` times ``scale``, in place; zeros in masked rows, NaN in spoiled ones and for infinities."""
+    run = _finish_kernel(from_dtype(out.dtype))
+    share(
+        out.shape[0] * out.shape[1] * -(-out.shape[2] // SMALL_QUERY_BLOCK),
+        lambda first, last: run(first, last, out, keep, spoiled, scale),
+        num_threads=num_threads,
+        cost=float(out.size),
+    )
+
+
+@cache
 def _scatter_kernel(dtype: Any) -> Any:
     """Tables of the parts ``part0 ... part0 + parts - 1`` of the heads from ``head0`` on, from stored codes.
 

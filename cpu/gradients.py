@@ -275,16 +275,40 @@ def lsh_attention_backward(
     pull_k = lsh_weighted_cumulation(codes_k, v, codes_q, g, unit_q, capacity, **back, num_threads=num_threads)
     grad_v = lsh_cumulation(codes_k, codes_q, g, capacity, **back, num_threads=num_threads)
     return (
-        _through_normalisation(pull_q, hash_code_len / 2, unit_q, length_q).reshape(query.shape).astype(query.dtype, copy=False),
-        _through_normalisation(pull_k, hash_code_len / 2, unit_k, length_k).reshape(key.shape).astype(key.dtype, copy=False),
+        _through_normalisation(pull_q, hash_code_len / 2, unit_q, length_q, num_threads)
+        .reshape(query.shape)
+        .astype(query.dtype, copy=False),
+        _through_normalisation(pull_k, hash_code_len / 2, unit_k, length_k, num_threads).reshape(key.shape).astype(key.dtype, copy=False),
         grad_v.reshape(value.shape).astype(value.dtype, copy=False),
     )
 
 
-def _through_normalisation(pull: Array, factor: float, unit: Array, length: Array) -> Array:
-    """``factor (f - (f . u) u) / |x|``, in place; zero where ``|x|`` is. Rows that are zero stay so, even where ``u`` is NaN."""
-    zero = ~pull.any(axis=-1) | (length == 0)
-    pull -= np.einsum("bhic,bhic->bhi", pull, unit)[..., None] * unit
-    pull *= (factor / np.where(zero, 1, length))[..., None].astype(pull.dtype)
-    np.copyto(pull, 0, where=zero[..., None])
+@cache
+def _normalisation_kernel(dtype: Any) -> Any:
+    """The chain through the normalisation, in place: ``factor (f - (f . u) u) / |x|``. A task is one row.
+
+    Rows of length zero get zeros; rows that are zero stay so, even where ``u`` is NaN.
+    """
+
+    @kernel(types.void(types.intp, types.intp, output_array(dtype, 4), input_array(dtype, 4), input_array(dtype, 3), types.float64))
+    def chain(first, last, pull, unit, lengths, factor):
+        n, d = pull.shape[2], pull.shape[3]
+        for task in range(first, last):
+            head, i = divmod(task, n)
+            b, h = divmod(head, pull.shape[1])
+            along, any_pull = pull.dtype.type(0), False
+            for c in range(d):
+                along += pull[b, h, i, c] * unit[b, h, i, c]
+                any_pull = any_pull or pull[b, h, i, c] != 0
+            scale = pull.dtype.type(factor) / lengths[b, h, i] if lengths[b, h, i] != 0 else pull.dtype.type(0)
+            for c in range(d):
+                across = (pull[b, h, i, c] - along * unit[b, h, i, c]) * scale
+                pull[b, h, i, c] = across if any_pull and lengths[b, h, i] != 0 else 0
+
+    return chain
+
+
+def _through_normalisation(pull: Array, factor: float, unit: Array, lengths: Array, num_threads: int | None) -> Array:
+    run = _normalisation_kernel(from_dtype(pull.dtype))
+    share(lengths.size, lambda first, last: run(first, last, pull, unit, lengths, factor), num_threads=num_threads, cost=5.0 * pull.size)
     return pull
