@@ -27,7 +27,7 @@ from yoso_core.cpu.cumulation import (
 from yoso_core.cpu.expectation import expectation_attention
 from yoso_core.cpu.hashing import check_dim, fast_hash, hyperplane_hash, spread_signs
 from yoso_core.cpu.lanes import LANES
-from yoso_core.cpu.tiles import aligned, load_tile, pack, rotate, tame_tile
+from yoso_core.cpu.tiles import aligned, load_rotated, pack
 from yoso_core.cpu.views import Array, input_array, kept, output_array, rows, working_dtype
 from yoso_core.reference.hashing import hash_layout
 
@@ -35,12 +35,9 @@ from yoso_core.reference.hashing import hash_layout
 @helper
 def hash_tile(tile, dim, codes, finite, x, signs, b, h, i, part, count, hash_code_len):
     """``count`` codes of one part for up to 16 rows of ``x[b, h, i:]``. Returns whether ``finite`` says anything of interest."""
-    well = load_tile(tile, dim, x, b, h, i)
-    if not well:
-        tame_tile(tile, dim, finite)
-    rotate(tile, dim, signs, b, h, part)
+    look = load_rotated(tile, dim, finite, x, signs, b, h, i, part)
     pack(tile, codes, count, hash_code_len)
-    return not well
+    return look
 
 
 @cache

@@ -22,6 +22,7 @@ from yoso_core.cpu.lanes import LANES, fill, load, store, total
 from yoso_core.cpu.threads import default_threads, share
 from yoso_core.cpu.tiles import aligned
 from yoso_core.cpu.views import Array, aligned_empty, heads, input_array, kept, output_array, rows, working_dtype
+from yoso_core.reference.normalize import TINY_NORM
 
 TABLE_BYTES = 32 << 20
 """Tables that exist at one time, at most; more heads or hashes than fit are done in groups. One part of one head is always held."""
@@ -38,8 +39,6 @@ SPLIT_KEYS = 4096
 
 PART = 8
 """Hashes to a part when codes are read from memory: eight tables of 256 buckets by 64 floats fill half of a 1 MiB cache."""
-
-TINY_NORM = 1e-12
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ Sampled attention with the lower bound needs no pairs: its gradients are cumulat
 """
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.buckets import lsh_weighted_cumulation
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.cumulation import lsh_cumulation
+from yoso_core.cpu.cumulation import load_codes, lsh_cumulation
 from yoso_core.cpu.expectation import (
     KEY_BLOCK,
     KEYS_AT_ONCE,
@@ -38,20 +38,12 @@ from yoso_core.cpu.lanes import LANES, count_where_equal, fill, load, store, to_
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
+from yoso_core.reference.expectation import Grad
 
-Grad = Literal["lower_bound", "exact"]
 Gradients = tuple[Array, Array, Array]
 
 SMALLEST = 1e-3
 """Both factors of the exact derivative's denominator are held at this at least."""
-
-
-@helper
-def load_codes_tile(tile, codes, b, h, i):
-    """Up to 16 rows of ``codes[b, h, i:]``, hash by hash: code ``c`` of row ``t`` at ``tile[c * 16 + t]``."""
-    for t in range(LANES):
-        for c in range(codes.shape[3]):
-            tile[c * LANES + t] = codes[b, h, min(i + t, codes.shape[2] - 1), c]
 
 
 @helper
@@ -140,8 +132,8 @@ def _pull_kernel(dtype: Any, polynomial: tuple[float, ...], exact: bool, sampled
             load_two_tiles(tile0, tile1, unit_x, b, h, i)
             load_two_tiles(companion0, companion1, companion_x, b, h, i)
             if sampled:
-                load_codes_tile(codes0, code_x, b, h, i)
-                load_codes_tile(codes1, code_x, b, h, i + LANES)
+                load_codes(codes0, code_x, b, h, i, 0, code_x.shape[3], n)
+                load_codes(codes1, code_x, b, h, i + LANES, 0, code_x.shape[3], n)
             first_sum[:] = 0
             second_sum[:] = 0
             for block in range(0, num_kept, KEY_BLOCK):

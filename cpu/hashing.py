@@ -9,7 +9,7 @@ from numba import from_dtype, types
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.lanes import LANES, fill, fill_from, load, multiply_add, store, weight_where_positive
 from yoso_core.cpu.threads import share
-from yoso_core.cpu.tiles import MAX_DIM, aligned, hadamard, load_tile, pack, rotate, tame_tile
+from yoso_core.cpu.tiles import MAX_DIM, aligned, hadamard, load_rotated, load_tile, pack, tame_tile
 from yoso_core.cpu.views import Array, heads, input_array, output_array, rows, working_dtype
 from yoso_core.reference.hashing import hash_layout
 
@@ -88,23 +88,25 @@ def _fast_hash_kernel(dim: int, dtype: Any) -> Any:
                 if per == 0:
                     packed[:] = 0
                 for part in range(parts):
-                    if not load_tile(tile, dim, x, b, h, i):
-                        tame_tile(tile, dim, finite)
-                    rotate(tile, dim, signs, b, h, part)
+                    load_rotated(tile, dim, finite, x, signs, b, h, i, part)
                     if per > 0:
                         count = min(per, num_hash - part * per)
                         pack(tile, packed, count, hash_code_len)
-                        for t in range(min(LANES, x.shape[2] - i)):
-                            for c in range(count):
-                                codes[b, h, i + t, part * per + c] = packed[c * LANES + t]
+                        store_codes(codes, packed, b, h, i, part * per, count)
                     else:
                         add_stream_bits(tile, dim, packed, part * dim, num_hash, hash_code_len)
                 if per == 0:
-                    for t in range(min(LANES, x.shape[2] - i)):
-                        for c in range(num_hash):
-                            codes[b, h, i + t, c] = packed[c * LANES + t]
+                    store_codes(codes, packed, b, h, i, 0, num_hash)
 
     return hash_block
+
+
+@helper
+def store_codes(codes, packed, b, h, i, hash0, count):
+    """``count`` codes of up to 16 rows, from ``packed[c * 16 + t]`` to ``codes (batch, heads, n, m)``, from hash ``hash0`` on."""
+    for t in range(min(LANES, codes.shape[2] - i)):
+        for c in range(count):
+            codes[b, h, i + t, hash0 + c] = packed[c * LANES + t]
 
 
 @helper
@@ -167,8 +169,7 @@ def _hyperplane_kernel(dtype: Any) -> Any:
                             projection = multiply_add(load(tile, j * LANES), plane, projection)
                         code = code | weight_where_positive(projection, types.int32(1 << bit))
                     store(code_lanes, 0, code)
-                    for t in range(min(LANES, x.shape[2] - i)):
-                        codes[b, h, i + t, c] = code_lanes[t]
+                    store_codes(codes, code_lanes, b, h, i, c, 1)
 
     return hash_block
 

@@ -11,9 +11,7 @@ from numba import types
 
 from yoso_core.cpu.compiling import helper
 from yoso_core.cpu.lanes import LANES, absolute, all_at_most, fill, fill_from, load, load_transposed, store, weight_where_positive
-
-HUGE = 2.0**60
-"""Vectors with entries beyond this are scaled down by a power of two, as the reference does."""
+from yoso_core.reference.hashing import HUGE
 
 MAX_DIM = 1 << 18
 """Largest padded dimension that has butterflies below: a tile of it is 16 MiB in float32."""
@@ -160,6 +158,16 @@ def load_tile(tile, dim, x, b, h, i):
     for j in range(d):
         magnitude = magnitude + absolute(load(tile, j * LANES))
     return all_at_most(magnitude, x.dtype.type(HUGE))
+
+
+@helper
+def load_rotated(tile, dim, finite, x, signs, b, h, i, part):
+    """Up to 16 rows of ``x[b, h, i:]`` as a tile, rotated for one part. Returns whether ``finite`` says anything of interest."""
+    well = load_tile(tile, dim, x, b, h, i)
+    if not well:
+        tame_tile(tile, dim, finite)
+    rotate(tile, dim, signs, b, h, part)
+    return not well
 
 
 @helper

@@ -9,6 +9,9 @@ from yoso_core.reference.hadamard import hadamard_transform
 
 Seed = np.random.Generator | int | None
 
+HUGE = 2.0**60
+"""Vectors with entries beyond this are scaled down before they are hashed."""
+
 
 @dataclass(frozen=True)
 class HashLayout:
@@ -54,13 +57,13 @@ def sample_planes(num_hash: int, hash_code_len: int, dim: int, *, batch_shape: t
 
 
 def within_range(x: Array) -> Array:
-    """Rows with entries beyond 2**60 are scaled down by a power of two, so that no later sum overflows.
+    """Rows with entries beyond `HUGE` are scaled down by a power of two, so that no later sum overflows.
 
     The scaling is exact and a sign hash does not see it.
     """
     largest = np.max(np.abs(x), axis=-1, keepdims=True, initial=0)
     exponent = np.frexp(largest)[1]
-    return np.ldexp(x, np.where(largest > 2.0**60, -exponent, 0))
+    return np.ldexp(x, np.where(largest > HUGE, -exponent, 0))
 
 
 def pack_bits(bits: Array) -> Array:

@@ -27,10 +27,6 @@ def library_of(x: object) -> str | None:
     return None
 
 
-OPTIONAL = ("query_mask", "key_mask")
-"""Arguments that may be ``None`` wherever they occur."""
-
-
 @dataclass(frozen=True)
 class Caller:
     """Whose arrays these are: what the result must be again."""
@@ -67,8 +63,8 @@ def device_of(x: Array) -> str:
     return str(x.device) if library == "torch" else f"cuda:{x.device.id}"
 
 
-def one_caller(named: Mapping[str, Array | None]) -> Caller:
-    """The single library and device that all arrays given share. Of the names in `OPTIONAL`, ``None`` is left out.
+def one_caller(required: Mapping[str, Array], **optional: Array | None) -> Caller:
+    """The single library and device that all arrays given share, each by the name of its argument; an optional one may be ``None``.
 
     Raises
     ------
@@ -76,9 +72,7 @@ def one_caller(named: Mapping[str, Array | None]) -> Caller:
     ValueError : two are on different devices, or one asks for gradients that a plain array function cannot give.
     """
     first: tuple[str, Caller] | None = None
-    for name, x in named.items():
-        if x is None and name in OPTIONAL:
-            continue
+    for name, x in (*required.items(), *((name, x) for name, x in optional.items() if x is not None)):
         library = library_of(x)
         if library is None:
             raise TypeError(f"{name}: need a NumPy array, a torch tensor or a CuPy array, got {type(x).__name__}")

@@ -3,18 +3,17 @@
 The mathematics stands in `yoso_core.reference`, whose docstrings give the equations.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from yoso_core import checks
 from yoso_core.arrays import Array, Caller, one_caller
+from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import Seed, hash_layout
 from yoso_core.reference.hashing import sample_planes as _draw_planes
 from yoso_core.reference.hashing import sample_signs as _draw_signs
 from yoso_core.registry import choose
-
-Grad = Literal["lower_bound", "exact"]
 
 
 def _run(op: str, variant: str | None, caller: Caller, arrays: tuple[Array | None, ...], *args: Any, **options: Any) -> Any:
@@ -228,9 +227,9 @@ def lsh_cumulation(
             "query_hash_code": query_hash_code,
             "key_hash_code": key_hash_code,
             "value": value,
-            "query_mask": query_mask,
-            "key_mask": key_mask,
-        }
+        },
+        query_mask=query_mask,
+        key_mask=key_mask,
     )
     capacity = _check_codes(query_hash_code, key_hash_code, hashtable_capacity, query_mask, key_mask, limit=1 << checks.MAX_CODE_LEN)
     checks.floating("value", value)
@@ -279,9 +278,9 @@ def lsh_weighted_cumulation(
             "key_hash_code": key_hash_code,
             "key_weight": key_weight,
             "value": value,
-            "query_mask": query_mask,
-            "key_mask": key_mask,
-        }
+        },
+        query_mask=query_mask,
+        key_mask=key_mask,
     )
     capacity = _check_codes(query_hash_code, key_hash_code, hashtable_capacity, query_mask, key_mask, limit=1 << checks.MAX_CODE_LEN)
     checks.floating("value", value)
@@ -342,7 +341,7 @@ def expectation_attention(
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
-    caller = one_caller({"query": query, "key": key, "value": value, "query_mask": query_mask, "key_mask": key_mask})
+    caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
     out = _run("expectation_attention", variant, caller, (query, key, value), tau, query_mask=query_mask, key_mask=key_mask)
     return caller.from_numpy(out, like=value)
@@ -378,7 +377,7 @@ def expectation_attention_backward(
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))
-    caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value, "query_mask": query_mask, "key_mask": key_mask})
+    caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
     arrays = (grad_out, query, key, value)
@@ -435,9 +434,9 @@ def lsh_attention_backward(
             "value": value,
             "query_hash_code": query_hash_code,
             "key_hash_code": key_hash_code,
-            "query_mask": query_mask,
-            "key_mask": key_mask,
-        }
+        },
+        query_mask=query_mask,
+        key_mask=key_mask,
     )
     _check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
@@ -503,10 +502,11 @@ def yoso_attention(
             "query": query,
             "key": key,
             "value": value,
-            "query_mask": query_mask,
-            "key_mask": key_mask,
-            **{name: x for name, x in (("signs", signs), ("planes", planes)) if x is not None},
-        }
+        },
+        signs=signs,
+        planes=planes,
+        query_mask=query_mask,
+        key_mask=key_mask,
     )
     _check_attention(query, key, value, query_mask, key_mask)
     if signs is not None and planes is not None:
