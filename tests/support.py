@@ -162,6 +162,11 @@ def poisoned_allocations() -> Iterator[None]:
         yield
 
 
+def on_the_cpu(op: str) -> list[yoso_core.Variant]:
+    """The variants that take CPU arrays and can run here; the emulated and the stepped are among them."""
+    return [v for v in yoso_core.variants(op) if v.available and v.kernel.place.device == "cpu"]
+
+
 def definition_of(op: str) -> yoso_core.Variant:
     (definition,) = (v for v in yoso_core.variants(op) if v.definition)
     return definition

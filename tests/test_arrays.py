@@ -12,12 +12,12 @@ import torch
 from support import Case, as_dtype, as_float64, build
 
 import yoso_core
-from yoso_core import registry
+from yoso_core import places, registry
 
 OPS = registry.OPERATIONS
 FORWARD = [op for op in OPS if not op.endswith("_backward")]
 CASE = Case(7, 9, 6, 4, 3, 4, mask="fully", leading=(2, 3))
-EVERY_VARIANT = [pytest.param(v.op, v.name, id=f"{v.op}-{v.name}") for op in FORWARD for v in yoso_core.variants(op) if v.available]
+EVERY_VARIANT = [pytest.param(v.op, v.name, id=f"{v.op}-{v.name}") for op in FORWARD for v in support.on_the_cpu(op)]
 
 
 def call_of(op: str, dtype: str = "float32") -> dict[str, Any]:
@@ -180,12 +180,12 @@ def test_the_variant_named_is_the_one_that_runs(op: str, name: str, monkeypatch:
     getattr(yoso_core, op)(**call_of(op), variant=name)
     assert ran == [name]
     getattr(yoso_core, op)(**call_of(op))
-    assert ran == [name, next(v.name for v in yoso_core.variants(op) if v.available)]
+    assert ran == [name, support.on_the_cpu(op)[0].name]
 
 
 @pytest.mark.parametrize("op", [op for op in FORWARD if any(v.name.startswith("cpu:") for v in yoso_core.variants(op))])
 def test_a_variant_that_cannot_run_raises_with_the_reason(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_missing", lambda where: "numba is on holiday" if where == "cpu" else None)
+    monkeypatch.setattr(places, "missing", lambda where: "numba is on holiday" if where == "cpu" else None)
     compiled = next(v for v in yoso_core.variants(op) if v.name.startswith("cpu:"))
     assert not compiled.available
     assert compiled.reason == "numba is on holiday"
@@ -195,8 +195,8 @@ def test_a_variant_that_cannot_run_raises_with_the_reason(op: str, monkeypatch: 
 
 
 def test_the_reason_names_the_package_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda package: None)
-    assert registry._missing.__wrapped__("cpu") == "the package 'numba' is not installed: pip install numba"
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda package: None)
+    assert places.missing.__wrapped__("cpu") == "the package 'numba' is not installed: pip install numba"
 
 
 def test_the_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -207,13 +207,13 @@ def test_the_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -
         assert not caplog.messages
         yoso_core.lsh_cumulation(**call)
         yoso_core.lsh_cumulation(**call)
-    best = next(v.name for v in yoso_core.variants("lsh_cumulation") if v.available)
+    best = support.on_the_cpu("lsh_cumulation")[0].name
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(f"lsh_cumulation: {best} was chosen")
 
 
 def test_a_cupy_array_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy is recognised where it is loaded; its kernels are still to come."""
+    """CuPy is recognised where it is loaded, and where nothing runs on a GPU, the reason is said."""
 
     class FakeDevice:
         id = 0
@@ -221,11 +221,15 @@ def test_a_cupy_array_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch) -> No
     class FakeArray:
         dtype, shape, ndim, device = np.dtype("float32"), (3, 8), 2, FakeDevice()
 
+    class FakePlanes(FakeArray):
+        shape = (8, 1)
+
     cupy = ModuleType("cupy")
     cupy.ndarray = FakeArray  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    with pytest.raises(ValueError, match=r"^hadamard_transform: no variant here runs on cuda:0: .*CUDA kernels are still to come"):
-        yoso_core.hadamard_transform(FakeArray())
+    monkeypatch.setattr(places, "missing", lambda where: "no NVIDIA GPU" if where in ("cupy", "numba_cuda") else None)
+    with pytest.raises(ValueError, match=r"^hyperplane_hash: no variant here runs on cuda:0 with these inputs \(cupy:.*no NVIDIA GPU"):
+        yoso_core.hyperplane_hash(FakeArray(), FakePlanes(), 1, 1)
     with pytest.raises(TypeError, match=r"^signs: a NumPy array, but vectors is a CuPy array; give all arrays in one library"):
         yoso_core.fast_hash(FakeArray(), np.ones((3, 1, 8), np.int8), 1, 1)
 

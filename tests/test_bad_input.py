@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import support
 import torch
 
 import yoso_core
@@ -232,7 +233,7 @@ def test_a_device_without_kernels_is_refused(function: str) -> None:
     with pytest.raises(ValueError, match=f"^{function}: no variant here runs on meta"):
         getattr(yoso_core, function)(**call)
     with pytest.raises(ValueError, match=f"^variant: .* of {function} runs on the cpu, the arrays are on meta"):
-        getattr(yoso_core, function)(**call, variant=yoso_core.variants(function)[-1].name)
+        getattr(yoso_core, function)(**call, variant=support.definition_of(function).name)
 
 
 @pytest.mark.parametrize("function", COMPUTE[1:])
@@ -264,7 +265,7 @@ key_code = np.full((2, 80, 2), [capacity, -1], np.int32)
 value, weight = np.ones((2, 80, 8), np.float32), np.ones((2, 50, 3), np.float32)
 args = (query_code, key_code, value) if op == "lsh_cumulation" else (query_code, weight, key_code, np.ones((2, 80, 3), np.float32), value)
 for variant in yoso_core.variants(op):
-    if variant.available:
+    if variant.available and variant.kernel.place.device == "cpu":
         print(variant.name, flush=True)
         try:
             assert getattr(yoso_core, op)(*args, capacity, validate=False, variant=variant.name).shape == (2, 50, 8)

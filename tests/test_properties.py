@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ DIMS = st.sampled_from([1, 3, 8, 20])
 
 
 def runnable(*ops: str) -> list[Any]:
-    return [pytest.param(op, v.name, id=f"{op}-{v.name}") for op in ops for v in yoso_core.variants(op) if v.available]
+    return [pytest.param(op, v.name, id=f"{op}-{v.name}") for op in ops for v in support.on_the_cpu(op)]
 
 
 SUMS = runnable("lsh_cumulation", "lsh_weighted_cumulation")

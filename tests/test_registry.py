@@ -1,6 +1,7 @@
 """Every variant of every operation against its definition: one parametrised test over the registry, and the faults that it must catch."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import support
 from support import Case, check_variant, definition_of
 
-from yoso_core import reference, registry
+from yoso_core import places, reference, registry
+from yoso_core.gpu import emulator
+from yoso_core.gpu.device import DoesNotFit
 from yoso_core.reference.arrays import Array, full_mask
 
 SIZES = (
@@ -77,21 +80,101 @@ CASES = {
 }
 
 
+# In the stepper every CUDA thread is a Python function: small, but every size that matters is there.
+STEPPED = (
+    Case(0, 7, 8, 7, 7, 9),
+    Case(7, 0, 8, 7, 7, 9),
+    Case(1, 1, 1, 1, 1, 1),
+    Case(1, 7, 20, 7, 7, 30, leading=()),
+    Case(7, 7, 7, 20, 7, 13, leading=()),
+    Case(63, 7, 8, 8, 1, 8, mask="masked"),
+    Case(7, 63, 48, 48, 7, 9, mask="masked", leading=()),
+    *(Case(7, 7, 48, 48, 7, 9, dtype, mask="masked") for dtype in ("float64", "float16", "bfloat16")),
+    Case(137, 7, 64, 64, 1, 8, leading=()),
+    Case(7, 137, 80, 20, 1, 1, mask="broadcast", leading=()),
+    Case(7, 7, 128, 7, 33, 4, mask="fully", leading=(1, 2)),
+    Case(7, 7, 20, 64, 7, 9, kind="onehot"),
+    Case(7, 7, 64, 7, 7, 8, kind="quantised", leading=()),
+    Case(7, 7, 64, 7, 7, 8, leading=(0, 2)),
+    Case(1, 7, 48, 1, 7, 9, kind="1e15", leading=()),
+)
+
+ORDERS: tuple[Any, ...] = ("forward", "reverse", 3)
+IN_EVERY_ORDER = {Case(63, 63, 48, 48, 7, 9, mask="masked"), Case(7, 7, 48, 48, 7, 9, "float64", mask="masked")}
+"""The other cases take turns."""
+
+
+def cases_for(kernel: registry.Kernel) -> tuple[Case, ...]:
+    if kernel.where == "stepped":
+        return STEPPED
+    cases = CASES.get(kernel.op, SIZES)
+    if kernel.where == "emulated":  # where every CUDA thread is a fiber
+        return tuple(case for case in cases if max(case.n_q, case.n_k) <= 137 and max(case.d, case.d_v) <= 128)
+    return cases
+
+
 def every_check() -> list[Any]:
     return [
-        pytest.param(kernel.op, kernel.name, case, id=f"{kernel.op}-{kernel.name}-{case}")
+        pytest.param(
+            kernel,
+            case,
+            ORDERS if case in IN_EVERY_ORDER else ORDERS[turn % 3 :][:1],
+            id=f"{kernel.op}-{kernel.name}-{case}",
+            marks=[pytest.mark.gpu] if kernel.place.device == "cuda" else [],
+        )
         for kernel in registry.KERNELS
         if not kernel.definition
-        for case in CASES.get(kernel.op, SIZES)
+        for turn, case in enumerate(cases_for(kernel))
     ]
 
 
-@pytest.mark.parametrize(("op", "name", "case"), every_check())
-def test_variant_does_what_its_definition_does(op: str, name: str, case: Case) -> None:
-    reason = registry._missing(name.partition(":")[0])
-    if reason:
-        pytest.skip(f"{name}: {reason}")
-    check_variant(op, name, case)
+@pytest.mark.parametrize(("kernel", "case", "orders"), every_check())
+def test_variant_does_what_its_definition_does(kernel: registry.Kernel, case: Case, orders: tuple[Any, ...]) -> None:
+    if reason := places.missing(kernel.where):
+        pytest.skip(reason)
+    for order in orders if kernel.where in ("emulated", "stepped") else orders[:1]:
+        with run_in(kernel.where, order), expecting_room(kernel, case):
+            check_variant(kernel.op, kernel.name, case)
+
+
+def run_in(where: str, order: Any) -> AbstractContextManager[Any]:
+    """The order of threads, where it can be chosen."""
+    if where == "emulated":
+        return emulator.order(order)
+    if where == "stepped":
+        from yoso_core.gpu.emulator import stepper
+
+        return stepper.order(order)
+    return nullcontext()
+
+
+def max_shared(where: str) -> int:
+    if where == "emulated":
+        return emulator.Emulator().max_shared
+    if where == "stepped":
+        from yoso_core.gpu.emulator.stepper import Stepper
+
+        return Stepper().max_shared
+    if where == "cupy":
+        from yoso_core.gpu.cupy_kernels.cuda import CupyDevice
+
+        return CupyDevice(0, 0).max_shared
+    from yoso_core.gpu.numba_kernels.cuda import NumbaCuda
+
+    return NumbaCuda(0, 0).max_shared
+
+
+def expecting_room(kernel: registry.Kernel, case: Case) -> AbstractContextManager[Any]:
+    """Tables of every bucket do not fit where there are very many: that must be said, with the way out, before anything runs."""
+    if not kernel.kernels or case.mode == "expectation" or min(case.n_q, case.n_k, *case.leading) == 0:
+        return nullcontext()
+    shared = kernel.name.endswith(":shared_table")
+    column = (1 << case.hash_code_len) * (8 if case.dtype == "float64" else 4)
+    if (kernel.name.endswith((":global_table", ":weight_by_weight")) and case.hash_code_len == 30) or (
+        shared and column >= max_shared(kernel.where)
+    ):
+        return pytest.raises(DoesNotFit, match=r"^hashtable_capacity: .* bytes.* the variants? \w+")
+    return nullcontext()
 
 
 # Faults: each wraps the definition of an operation and spoils one line of it.

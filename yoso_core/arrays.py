@@ -36,24 +36,35 @@ class Caller:
     """``"cpu"``, ``"cuda:0"``, ..."""
 
     @property
+    def kind(self) -> str:
+        """``"cpu"``, ``"cuda"``, or whatever else torch names."""
+        return self.device.partition(":")[0]
+
+    @property
     def num_threads(self) -> int | None:
         """torch's own thread count for its tensors; ``None`` leaves it to the kernels."""
         return int(sys.modules["torch"].get_num_threads()) if self.library == "torch" else None
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        """The caller's CPU array as NumPy, sharing memory; torch's half types, one of which NumPy lacks, are widened to float32."""
+        """The caller's array as NumPy, sharing a CPU array's memory; torch's half types are widened to float32, since NumPy lacks one."""
         if self.library == "numpy":
             return np.asarray(x)
+        if self.library == "cupy":
+            return x.get()
         torch = sys.modules["torch"]
         x = x.detach()
-        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.resolve_neg()).numpy()
+        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.resolve_neg()).cpu().numpy()
 
     def from_numpy(self, result: np.ndarray[Any, Any], like: Array | None = None) -> Array:
-        """A fresh NumPy result as the caller's kind of array, in the dtype of ``like`` if one is given."""
+        """A fresh NumPy result as the caller's kind of array on the caller's device, in the dtype of ``like`` if one is given."""
         if self.library == "numpy":
             return result if like is None else result.astype(like.dtype, copy=False)
+        if self.library == "cupy":
+            cupy = sys.modules["cupy"]
+            with cupy.cuda.Device(int(self.device.partition(":")[2])):
+                return cupy.asarray(result if like is None else result.astype(like.dtype, copy=False))
         tensor = sys.modules["torch"].from_numpy(np.ascontiguousarray(result))
-        return tensor if like is None else tensor.to(like.dtype)
+        return (tensor if like is None else tensor.to(like.dtype)).to(self.device)
 
 
 def device_of(x: Array) -> str:

@@ -105,8 +105,11 @@ def codes(name: str, x: Array, *, num_hash: int | None = None) -> None:
 
 def codes_in_range(name: str, x: Array, capacity: int) -> None:
     """Every code within ``[0, hashtable_capacity)``, masked or not."""
-    if x.size and (x.min() < 0 or x.max() >= capacity):
-        raise ValueError(f"{name}: codes must lie in [0, hashtable_capacity = {capacity}), got {x.min()} to {x.max()}")
+    if 0 in x.shape:
+        return
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high >= capacity:
+        raise ValueError(f"{name}: codes must lie in [0, hashtable_capacity = {capacity}), got {low} to {high}")
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:

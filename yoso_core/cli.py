@@ -88,6 +88,7 @@ def info(
     with _one_line_errors(context):
         found: dict[str, Any] = {
             "environment": _environment(),
+            "places": _places(),
             "operations": _operations(),
             "hash": _hash_layout(dim, num_hash, hash_code_len),
         }
@@ -107,19 +108,28 @@ def _environment() -> dict[str, Any]:
         from yoso_core.cpu.threads import default_threads
 
         found["numba_threads"] = default_threads()
+    from yoso_core.places import gpu_report
+
+    found["gpu"] = gpu_report()
     return found
 
 
+def _places() -> list[dict[str, Any]]:
+    from yoso_core import places
+
+    return [{"name": place.name, "about": place.about, "reason": places.missing(place.name)} for place in places.PLACES.values()]
+
+
 def _operations() -> list[dict[str, Any]]:
-    from yoso_core.registry import OPERATIONS, variants
+    from yoso_core.registry import OPERATIONS, automatic, variants
 
     rows = []
     for op in OPERATIONS:
         listed = variants(op)
-        automatic = next(variant for variant in listed if variant.available)
+        chosen = {choice.name for device in ("cpu", "cuda") if (choice := automatic(op, device))}
         for variant in listed:
             fields = ("op", "name", "available", "reason", "summary", "deterministic", "definition")
-            rows.append({name: getattr(variant, name) for name in fields} | {"automatic": variant is automatic})
+            rows.append({name: getattr(variant, name) for name in fields} | {"automatic": variant.name in chosen})
     return rows
 
 
@@ -148,15 +158,21 @@ def _bytes(count: int) -> str:
     return f"{count / (1 << 10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
-def _print_info(environment: dict[str, Any], operations: list[dict[str, Any]], hash: dict[str, Any]) -> None:
+def _print_info(environment: dict[str, Any], places: list[dict[str, Any]], operations: list[dict[str, Any]], hash: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = _console()
     console.print(", ".join(f"{name} {version or 'not installed'}" for name, version in environment["versions"].items()))
     threads = f", {environment['numba_threads']} Numba threads" if "numba_threads" in environment else ""
-    console.print(f"{environment['processor']}, {environment['cores']} cores{threads}; {environment['system']}\n")
+    console.print(f"{environment['processor']}, {environment['cores']} cores{threads}; {environment['system']}")
+    console.print("; ".join(f"{name}: {what}" for name, what in environment["gpu"].items()) + "\n")
 
-    title = "Variants (* chosen when none is named, = the definition)"
+    about = Table("where", "here", "what it is", title="Where kernels run", title_justify="left")
+    for place in places:
+        about.add_row(place["name"], "yes" if place["reason"] is None else f"no: {place['reason']}", place["about"])
+    console.print(about)
+
+    title = "Variants (* chosen when none is named, by device; = the definition)"
     table = Table("operation", "variant", "here", "what it does", title=title, title_justify="left")
     op = None
     for row in operations:
@@ -166,7 +182,7 @@ def _print_info(environment: dict[str, Any], operations: list[dict[str, Any]], h
         table.add_row(
             row["op"] if row["op"] != op else "",
             f"{row['name']} {marks}",
-            "yes" if row["available"] else f"no: {row['reason']}",
+            "yes" if row["available"] else "no",
             row["summary"],
             style=None if row["available"] else "dim",
         )
@@ -204,6 +220,7 @@ def compare(
     library: Annotated[str, typer.Option(help="Whose arrays go in: numpy or torch.")] = "numpy",
     masked: Annotated[bool, typer.Option("--masked", help="Mask about one of four queries and keys.")] = False,
     seed: Seed = 0,
+    emulate: Annotated[bool, typer.Option("--emulate", help="The CUDA kernels too, run on the CPU: slow, and no GPU's times.")] = False,
     names: Annotated[str | None, typer.Option("--variants", help="Only these, separated by commas.", show_default="all")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant, after one that does not count.")] = 5,
     json_output: Json = False,
@@ -236,7 +253,7 @@ def compare(
         )
         progress = not json_output and sys.stderr.isatty()
         wanted = None if names is None else [name.strip() for name in names.split(",")]
-        found = comparison.compare(op, *args, repeats=repeats, names=wanted, progress=progress, **kwargs)
+        found = comparison.compare(op, *args, repeats=repeats, names=wanted, emulate=emulate, progress=progress, **kwargs)
         if plot is not None:
             found.plot(plot)
     if json_output:
@@ -248,6 +265,41 @@ def compare(
             console.print(note)
     if not found.agrees:
         raise typer.Exit(1)
+
+
+@app.command()
+def kernel(
+    context: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="A kernel, such as shared_table, or a variant, such as cupy:shared_table.", show_default="list all"
+        ),
+    ] = None,
+) -> None:
+    """Print the source of a CUDA kernel with the note that explains it; without a name, list them."""
+    from yoso_core.gpu.catalog import catalog
+    from yoso_core.registry import KERNELS
+
+    texts = catalog()
+    language = {"cupy": "CUDA C++", "emulated": "CUDA C++", "numba_cuda": "Numba CUDA", "stepped": "Numba CUDA"}
+    users: dict[tuple[str, str], list[str]] = {}
+    for row in KERNELS:
+        if row.where in ("cupy", "numba_cuda"):
+            for used in row.kernels:
+                users.setdefault((language[row.where], used), []).append(f"{row.op} {row.name}")
+    with _one_line_errors(context):
+        if name is None:
+            for text in texts:
+                typer.echo(f"{text.name:28}{text.language:12}{text.file:18}{', '.join(users.get((text.language, text.name), []))}")
+            return
+        of_variant = {(language[row.where], used) for row in KERNELS if row.name == name for used in row.kernels}
+        wanted = [text for text in texts if text.name == name or (text.language, text.name) in of_variant]
+        if not wanted:
+            raise ValueError(f"name: no kernel or CUDA variant {name!r}; `yoso kernel` lists them")
+    for text in wanted:
+        used_by = ", ".join(users.get((text.language, text.name), []))
+        typer.echo(f"{text.language}, {text.file} line {text.line}; used by {used_by}\n\n{text.text}\n")
 
 
 @app.command()
@@ -273,7 +325,7 @@ def demo(
 @app.command()
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="SUITE", help="Which suite: cpu, or bias.")] = "cpu",
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), or bias.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed samples per side, in turns.")] = 7,
     output: Annotated[Path, typer.Option(help="The folder for the JSON and the picture.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small cases only: does the benchmark itself work?")] = False,

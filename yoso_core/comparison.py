@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from yoso_core import checks
-from yoso_core.arrays import library_of
+from yoso_core.arrays import device_of, library_of, one_caller
+from yoso_core.gpu.device import DoesNotFit
 from yoso_core.inputs import example_inputs
+from yoso_core.places import Place, wait
 from yoso_core.registry import Variant, op_name, variants
 from yoso_core.truth import HASHES, Arrays, bind, call, definition_of, errors_of, outputs_of, tolerance, truth
 
@@ -72,20 +74,29 @@ class _Trial:
     """A variant while it is being compared."""
 
     variant: Variant
+    arguments: Mapping[str, Any]
+    """On the variant's own device."""
     results: dict[bytes, Arrays] = field(default_factory=dict)
     """Every result that differs in its bits, NaNs included."""
     seconds: list[float] = field(default_factory=list)
+    reason: str | None = None
     failure: str | None = None
 
     @property
     def alive(self) -> bool:
-        return self.variant.available and self.failure is None
+        return self.reason is None and self.failure is None
 
-    def run(self, op: str, arguments: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], *, timed: bool) -> None:
+    def run(self, op: str, shapes: Sequence[tuple[int, ...]], *, timed: bool) -> None:
+        caller = one_caller({name: x for name, x in self.arguments.items() if library_of(x)})
         try:
+            wait(caller, self.variant.where)
             start = time.perf_counter()
-            result = call(op, arguments, self.variant.name)
+            result = call(op, self.arguments, self.variant.name)
+            wait(caller, self.variant.where)
             seconds = time.perf_counter() - start
+        except DoesNotFit as error:
+            self.reason = str(error)
+            return
         except Exception as error:  # whatever a variant raises is its result, and belongs into the table
             self.failure = f"{type(error).__name__}: {error}"
             return
@@ -100,7 +111,7 @@ class _Trial:
 
     def row(self, op: str, true: Arrays, allowed: Arrays) -> Row:
         variant = self.variant
-        about = (variant.name, variant.definition, variant.deterministic, variant.reason, self.failure)
+        about = (variant.name, variant.definition, variant.deterministic, self.reason, self.failure)
         if not self.alive:
             return Row(*about)
         measured = [_measure(op, result, true, allowed) for result in self.results.values()]
@@ -173,9 +184,12 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """One line for each variant that failed or cannot run: what it said."""
-        said = [(row, row.reason or row.failure) for row in self.rows]
-        return [f"{row.variant} {row.verdict}: {text}" for row, text in said if text]
+        """What each variant that failed or cannot run said; those that said the same share a line."""
+        said: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if text := row.reason or row.failure:
+                said.setdefault((row.verdict, text), []).append(row.variant)
+        return [f"{', '.join(names)} {verdict}: {text}" for (verdict, text), names in said.items()]
 
     @property
     def _title(self) -> str:
@@ -219,7 +233,7 @@ class Comparison:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Error and time of every variant that ran, side by side; written to ``path`` if one is given.
+        """Error and time of every variant that can run here, side by side; written to ``path`` if one is given.
 
         Needs matplotlib; raises ``ImportError`` without it, and ``ValueError`` for a file name whose ending it does not know.
         """
@@ -228,15 +242,16 @@ class Comparison:
         except ImportError as error:
             raise ImportError("plot: matplotlib is not installed: pip install 'yoso-core[plots]'") from error
 
-        figure = Figure(figsize=(11, 1.9 + 0.55 * max(len(self.rows), 2)), layout="constrained")
+        rows = [row for row in self.rows if row.verdict != "cannot run"]
+        figure = Figure(figsize=(11, 1.9 + 0.55 * max(len(rows), 2)), layout="constrained")
         errors, times = figure.subplots(1, 2, sharey=True)
         if self.op in HASHES:
-            _plot_errors(errors, {"share of codes that differ": [row.codes_share for row in self.rows]})
+            _plot_errors(errors, {"share of codes that differ": [row.codes_share for row in rows]})
         else:
-            series = {"largest absolute": [row.max_error for row in self.rows], "RMS, relative": [row.rms_error for row in self.rows]}
+            series = {"largest absolute": [row.max_error for row in rows], "RMS, relative": [row.rms_error for row in rows]}
             _plot_errors(errors, series)
-        _plot_times(times, self.rows)
-        labels = [row.variant + ("" if row.verdict == "agrees" else f"\n({row.verdict})") for row in self.rows]
+        _plot_times(times, rows)
+        labels = [row.variant + ("" if row.verdict == "agrees" else f"\n({row.verdict})") for row in rows]
         errors.set_yticks(range(len(labels)), labels)
         errors.set_ylim(len(labels) - 0.5, -0.5)
         inputs = ", ".join(f"{name}: {what}".replace(" ", "\N{NO-BREAK SPACE}") for name, what in self.inputs.items())
@@ -305,6 +320,7 @@ def compare(
     *args: Any,
     repeats: int = 5,
     names: Sequence[str] | None = None,
+    emulate: bool = False,
     progress: bool = False,
     **kwargs: Any,
 ) -> Comparison:
@@ -319,12 +335,13 @@ def compare(
         nor planes, signs are drawn once, and every variant gets them.
     repeats : timed runs of each, in turns, after one that is not timed (the first may compile).
     names : only these variants.
+    emulate : the CUDA kernels too, run on the CPU: ``emulated:...`` and ``stepped:...``. They are slow, and their times are not a GPU's.
     progress : a bar on stderr, if it takes longer than a second or two.
 
     Returns
     -------
     A `Comparison`: a row for every variant, those that fail or cannot run among them. The errors are against `truth`; a variant agrees
-    where they are within `tolerance` in every run.
+    where they are within `tolerance` in every run. Variants on another device than the inputs get copies, made before the clock starts.
 
     Raises
     ------
@@ -341,12 +358,17 @@ def compare(
             if wanted not in known:
                 raise ValueError(f"names: {name} has no variant {wanted!r}; it has {', '.join(known)}")
         chosen = [variant for variant in chosen if variant.name in names]
+    elif not emulate:
+        chosen = [variant for variant in chosen if variant.kernel.place.automatic]
     if not args and not kwargs:
         args, kwargs = example_inputs(name)
     arguments = bind(name, args, kwargs)
-    trials = [_Trial(variant) for variant in chosen]
+    trials = [
+        _Trial(variant, _on_device(arguments, variant.kernel.place) if variant.available else {}, reason=variant.reason)
+        for variant in chosen
+    ]
     with _progress(3 + len(trials) * (repeats + 1), name, progress) as advance:
-        definition = call(name, arguments, definition_of(name).name)  # refuses wrong inputs, for all variants
+        definition = call(name, _on_device(arguments, definition_of(name).place), definition_of(name).name)  # refuses wrong inputs
         shapes = [x.shape for x in outputs_of(definition)]
         advance()
         true = truth(name, (), arguments)
@@ -356,7 +378,7 @@ def compare(
         for turn in range(repeats + 1):
             for trial in trials:
                 if trial.alive:
-                    trial.run(name, arguments, shapes, timed=turn > 0)
+                    trial.run(name, shapes, timed=turn > 0)
                 advance()
     rows = tuple(trial.row(name, true, allowed) for trial in trials)
     return Comparison(name, _describe(arguments), repeats, rows, environment())
@@ -373,6 +395,20 @@ def _progress(total: int, label: str, wanted: bool) -> Iterator[Callable[[], obj
         yield bar.update
 
 
+def _on_device(arguments: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """The arguments where a place can have them: torch tensors and CuPy arrays are copied to its device if they are on another."""
+
+    def moved(x: Any) -> Any:
+        library = library_of(x)
+        if library is None or device_of(x).partition(":")[0] == place.device:
+            return x
+        if library == "torch":
+            return x.to(place.device)
+        return x.get() if library == "cupy" else x  # NumPy arrays: the face copies them itself
+
+    return {name: moved(x) for name, x in arguments.items()}
+
+
 def _describe(arguments: Mapping[str, Any]) -> dict[str, str]:
     def shown(x: Any) -> str:
         return repr(x) if library_of(x) is None else f"{checks.dtype_name(x)} {tuple(x.shape)}"
@@ -387,7 +423,7 @@ def environment() -> dict[str, Any]:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
-    loaded = {name: sys.modules[name].__version__ for name in ("yoso_core", "numpy", "numba", "torch") if name in sys.modules}
+    loaded = {name: sys.modules[name].__version__ for name in ("yoso_core", "numpy", "numba", "torch", "cupy") if name in sys.modules}
     return {
         "processor": processor,
         "cores": os.cpu_count(),

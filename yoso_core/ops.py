@@ -13,17 +13,7 @@ from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import Seed, hash_layout
 from yoso_core.reference.hashing import sample_planes as _draw_planes
 from yoso_core.reference.hashing import sample_signs as _draw_signs
-from yoso_core.registry import choose
-
-
-def _run(op: str, variant: str | None, caller: Caller, arrays: tuple[Array | None, ...], *args: Any, **options: Any) -> Any:
-    """Call the variant on NumPy views: positional arrays, plain arguments, then options (arrays among them too)."""
-    kernel = choose(op, variant, caller)
-
-    def view(x: Any) -> Any:
-        return caller.to_numpy(x) if hasattr(x, "dtype") else x
-
-    return kernel.run(caller, *map(view, arrays), *args, **{name: view(x) for name, x in options.items()})
+from yoso_core.registry import run
 
 
 def _check_draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
@@ -101,7 +91,7 @@ def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
     dim = x.shape[-1]
     if dim < 1 or dim & (dim - 1):
         raise ValueError(f"x: need a power of two as last dimension, got shape {tuple(x.shape)}")
-    return caller.from_numpy(_run("hadamard_transform", variant, caller, (x,)), like=x)
+    return run("hadamard_transform", variant, caller, (x,), (x,), {})
 
 
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
@@ -127,7 +117,7 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *
     caller = one_caller({"vectors": vectors, "signs": signs})
     checks.vectors("vectors", vectors)
     _check_signs(signs, vectors, "vectors", m, tau, caller)
-    return caller.from_numpy(_run("fast_hash", variant, caller, (vectors, signs), m, tau))
+    return run("fast_hash", variant, caller, (None,), (vectors, signs, m, tau), {})
 
 
 def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_code_len: int, caller: Caller) -> None:
@@ -135,7 +125,7 @@ def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_co
     layout = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     why = f"3 diagonals, parts, D for num_hash {num_hash}, hash_code_len {hash_code_len}, d = {vectors.shape[-1]}"
     checks.broadcastable("signs", signs, (3, layout.parts, layout.padded_dim), vectors.shape[:-2], why)
-    if caller.device == "cpu" and not bool((abs(signs) == 1).all()):
+    if caller.kind == "cpu" and not bool((abs(signs) == 1).all()):
         raise ValueError("signs: every entry must be +1 or -1")
 
 
@@ -160,7 +150,7 @@ def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len:
     caller = one_caller({"vectors": vectors, "planes": planes})
     checks.vectors("vectors", vectors)
     _check_planes(planes, vectors, m, tau)
-    return caller.from_numpy(_run("hyperplane_hash", variant, caller, (vectors, planes), m, tau))
+    return run("hyperplane_hash", variant, caller, (None,), (vectors, planes, m, tau), {})
 
 
 def _check_planes(planes: Array, vectors: Array, num_hash: int, hash_code_len: int) -> None:
@@ -182,9 +172,9 @@ def _check_codes(
 
 
 def _check_code_range(caller: Caller, capacity: int, **codes: Array) -> None:
-    if caller.device == "cpu":
+    if caller.kind in ("cpu", "cuda"):  # elsewhere there may be no numbers to look at, and nothing runs there
         for name, x in codes.items():
-            checks.codes_in_range(name, caller.to_numpy(x), capacity)
+            checks.codes_in_range(name, x, capacity)
 
 
 def lsh_cumulation(
@@ -207,8 +197,8 @@ def lsh_cumulation(
     hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the buckets that are occupied.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
         skipped, so they may hold NaN; masked queries get zeros.
-    validate : check that the codes are in range (one pass over them); pass ``False`` for codes known to be right. What a code out of range
-        meets is then not promised, only that nothing crashes.
+    validate : check that the codes are in range (one pass over them, and on a GPU a wait for it); pass ``False`` for codes known to be
+        right. What a code out of range meets is then not promised, only that nothing crashes.
 
     Returns
     -------
@@ -237,9 +227,8 @@ def lsh_cumulation(
     checks.size("value", value, -2, key_hash_code.shape[-2], "n of key_hash_code")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    arrays = (query_hash_code, key_hash_code, value)
-    out = _run("lsh_cumulation", variant, caller, arrays, capacity, query_mask=query_mask, key_mask=key_mask)
-    return caller.from_numpy(out, like=value)
+    args = (query_hash_code, key_hash_code, value, capacity)
+    return run("lsh_cumulation", variant, caller, (value,), args, {"query_mask": query_mask, "key_mask": key_mask})
 
 
 def lsh_weighted_cumulation(
@@ -295,9 +284,8 @@ def lsh_weighted_cumulation(
     checks.size("key_weight", key_weight, -1, query_weight.shape[-1], "d_w of query_weight")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    arrays = (query_hash_code, query_weight, key_hash_code, key_weight, value)
-    out = _run("lsh_weighted_cumulation", variant, caller, arrays, capacity, query_mask=query_mask, key_mask=key_mask)
-    return caller.from_numpy(out, like=value)
+    args = (query_hash_code, query_weight, key_hash_code, key_weight, value, capacity)
+    return run("lsh_weighted_cumulation", variant, caller, (value,), args, {"query_mask": query_mask, "key_mask": key_mask})
 
 
 def _check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
@@ -343,8 +331,8 @@ def expectation_attention(
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
-    out = _run("expectation_attention", variant, caller, (query, key, value), tau, query_mask=query_mask, key_mask=key_mask)
-    return caller.from_numpy(out, like=value)
+    masks = {"query_mask": query_mask, "key_mask": key_mask}
+    return run("expectation_attention", variant, caller, (value,), (query, key, value, tau), masks)
 
 
 def expectation_attention_backward(
@@ -380,9 +368,9 @@ def expectation_attention_backward(
     caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
-    arrays = (grad_out, query, key, value)
-    grads = _run("expectation_attention_backward", variant, caller, arrays, tau, grad=grad, query_mask=query_mask, key_mask=key_mask)
-    return _like_inputs(caller, grads, (query, key, value))
+    args = (grad_out, query, key, value, tau)
+    options = {"grad": grad, "query_mask": query_mask, "key_mask": key_mask}
+    return run("expectation_attention_backward", variant, caller, (query, key, value), args, options)
 
 
 def _check_grad_out(grad_out: Array, query: Array, value: Array) -> None:
@@ -390,11 +378,6 @@ def _check_grad_out(grad_out: Array, query: Array, value: Array) -> None:
     needed = (*query.shape[:-1], value.shape[-1])
     if tuple(grad_out.shape) != needed:
         raise ValueError(f"grad_out: need the shape of the output, {needed}, got {tuple(grad_out.shape)}")
-
-
-def _like_inputs(caller: Caller, grads: tuple[Any, Any, Any], inputs: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    query, key, value = (caller.from_numpy(g, like=x) for g, x in zip(grads, inputs, strict=True))
-    return query, key, value
 
 
 def lsh_attention_backward(
@@ -449,9 +432,9 @@ def lsh_attention_backward(
         checks.size(name, codes, -2, x.shape[-2], f"n of {side}")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    arrays = (grad_out, query, key, value, query_hash_code, key_hash_code)
-    grads = _run("lsh_attention_backward", variant, caller, arrays, tau, grad=grad, query_mask=query_mask, key_mask=key_mask)
-    return _like_inputs(caller, grads, (query, key, value))
+    args = (grad_out, query, key, value, query_hash_code, key_hash_code, tau)
+    options = {"grad": grad, "query_mask": query_mask, "key_mask": key_mask}
+    return run("lsh_attention_backward", variant, caller, (query, key, value), args, options)
 
 
 def yoso_attention(
@@ -518,18 +501,14 @@ def yoso_attention(
     elif not use_expectation:
         drawn = _draw_signs(m, tau, query.shape[-1], batch_shape=tuple(query.shape[-3:-2]), rng=_generator(rng))
         signs = caller.from_numpy(drawn)
-    out = _run(
-        "yoso_attention",
-        variant,
-        caller,
-        (query, key, value),
-        num_hash=m,
-        hash_code_len=tau,
-        use_expectation=bool(use_expectation),
-        signs=signs,
-        planes=planes,
-        query_mask=query_mask,
-        key_mask=key_mask,
-        normalize_output=bool(normalize_output),
-    )
-    return caller.from_numpy(out, like=value)
+    options = {
+        "num_hash": m,
+        "hash_code_len": tau,
+        "use_expectation": bool(use_expectation),
+        "signs": signs,
+        "planes": planes,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+        "normalize_output": bool(normalize_output),
+    }
+    return run("yoso_attention", variant, caller, (value,), (query, key, value), options)

@@ -1,0 +1,60 @@
+"""Every CUDA kernel of the project as text, with its note: for reading, and for ``yoso kernel``."""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from yoso_core.gpu.cupy_kernels.source import FILES, KERNEL
+from yoso_core.gpu.cupy_kernels.source import HERE as CUDA_FOLDER
+
+NUMBA_FOLDER = Path(__file__).resolve().parent / "numba_kernels"
+
+
+@dataclass(frozen=True)
+class KernelText:
+    name: str
+    language: Literal["CUDA C++", "Numba CUDA"]
+    file: str
+    """In the folder of its language."""
+    line: int
+    text: str
+    """The kernel with its note."""
+
+
+def catalog() -> list[KernelText]:
+    """All kernels, in the order of files and of lines."""
+    found = [kernel for file in FILES for kernel in _cuda_kernels(file)]
+    return found + [kernel for path in sorted(NUMBA_FOLDER.glob("*.py")) for kernel in _numba_kernels(path)]
+
+
+def _cuda_kernels(file: str) -> list[KernelText]:
+    """From the comment above the first line of a kernel to the brace that closes it, which stands alone at the left."""
+    text = (CUDA_FOLDER / file).read_text("utf-8")
+    lines, found = text.splitlines(), []
+    for head in KERNEL.finditer(text):
+        number = start = text.count("\n", 0, head.start())
+        while start and lines[start - 1].startswith("//"):
+            start -= 1
+        end = lines.index("}", number) + 1
+        found.append(KernelText(head[1], "CUDA C++", file, start + 1, "\n".join(lines[start:end])))
+    return found
+
+
+def _numba_kernels(path: Path) -> list[KernelText]:
+    """Functions under ``@cuda.jit``, with the comment above them; helpers that run on the device are no kernels."""
+    text = path.read_text("utf-8")
+    lines = text.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef) or not any(_is_kernel(ast.unparse(mark)) for mark in node.decorator_list):
+            continue
+        start = min(mark.lineno for mark in node.decorator_list) - 1
+        while start and lines[start - 1].startswith("#"):
+            start -= 1
+        found.append(KernelText(node.name, "Numba CUDA", path.name, start + 1, "\n".join(lines[start : node.end_lineno])))
+    return sorted(found, key=lambda kernel: kernel.line)
+
+
+def _is_kernel(decorator: str) -> bool:
+    return decorator.startswith("cuda.jit") and "device=True" not in decorator

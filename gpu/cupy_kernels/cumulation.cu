@@ -1,0 +1,237 @@
+// Bernoulli cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j, three ways.
+//
+// Compiled for VALUE, and for OUT, how the result is stored; shared_table also for LANES, the hashes side by side.
+//
+// Arrays are contiguous: codes (heads, n, m), value (heads, n_k, d_v), out (heads, n_q, d_v), masks (heads, n).
+#include "common.cuh"
+#include "sort.cuh"
+
+__device__ inline OUT mean(ACC sum, int num_hash) { return narrow<OUT>(nan_unless_finite(sum / ACC(num_hash))); }
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// global_table: the paper's algorithm. A table of every hash in global memory, for 32 value dims at a time: (heads, m, capacity, 32).
+
+// global_table_scatter
+//   A warp takes one key: lane l adds value dim first_dim + l to the key's bucket of every hash. Blocks of 8 keys.
+//   Moves 4 m bytes of codes and 32 values in, and 32 m atomic additions out for each key.
+//   Not deterministic: the order of the additions is that of chance.
+extern "C" __global__ void global_table_scatter(const int* __restrict__ key_hash_code, const VALUE* __restrict__ value,
+                                                const unsigned char* __restrict__ key_mask, ACC* __restrict__ table, int n_k, int num_hash,
+                                                int capacity, int value_dim, int first_dim) {
+  const int key = blockIdx.x * blockDim.y + threadIdx.y, dim = first_dim + threadIdx.x;
+  const long long head = blockIdx.y, row = head * n_k + key;
+  if (key >= n_k || dim >= value_dim || !kept(key_mask, row)) return;
+  const ACC v = widen(value[row * value_dim + dim]);
+  for (int hash = 0; hash < num_hash; ++hash) {
+    const int code = key_hash_code[row * num_hash + hash];
+    if (in_range(code, capacity)) atomicAdd(&table[((head * num_hash + hash) * capacity + code) * 32 + threadIdx.x], v);
+  }
+}
+
+// global_table_gather
+//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash after hash. Blocks of 8 queries.
+//   Moves 4 m bytes of codes and 32 m sums in and 32 results out for each query. Deterministic, given the table.
+extern "C" __global__ void global_table_gather(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
+                                               const ACC* __restrict__ table, OUT* __restrict__ out, int n_q, int num_hash, int capacity,
+                                               int value_dim, int first_dim) {
+  const int query = blockIdx.x * blockDim.y + threadIdx.y, dim = first_dim + threadIdx.x;
+  const long long head = blockIdx.y, row = head * n_q + query;
+  if (query >= n_q || dim >= value_dim) return;
+  ACC sum = 0;
+  if (kept(query_mask, row)) {
+    for (int hash = 0; hash < num_hash; ++hash) {
+      const int code = query_hash_code[row * num_hash + hash];
+      if (in_range(code, capacity)) sum += table[((head * num_hash + hash) * capacity + code) * 32 + threadIdx.x];
+    }
+  }
+  out[row * value_dim + dim] = mean(sum, num_hash);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+#ifdef LANES
+constexpr int BATCH = 8;
+
+// shared_table
+//   A block takes a few value dims of one head and does everything for them: it adds all keys to its tables, then lets all queries read.
+//   Its tables stand in shared memory as one array of capacity + 1 rows, one *column* for each pair of a hash and a value dim, and every
+//   column belongs to one thread. So no two threads ever add to the same entry: no atomics, no conflict between banks (neighbouring
+//   threads have neighbouring columns, whatever their codes), and every sum is taken in the order of the keys.
+//   Thread t has hash t % LANES and value dim t / LANES of the block's. Keys that are masked go to the last row, which nobody reads.
+//
+//   Scatter: BATCH keys at a time, so that their entries are fetched together and not one after the other. Where two of them share a
+//   bucket, the later takes the earlier's sum and not what was fetched.
+//   Gather: a thread fetches its column's entry for LANES queries, and its group of LANES threads adds them up over the hashes by halves:
+//   in each step a thread gives away half of its queries and takes the partner's sums for the other half, so that LANES queries cost
+//   LANES - 1 shuffles, and thread i ends with the whole sum of query i.
+//   Where m is more than the hashes that fit side by side, the block does this in rounds and keeps the sums in `unfinished`.
+//
+//   grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2 cache, but for the first of its
+//   blocks), its slice of the values, and its slice of the result. Deterministic: the same bits every time.
+extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code,
+                                        const VALUE* __restrict__ value, const unsigned char* __restrict__ query_mask,
+                                        const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished, OUT* __restrict__ out,
+                                        int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side) {
+  extern __shared__ double shared[];  // double, so that it is aligned for either ACC
+  ACC* table = reinterpret_cast<ACC*>(shared);
+
+  const int columns = LANES * width, lane = threadIdx.x % LANES;
+  const int dim = blockIdx.x * width + threadIdx.x / LANES;
+  const bool has_dim = threadIdx.x < columns && dim < value_dim;
+  const long long head = blockIdx.y;
+  ACC* column = table + threadIdx.x;
+
+  for (int first_hash = 0; first_hash < num_hash; first_hash += side_by_side) {
+    const int hash = first_hash + lane;
+    const bool live = has_dim && lane < side_by_side && hash < num_hash;
+
+    if (live) {
+      for (int code = 0; code <= capacity; ++code) column[code * columns] = 0;
+
+      int next_code[BATCH];
+      ACC next_value[BATCH];
+      const auto fetch = [&](int first_key) {
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+          const long long row = head * n_k + first_key + b;
+          const bool valid = first_key + b < n_k && kept(key_mask, row);
+          const int code = valid ? key_hash_code[row * num_hash + hash] : capacity;
+          next_code[b] = in_range(code, capacity) ? code : capacity;
+          next_value[b] = valid ? widen(value[row * value_dim + dim]) : ACC(0);
+        }
+      };
+      fetch(0);
+      for (int first_key = 0; first_key < n_k; first_key += BATCH) {
+        int code[BATCH];
+        ACC added[BATCH], sum[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) code[b] = next_code[b], added[b] = next_value[b];
+        fetch(first_key + BATCH);
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) sum[b] = column[code[b] * columns];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+#pragma unroll
+          for (int earlier = 0; earlier < b; ++earlier) sum[b] = code[earlier] == code[b] ? sum[earlier] : sum[b];
+          sum[b] += added[b];
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) column[code[b] * columns] = sum[b];
+      }
+    }
+
+    // A column's reader is its writer: no barrier.
+    for (int first_query = 0; first_query < n_q; first_query += LANES) {
+      ACC sum[LANES];
+#pragma unroll
+      for (int i = 0; i < LANES; ++i) {
+        const long long row = head * n_q + first_query + i;
+        const int code = live && first_query + i < n_q ? query_hash_code[row * num_hash + hash] : capacity;
+        sum[i] = in_range(code, capacity) ? column[code * columns] : ACC(0);
+      }
+#pragma unroll
+      for (int half = LANES / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+          const bool upper = lane & half;
+          const ACC given = upper ? sum[i] : sum[i + half], own = upper ? sum[i + half] : sum[i];
+          sum[i] = own + __shfl_xor_sync(FULL_WARP, given, half);
+        }
+      }
+      const int query = first_query + lane;
+      if (!has_dim || query >= n_q) continue;
+      const long long row = head * n_q + query, at = row * value_dim + dim;
+      const ACC total = first_hash == 0 ? sum[0] : unfinished[at] + sum[0];
+      if (first_hash + side_by_side < num_hash) unfinished[at] = total;
+      else out[at] = kept(query_mask, row) ? mean(total, num_hash) : narrow<OUT>(ACC(0));
+    }
+  }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// sorted_buckets: keys in the order of their codes, so that a bucket is a run of neighbours, and its sum needs no atomic. Any capacity.
+// `bucket_sum` is (heads, hashes of the group, n_k, d_v): a bucket's sum stands at the position where the bucket starts.
+
+constexpr int STRETCH = 64;
+
+// sum_buckets
+//   A block walks STRETCH sorted positions of one head and hash, a thread for each value dim. It writes one sum for each bucket, at its
+//   start, or at the start of the stretch for a bucket that began before it.
+//   Moves 8 bytes and one row of values in for each key, one row of sums out for each bucket. Deterministic.
+extern "C" __global__ void sum_buckets(const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ value,
+                                       ACC* __restrict__ bucket_sum, int n_k, int num_hash, int first_hash, int capacity, int value_dim) {
+  const long long head = blockIdx.z;
+  const int first = blockIdx.x * STRETCH, last = smaller(first + STRETCH, n_k);
+  const int* code = sorted_code + (head * num_hash + first_hash + blockIdx.y) * n_k;
+  const int* row = order + (head * num_hash + first_hash + blockIdx.y) * n_k;
+  ACC* sums = bucket_sum + (head * gridDim.y + blockIdx.y) * n_k * value_dim;
+  for (int dim = threadIdx.x; dim < value_dim; dim += blockDim.x) {
+    ACC sum = 0;
+    int start = first;
+    for (int i = first; i < last && code[i] < capacity; ++i) {
+      if (i > first && code[i] != code[i - 1]) {
+        sums[static_cast<long long>(start) * value_dim + dim] = sum;
+        sum = 0;
+        start = i;
+      }
+      sum += widen(value[(head * n_k + row[i]) * value_dim + dim]);
+    }
+    sums[static_cast<long long>(start) * value_dim + dim] = sum;
+  }
+}
+
+// join_stretches
+//   Buckets that reach over several stretches: their sums are added up at the bucket's start, from left to right. A block takes one head
+//   and hash, a thread each value dim. Moves two rows of sums for each stretch that starts inside a bucket. Deterministic.
+extern "C" __global__ void join_stretches(const int* __restrict__ sorted_code, ACC* __restrict__ bucket_sum, int n_k, int num_hash,
+                                          int first_hash, int capacity, int value_dim) {
+  const long long head = blockIdx.y;
+  const int* code = sorted_code + (head * num_hash + first_hash + blockIdx.x) * n_k;
+  ACC* sums = bucket_sum + (head * gridDim.x + blockIdx.x) * n_k * value_dim;
+  for (int i = STRETCH; i < n_k && code[i] < capacity; i += STRETCH) {
+    if (code[i] != code[i - 1]) continue;
+    const long long start = lower_bound(code, n_k, code[i]);
+    for (int dim = threadIdx.x; dim < value_dim; dim += blockDim.x) {
+      sums[start * value_dim + dim] += sums[static_cast<long long>(i) * value_dim + dim];
+    }
+  }
+}
+
+// gather_buckets
+//   A warp takes one query. Its lanes look up the starts of 32 buckets at once, one hash each, by bisection of the sorted codes; then they
+//   go through these buckets together, a lane for each value dim. Blocks of 8 queries.
+//   Moves 4 bytes of code, about log2(n_k) codes, and a row of sums in for each hash, a row of results out. Deterministic.
+extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
+                                          const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
+                                          ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,
+                                          int first_hash, int group, int capacity, int value_dim) {
+  const int query = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
+  const long long head = blockIdx.y, query_row = head * n_q + query;
+  if (query >= n_q) return;  // the whole warp
+  const bool keep = kept(query_mask, query_row);
+
+  for (int base_dim = 0; base_dim < value_dim; base_dim += 32) {
+    const int dim = base_dim + lane;
+    const long long at = query_row * value_dim + dim;
+    ACC sum = first_hash > 0 && dim < value_dim ? unfinished[at] : ACC(0);
+    for (int base_hash = 0; base_hash < group; base_hash += 32) {
+      const int in_group = base_hash + lane;
+      int start = -1;
+      if (keep && in_group < group) {
+        const int code = query_hash_code[query_row * num_hash + first_hash + in_group];
+        const int* codes = sorted_code + (head * num_hash + first_hash + in_group) * n_k;
+        const int found = in_range(code, capacity) ? lower_bound(codes, n_k, code) : n_k;
+        if (found < n_k && codes[found] == code) start = found;
+      }
+      for (int hash = 0; hash < 32 && base_hash + hash < group; ++hash) {
+        const int position = __shfl_sync(FULL_WARP, start, hash);
+        if (position >= 0 && dim < value_dim) {
+          sum += bucket_sum[((head * group + base_hash + hash) * n_k + position) * value_dim + dim];
+        }
+      }
+    }
+    if (dim >= value_dim) continue;
+    if (first_hash + group < num_hash) unfinished[at] = sum;
+    else out[at] = mean(sum, num_hash);
+  }
+}

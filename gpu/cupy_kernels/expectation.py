@@ -1,0 +1,69 @@
+"""Launcher of expected attention. The equation stands in `yoso_core.reference.expectation_attention`, the kernels in `expectation.cu`."""
+
+from typing import Any
+
+import numpy as np
+
+from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu.device import Array, CudaKernel, Device
+
+_ROWS = 8
+_QUERIES = 64
+_THREADS = 256
+
+
+def _unit_rows(device: Device, vectors: Array) -> Array:
+    """Rows scaled to unit length, as contiguous ``(heads, n, d)`` of the accumulator's dtype; NaN where a row is not finite."""
+    flat = layout.heads(device, vectors)
+    unit = device.empty(flat.shape, layout.accumulator(flat))
+    if unit.size:
+        rows = flat.shape[0] * flat.shape[1]
+        device.launch(
+            CudaKernel("expectation.cu", "normalize_rows", layout.value_define(flat)),
+            (layout.ceil_div(rows, _ROWS),),
+            (32, _ROWS),
+            (flat, unit, np.int64(rows), np.int32(flat.shape[2])),
+        )
+    return unit
+
+
+def expectation_attention_blocked(
+    device: Device,
+    query: Array,
+    key: Array,
+    value: Array,
+    hash_code_len: int,
+    *,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    out_dtype: Any = None,
+) -> Array:
+    """64 queries to a block, which walks over the keys: `expectation`. Working memory: unit copies of query and key.
+
+    ``out_dtype``: that of the result, if not that of ``value``.
+    """
+    out = device.empty((*query.shape[:-1], value.shape[-1]), value.dtype if out_dtype is None else out_dtype)
+    if out.size == 0:
+        return out
+    unit_query, unit_key, values = _unit_rows(device, query), _unit_rows(device, key), layout.heads(device, value)
+    keep_query, keep_key = layout.mask_bytes(device, query_mask, query.shape[:-1]), layout.mask_bytes(device, key_mask, key.shape[:-1])
+    (heads, n_q, dim), (n_k, value_dim) = unit_query.shape, values.shape[1:]
+    flat_out = out.reshape(heads, n_q, value_dim)
+    columns = 32 if layout.accumulator(value) == np.float64 else 64
+    kernel = CudaKernel("expectation.cu", "expectation", (*layout.value_define(values), ("OUT", layout.c_type(out))))
+    for part in layout.grid_slices(heads):
+        device.launch(
+            kernel,
+            (layout.ceil_div(n_q, _QUERIES), layout.ceil_div(value_dim, columns), part.stop - part.start),
+            (_THREADS,),
+            (
+                unit_query[part],
+                unit_key[part],
+                values[part],
+                layout.part_of(keep_query, part),
+                layout.part_of(keep_key, part),
+                flat_out[part],
+                *map(np.int32, (n_q, n_k, dim, value_dim, hash_code_len)),
+            ),
+        )
+    return out

@@ -1,0 +1,158 @@
+// Fast Hadamard hashing: tau sign bits of H D3 H D2 H D1 x to a code. Codes are the same bits as those of the reference.
+//
+// Compiled for VALUE and for D, the vector's dimension rounded up to a power of two.
+//
+// H is log2(D) stages of butterflies: at stride s the entries i and i ^ s become their sum (the lower) and their difference (the upper).
+// The stages run from the largest stride to the smallest in both kernels, as the definition says, so that every sum is the same float.
+#include "common.cuh"
+
+// One butterfly, seen from the entry that holds `mine`; `other` is its partner's. The upper entry takes lower minus upper.
+__device__ inline ACC butterfly(ACC mine, ACC other, bool upper) { return upper ? other - mine : mine + other; }
+
+// block_per_part
+//   A block rotates one vector by one part; thread i holds entry i.
+//   Strides of 32 and more go through shared memory (D entries), smaller ones by shuffle within a warp.
+//   grid (vectors, parts), max(D, 32) threads: where D is below 32 the lanes beyond it work on zeros and are not looked at.
+//   Reads the vector once for each part: parts * d entries and 3 * D signs for codes of 4 bytes. Deterministic.
+extern "C" __global__ void __launch_bounds__(D < 32 ? 32 : D)
+block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
+               long long vectors_per_head, int sign_sets, int dim, int num_hash, int hash_code_len) {
+  __shared__ ACC buffer[D < 32 ? 32 : D];
+  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and one word that may be read but does not matter
+  __shared__ ACC largest_of_warp[32];
+
+  const int i = threadIdx.x, lane = i % 32, part = blockIdx.y, parts = gridDim.y;
+  const long long vector = blockIdx.x;
+  const int set = int(vector / vectors_per_head % sign_sets);
+  const signed char* diagonal = signs + (static_cast<long long>(set) * 3 * parts + part) * D;
+
+  ACC x = i < dim ? widen(vectors[vector * dim + i]) : ACC(0);
+
+  ACC largest = fabs(x);
+  for (int stride = 16; stride > 0; stride /= 2) largest = larger(largest, __shfl_xor_sync(FULL_WARP, largest, stride));
+  if (lane == 0) largest_of_warp[i / 32] = largest;
+  __syncthreads();
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) largest = larger(largest, largest_of_warp[warp]);
+  x *= range_scale(largest);
+
+  for (int round = 0; round < 3; ++round) {
+    if (i < D) x *= ACC(diagonal[static_cast<long long>(round) * parts * D + i]);
+    for (int stride = D / 2; stride >= 32; stride /= 2) {
+      __syncthreads();  // the stage before has been read
+      buffer[i] = x;
+      __syncthreads();
+      x = butterfly(x, buffer[i ^ stride], i & stride);
+    }
+    for (int stride = D / 2 < 16 ? D / 2 : 16; stride > 0; stride /= 2) {
+      x = butterfly(x, __shfl_xor_sync(FULL_WARP, x, stride), i & stride);
+    }
+  }
+
+  if (hash_code_len > D) {  // a code spans parts: every block adds its bits to codes that were zeroed
+    const long long position = static_cast<long long>(part) * D + i, hash = position / hash_code_len;
+    if (i < D && hash < num_hash && x > ACC(0)) {
+      atomicOr(&codes[vector * num_hash + hash], 1 << (position % hash_code_len));
+    }
+    return;
+  }
+  const unsigned word = __ballot_sync(FULL_WARP, x > ACC(0));
+  if (lane == 0) words[i / 32] = word;
+  __syncthreads();
+  const int per = D / hash_code_len, hash = part * per + i;
+  if (i < per && hash < num_hash) {
+    const int first = i * hash_code_len;
+    const unsigned long long bits = words[first / 32] | static_cast<unsigned long long>(words[first / 32 + 1]) << 32;
+    codes[vector * num_hash + hash] = int(bits >> (first % 32)) & ((1 << hash_code_len) - 1);
+  }
+}
+
+constexpr int WARPS = 4;
+constexpr int ENTRIES = D < 32 ? 1 : D / 32;
+
+// warp_per_vector
+//   A warp hashes one vector, part after part; lane l holds the entries l, l + 32, l + 64, ... in registers.
+//   Strides of 32 and more are then between registers of one lane, smaller ones are shuffles: no barrier, and no shared memory
+//   but for the sign bits, of which one ballot packs 32 into a word.
+//   Blocks of 4 warps, each on its own. Reads the vector once: d entries and, from cache, 3 * parts * D signs. Deterministic.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
+                long long num_vectors, long long vectors_per_head, int sign_sets, int parts, int dim, int num_hash, int hash_code_len) {
+  __shared__ unsigned words_of_warp[WARPS][ENTRIES + 1];
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long vector = static_cast<long long>(blockIdx.x) * WARPS + warp;
+  if (vector >= num_vectors) return;  // the whole warp
+  const int set = int(vector / vectors_per_head % sign_sets);
+  const signed char* diagonals = signs + static_cast<long long>(set) * 3 * parts * D;
+  int* code = codes + vector * num_hash;
+  unsigned* words = words_of_warp[warp];
+
+  ACC x[ENTRIES], largest = 0;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; ++e) {
+    const int i = e * 32 + lane;
+    x[e] = i < dim ? widen(vectors[vector * dim + i]) : ACC(0);
+    largest = larger(largest, ACC(fabs(x[e])));
+  }
+  for (int stride = 16; stride > 0; stride /= 2) largest = larger(largest, __shfl_xor_sync(FULL_WARP, largest, stride));
+  const ACC scale = range_scale(largest);
+
+  const int per = D / hash_code_len;
+  const unsigned mask = (1u << hash_code_len) - 1;
+  unsigned long long stream = 0;  // where a code spans parts: bits that have not made a code yet
+  int waiting = 0, made = 0;
+
+  for (int part = 0; part < parts; ++part) {
+    ACC y[ENTRIES];
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) y[e] = x[e] * scale;
+
+    for (int round = 0; round < 3; ++round) {
+      const signed char* diagonal = diagonals + (static_cast<long long>(round) * parts + part) * D;
+#pragma unroll
+      for (int e = 0; e < ENTRIES; ++e) {
+        if (e * 32 + lane < D) y[e] *= ACC(diagonal[e * 32 + lane]);
+      }
+#pragma unroll
+      for (int step = ENTRIES / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int e = 0; e < ENTRIES; ++e) {
+          if (e & step) continue;
+          const ACC lower = y[e], upper = y[e + step];
+          y[e] = lower + upper;
+          y[e + step] = lower - upper;
+        }
+      }
+#pragma unroll
+      for (int stride = D / 2 < 16 ? D / 2 : 16; stride > 0; stride /= 2) {
+#pragma unroll
+        for (int e = 0; e < ENTRIES; ++e) y[e] = butterfly(y[e], __shfl_xor_sync(FULL_WARP, y[e], stride), lane & stride);
+      }
+    }
+
+    if (per == 0) {  // hash_code_len > D: the parts' bits form one stream, cut every hash_code_len bits
+      const unsigned bits = __ballot_sync(FULL_WARP, lane < D && y[0] > ACC(0));
+      stream |= static_cast<unsigned long long>(bits) << waiting;
+      waiting += D;
+      if (waiting >= hash_code_len && made < num_hash) {
+        if (lane == 0) code[made] = int(unsigned(stream) & mask);
+        ++made;
+        stream >>= hash_code_len;
+        waiting -= hash_code_len;
+      }
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) {
+      const unsigned word = __ballot_sync(FULL_WARP, y[e] > ACC(0));
+      if (lane == 0) words[e] = word;
+    }
+    __syncwarp();
+    for (int c = lane; c < per && part * per + c < num_hash; c += 32) {
+      const int first = c * hash_code_len;
+      const unsigned long long bits = words[first / 32] | static_cast<unsigned long long>(words[first / 32 + 1]) << 32;
+      code[part * per + c] = int(unsigned(bits >> (first % 32)) & mask);
+    }
+    __syncwarp();  // the words have been read
+  }
+}

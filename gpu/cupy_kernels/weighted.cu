@@ -1,0 +1,272 @@
+// Weighted cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j, three ways.
+//
+// Compiled for VALUE, and for OUT, how the result is stored.
+//
+// Arrays are contiguous: codes (heads, n, m), weights (heads, n, d_w), value (heads, n_k, d_v), out (heads, n_q, d_v), masks (heads, n),
+// sorted codes and their order (heads, m, n), sums (heads, n_q, d_v rounded up to a multiple of four).
+#include "common.cuh"
+#include "sort.cuh"
+#include "tiles.cuh"
+
+__device__ inline long long padded(int value_dim) { return ceil_div(value_dim, 4) * 4; }
+
+// Whether a whole row is finite, for a warp to ask together.
+__device__ inline bool finite_row(const VALUE* row, int dim, int lane) {
+  bool all = true;
+  for (int c = lane; c < dim; c += 32) all = all && is_finite(widen(row[c]));
+  return __all_sync(FULL_WARP, all);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// weight_by_weight: the paper's algorithm. The weights leave the sum, coordinate by coordinate: sum_j (a . b_j) v_j is
+// sum_r a_r (sum_j b_jr v_j). So for each coordinate r, and 32 value dims at a time, there is a table in global memory,
+// (heads, m, capacity, 32), which the keys fill and the queries read.
+
+// weight_by_weight_scatter
+//   A warp takes one key: lane l adds key_weight_r times value dim first_dim + l to the key's bucket of every hash. Blocks of 8 keys.
+//   Moves 4 m bytes of codes and 33 numbers in, and 32 m atomic additions out for each key.
+//   Not deterministic: the order of the additions is that of chance.
+extern "C" __global__ void weight_by_weight_scatter(const int* __restrict__ key_hash_code, const VALUE* __restrict__ key_weight,
+                                                    const VALUE* __restrict__ value, const unsigned char* __restrict__ key_mask,
+                                                    ACC* __restrict__ table, int n_k, int num_hash, int capacity, int weight_dim,
+                                                    int value_dim, int coordinate, int first_dim) {
+  const int key = blockIdx.x * blockDim.y + threadIdx.y, dim = first_dim + threadIdx.x;
+  const long long head = blockIdx.y, row = head * n_k + key;
+  if (key >= n_k || dim >= value_dim || !kept(key_mask, row)) return;
+  const ACC term = widen(key_weight[row * weight_dim + coordinate]) * widen(value[row * value_dim + dim]);
+  for (int hash = 0; hash < num_hash; ++hash) {
+    const int code = key_hash_code[row * num_hash + hash];
+    if (in_range(code, capacity)) atomicAdd(&table[((head * num_hash + hash) * capacity + code) * 32 + threadIdx.x], term);
+  }
+}
+
+// weight_by_weight_gather
+//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash after hash, and adds query_weight_r times
+//   that to the query's sums. Blocks of 8 queries.
+//   Moves 4 m bytes of codes and 32 m table entries in, and 32 sums in and out for each query. Deterministic, given the table.
+extern "C" __global__ void weight_by_weight_gather(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight,
+                                                   const unsigned char* __restrict__ query_mask, const ACC* __restrict__ table,
+                                                   ACC* __restrict__ sums, int n_q, int num_hash, int capacity, int weight_dim,
+                                                   int value_dim, int coordinate, int first_dim) {
+  const int query = blockIdx.x * blockDim.y + threadIdx.y, dim = first_dim + threadIdx.x;
+  const long long head = blockIdx.y, row = head * n_q + query;
+  if (query >= n_q || dim >= value_dim || !kept(query_mask, row)) return;
+  ACC sum = 0;
+  for (int hash = 0; hash < num_hash; ++hash) {
+    const int code = query_hash_code[row * num_hash + hash];
+    if (in_range(code, capacity)) sum += table[((head * num_hash + hash) * capacity + code) * 32 + threadIdx.x];
+  }
+  sums[row * padded(value_dim) + dim] += widen(query_weight[row * weight_dim + coordinate]) * sum;
+}
+
+// finish_rows
+//   The sums of all hashes become the result: divided by m, rounded once, and NaN in the row of a query whose weight is not finite.
+//   A warp takes one row, blocks have 8. Moves d_w weights and d_v sums in and d_v results out for each. Deterministic.
+extern "C" __global__ void finish_rows(const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
+                                       const ACC* __restrict__ sums, OUT* __restrict__ out, long long rows, int num_hash, int weight_dim,
+                                       int value_dim) {
+  const int lane = threadIdx.x;
+  const long long row = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= rows) return;  // the whole warp
+  const bool spoiled = kept(query_mask, row) && !finite_row(query_weight + row * weight_dim, weight_dim, lane);
+  for (int dim = lane; dim < value_dim; dim += 32) {
+    const ACC sum = sums[row * padded(value_dim) + dim] / ACC(num_hash);
+    out[row * value_dim + dim] = narrow<OUT>(spoiled ? not_a_number() : nan_unless_finite(sum));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+constexpr int HELD = 4;  // entries of a vector that a lane holds in registers: 128 for the warp
+
+// sorted_pairs
+//   A warp takes one query and 128 value dims. Its lanes look up 32 buckets at once, one hash each, by bisection of the sorted codes;
+//   then the warp goes through these buckets together, key by key: the product of the weights by shuffles, times the value, to sums
+//   in registers. Blocks of 8 queries; grid (queries / 8, slices of value dims, heads).
+//   Registers: 128 coordinates of the query's weight (those beyond come from cache), 128 sums of the bucket and 128 of the query.
+//   Moves, for each query, m codes, and d_w + 128 numbers for each key that it meets, mostly from cache; n_q d_v results.
+//   Deterministic: every sum is taken in the order of hash and key. Any capacity.
+extern "C" __global__ void __launch_bounds__(256)
+sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
+             const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ key_weight,
+             const VALUE* __restrict__ value, OUT* __restrict__ out, int n_q, int n_k, int num_hash, int capacity, int weight_dim,
+             int value_dim) {
+  const int query = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, first_dim = blockIdx.y * 32 * HELD;
+  const long long head = blockIdx.z, query_row = head * n_q + query;
+  if (query >= n_q) return;  // the whole warp
+  const bool keep = kept(query_mask, query_row);
+  const VALUE* query_weights = query_weight + query_row * weight_dim;
+
+  ACC held[HELD], total[HELD] = {};
+#pragma unroll
+  for (int u = 0; u < HELD; ++u) held[u] = u * 32 + lane < weight_dim ? widen(query_weights[u * 32 + lane]) : ACC(0);
+
+  for (int base_hash = 0; keep && base_hash < num_hash; base_hash += 32) {
+    const int looked_up = base_hash + lane;
+    int begin_of_lane = 0, end_of_lane = 0;
+    if (looked_up < num_hash) {
+      const int code = query_hash_code[query_row * num_hash + looked_up];
+      const int* codes = sorted_code + (head * num_hash + looked_up) * n_k;
+      if (in_range(code, capacity)) {
+        begin_of_lane = lower_bound(codes, n_k, code);
+        end_of_lane = begin_of_lane + lower_bound(codes + begin_of_lane, n_k - begin_of_lane, code + 1);
+      }
+    }
+    for (int h = 0; h < 32 && base_hash + h < num_hash; ++h) {
+      const int begin = __shfl_sync(FULL_WARP, begin_of_lane, h), end = __shfl_sync(FULL_WARP, end_of_lane, h);
+      const int* bucket = order + (head * num_hash + base_hash + h) * n_k;
+      ACC sum[HELD] = {};
+      for (int i = begin; i < end; ++i) {
+        const long long key_row = head * n_k + bucket[i];
+        const VALUE* key_weights = key_weight + key_row * weight_dim;
+        const VALUE* values = value + key_row * value_dim + first_dim;
+        ACC product = 0;
+#pragma unroll
+        for (int u = 0; u < HELD; ++u) {
+          if (u * 32 + lane < weight_dim) product += held[u] * widen(key_weights[u * 32 + lane]);
+        }
+#pragma unroll 1
+        for (int r = 32 * HELD + lane; r < weight_dim; r += 32) product += widen(query_weights[r]) * widen(key_weights[r]);
+        product = warp_sum(product);
+#pragma unroll
+        for (int u = 0; u < HELD; ++u) {
+          if (first_dim + u * 32 + lane < value_dim) sum[u] += product * widen(values[u * 32 + lane]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < HELD; ++u) total[u] += sum[u];
+    }
+  }
+
+  const bool spoiled = keep && !finite_row(query_weights, weight_dim, lane);
+#pragma unroll
+  for (int u = 0; u < HELD; ++u) {
+    const int dim = first_dim + u * 32 + lane;
+    const ACC mean = nan_unless_finite(total[u] / ACC(num_hash));
+    if (dim < value_dim) out[query_row * value_dim + dim] = narrow<OUT>(spoiled ? not_a_number() : mean);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+constexpr int THREADS = 128;
+constexpr int WEIGHTS = 64;                          // coordinates of the weights at one time
+constexpr int COLUMNS = sizeof(ACC) == 8 ? 32 : 64;  // value dims of a block
+constexpr int KEYS = 16;                             // keys at one time
+constexpr int QUERIES = 32;                          // queries at one time
+
+__device__ inline Four operator+(Four a, Four b) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v) a.at[v] += b.at[v];
+  return a;
+}
+
+// Rows order[0 .. count) of a matrix, WIDTH of their entries from `from` on, go to a tile. What lies beyond the matrix is zeros, and so
+// is what fills up the last four rows.
+template <int WIDTH, int STRIDE>
+__device__ inline void fetch_rows(Four (*tile)[STRIDE], const VALUE* matrix, const int* order, int count, int dim, int from) {
+  const int c = threadIdx.x % WIDTH;
+  for (int row = threadIdx.x / WIDTH; row < ceil_div(count, 4) * 4; row += THREADS / WIDTH) {
+    const bool there = row < count && from + c < dim;
+    tile[row][c / 4].at[c % 4] = there ? widen(matrix[static_cast<long long>(order[row]) * dim + from + c]) : ACC(0);
+  }
+}
+
+// outer_products
+//   Inside a bucket the weighted sum is linear attention: S = sum_j key_weight_j v_j^T, and every query of the bucket gets
+//   query_weight_i S. Keys and queries are sorted by the code of one hash, so that a bucket is a run of either.
+//   A block takes a stretch of sorted keys, does every bucket that starts in it, and skips those that no query asks for.
+//   S is taken in pieces of 64 coordinates by 64 value dims (32 in float64), which stand in shared memory: first the keys come, 16 at a
+//   time, and a thread adds up pieces of 4 by 4 in registers; then the queries, 32 at a time, and a thread takes 4 by 4 of their sums.
+//   grid (stretches, slices of value dims, heads); one launch for each hash: a query is in one bucket, so nobody else writes its row.
+//   Shared memory: S, keys and queries: 33 KiB (45 in float64).
+//   Moves, for each hash, n_k (d_w + d_v) and n_q d_w numbers in and n_q d_v sums in and out, and does 2 (n_q + n_k) d_w d_v operations,
+//   however skewed the buckets; but a bucket is the work of one block. Deterministic: every sum is taken in the order of hash and key.
+extern "C" __global__ void __launch_bounds__(THREADS)
+outer_products(const int* __restrict__ sorted_query_code, const int* __restrict__ query_order, const VALUE* __restrict__ query_weight,
+               const int* __restrict__ sorted_key_code, const int* __restrict__ key_order, const VALUE* __restrict__ key_weight,
+               const VALUE* __restrict__ value, Four* __restrict__ sums, int n_q, int n_k, int num_hash, int hash, int capacity,
+               int weight_dim, int value_dim) {
+  __shared__ Four outer[WEIGHTS][COLUMNS / 4];
+  __shared__ Four key_tile[KEYS][WEIGHTS / 4];
+  __shared__ Four value_tile[KEYS][COLUMNS / 4];
+  __shared__ Four query_tile[QUERIES][WEIGHTS / 4 + 1];  // one more, so that neighbouring rows do not start in the same bank
+
+  const long long head = blockIdx.z, sorted = head * num_hash + hash;
+  const int* key_codes = sorted_key_code + sorted * n_k;
+  const int* query_codes = sorted_query_code + sorted * n_q;
+  const int* keys = key_order + sorted * n_k;
+  const int* queries = query_order + sorted * n_q;
+  const VALUE* key_weights = key_weight + head * n_k * weight_dim;
+  const VALUE* query_weights = query_weight + head * n_q * weight_dim;
+  const VALUE* values = value + head * n_k * value_dim;
+  const int first_column = blockIdx.y * COLUMNS;
+
+  const int stretch = ceil_div(n_k, static_cast<int>(gridDim.x));
+  int next = smaller(static_cast<int>(blockIdx.x) * stretch, n_k);
+  const int last = smaller(next + stretch, n_k);
+  if (next > 0 && next < last && key_codes[next] == key_codes[next - 1]) {  // this bucket began in another stretch
+    next += lower_bound(key_codes + next, n_k - next, key_codes[next] + 1);
+  }
+
+  while (next < last && key_codes[next] < capacity) {
+    const int code = key_codes[next], begin = next, end = begin + lower_bound(key_codes + begin, n_k - begin, code + 1);
+    const int first_asked = lower_bound(query_codes, n_q, code);
+    const int last_asked = first_asked + lower_bound(query_codes + first_asked, n_q - first_asked, code + 1);
+    next = end;
+    if (first_asked == last_asked) continue;
+
+    for (int first_weight = 0; first_weight < weight_dim; first_weight += WEIGHTS) {
+      const int groups = ceil_div(smaller(WEIGHTS, weight_dim - first_weight), 4);
+
+      for (int first = begin; first < end; first += KEYS) {
+        const int count = smaller(KEYS, end - first);
+        __syncthreads();  // the keys before have been added, and S before has been asked
+        fetch_rows<WEIGHTS>(key_tile, key_weights, keys + first, count, weight_dim, first_weight);
+        fetch_rows<COLUMNS>(value_tile, values, keys + first, count, value_dim, first_column);
+        __syncthreads();
+        for (int piece = threadIdx.x; piece < groups * (COLUMNS / 4); piece += THREADS) {
+          const int r = piece / (COLUMNS / 4), c = piece % (COLUMNS / 4);
+          Four sum[4] = {};
+          for (int j = 0; j < count; ++j) {
+            const Four a = key_tile[j][r], b = value_tile[j][c];
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+#pragma unroll
+              for (int v = 0; v < 4; ++v) sum[u].at[v] += a.at[u] * b.at[v];
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < 4; ++u) outer[4 * r + u][c] = first > begin ? outer[4 * r + u][c] + sum[u] : sum[u];
+        }
+      }
+
+      for (int first = first_asked; first < last_asked; first += QUERIES) {
+        const int count = smaller(QUERIES, last_asked - first);
+        __syncthreads();  // the queries before have been answered
+        fetch_rows<WEIGHTS>(query_tile, query_weights, queries + first, count, weight_dim, first_weight);
+        __syncthreads();  // these are there, and S is complete
+        for (int piece = threadIdx.x; piece < ceil_div(count, 4) * (COLUMNS / 4); piece += THREADS) {
+          const int i = piece / (COLUMNS / 4), c = piece % (COLUMNS / 4);
+          Four sum[4] = {};
+          for (int r = 0; r < groups; ++r) {
+            Four a[4], s[4];
+#pragma unroll
+            for (int u = 0; u < 4; ++u) a[u] = query_tile[4 * i + u][r], s[u] = outer[4 * r + u][c];
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+#pragma unroll
+              for (int k = 0; k < 4; ++k) {
+#pragma unroll
+                for (int v = 0; v < 4; ++v) sum[u].at[v] += a[u].at[k] * s[k].at[v];
+              }
+            }
+          }
+          if (first_column + 4 * c >= value_dim) continue;
+          for (int u = 0; u < 4 && 4 * i + u < count; ++u) {
+            Four* to = sums + (head * n_q + queries[first + 4 * i + u]) * (padded(value_dim) / 4) + first_column / 4 + c;
+            *to = *to + sum[u];
+          }
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,274 @@
+"""From the text of a `.cu` file to a library: what is rewritten, how it is compiled, where it is kept."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from yoso_core.gpu.emulator.places import CALLS
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent / "cupy_kernels"
+
+FLAVOURS = ("plain", "counted", "address", "thread")
+"""How a kernel is built: as it is, with every access reported, for AddressSanitizer, for ThreadSanitizer."""
+
+# Comments and strings are skipped; what is left are the declarations of shared memory.
+_SHARED = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?\b__shared__\b(?P<declaration>[^;{}]*);', re.DOTALL)
+_TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
+_NAME = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
+_ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
+
+
+class Parameter(ctypes.Structure):
+    """One parameter of a kernel, as the compiler sees it: `Parameter` in `runtime.hpp`."""
+
+    kind: bytes
+    size: int
+    component: int
+    alignment: int
+    is_pointer: int
+    _fields_ = (
+        ("kind", ctypes.c_char),
+        ("size", ctypes.c_ubyte),
+        ("component", ctypes.c_ubyte),
+        ("alignment", ctypes.c_ubyte),
+        ("is_pointer", ctypes.c_ubyte),
+    )
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel in a loaded library."""
+
+    name: str
+    call: int
+    """Address of the function that the runtime calls in every thread."""
+    parameters: tuple[Parameter, ...]
+    parameter_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled `.cu` file, loaded."""
+
+    path: Path
+    loaded: ctypes.CDLL
+    """It also finds the functions of the runtime that it is linked to."""
+    functions: dict[str, Function]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    command: tuple[str, ...]
+    identity: str
+    """Changes when the compiler does."""
+
+
+@cache
+def _compiler_for(cxx: str | None, path: str | None) -> Compiler | str:
+    """The compiler that these settings of the environment name, or why there is none."""
+    if sys.platform not in ("linux", "darwin"):
+        return f"the emulator of CUDA kernels needs Linux or macOS, this is {sys.platform}"
+    for command in [shlex.split(cxx)] if cxx else [["g++"], ["clang++"], ["c++"]]:
+        program = shutil.which(command[0], path=path)
+        if program:
+            made = os.stat(os.path.realpath(program))
+            identity = f"{os.path.realpath(program)} {made.st_size} {made.st_mtime_ns} {platform.machine()}"
+            return Compiler((program, *command[1:]), identity)
+    wanted = f"CXX={cxx} names no program" if cxx else "no C++ compiler was found (g++ or clang++)"
+    remedy = "xcode-select --install" if sys.platform == "darwin" else "apt install g++, dnf install gcc-c++"
+    return f"the emulator of CUDA kernels needs a C++17 compiler: {wanted}; install one ({remedy}) or name one in CXX"
+
+
+def _found() -> Compiler | str:
+    return _compiler_for(os.environ.get("CXX") or None, os.environ.get("PATH"))
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here, in one line with the remedy; ``None`` if it can."""
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
+def compiler() -> Compiler:
+    """Raises ``RuntimeError`` with what `missing` says."""
+    found = _found()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: ``$YOSO_CORE_CACHE``, or else the user's cache. Everything in it may be deleted at any time."""
+    named = os.environ.get("YOSO_CORE_CACHE")
+    if named:
+        return Path(named).expanduser() / "emulator"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "yoso_core" / "emulator"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yoso_core" / "emulator"
+
+
+def _split(declaration: str) -> list[str]:
+    """At the commas that stand in no bracket. Inside ``[]`` and ``()`` a ``<`` compares, elsewhere it opens a template's arguments."""
+    parts, round_or_square, angle, start = [], 0, 0, 0
+    for i, letter in enumerate(declaration):
+        round_or_square += (letter in "([{") - (letter in ")]}")
+        if not round_or_square:
+            angle += (letter == "<") - (letter == ">")
+        if letter == "," and not round_or_square and not angle:
+            parts.append(declaration[start:i])
+            start = i + 1
+    return [*parts, declaration[start:]]
+
+
+def rewrite_shared(text: str) -> str:
+    """Declarations of shared memory as references into the emulator's own, line by line where they stood.
+
+    ``__shared__ float a[4], b;`` becomes a struct of these members and references to them; ``extern __shared__ float c[];`` a pointer.
+    Raises ``ValueError`` for a declaration that is not understood.
+    """
+    numbers = iter(range(len(text)))
+
+    def replace(found: re.Match[str]) -> str:
+        if found["declaration"] is None:
+            return found[0]
+        line = text.count("\n", 0, found.start()) + 1
+        first, *others = _split(found["declaration"])
+        # Only what stands before the name counts as the type: a template's commas or an array's size may hold names too.
+        head = _TYPE_AND_NAME.fullmatch(first)
+        tails = [_NAME.fullmatch(other) for other in others]
+        if head is None or None in tails:
+            raise ValueError(f"line {line}: the emulator does not understand this declaration of shared memory: {found[0]}")
+        names = [head["name"], *(tail["name"] for tail in tails if tail)]
+        if found["extern"]:
+            kind = _ALIGNMENT.sub("", head["type"]).strip()
+            return f"{kind}* const {names[0]} = cuda_emulator::whole_dynamic_shared<{kind}>();" + "\n" * found[0].count("\n")
+        struct = f"cuda_emulator_shared_{next(numbers)}"
+        references = " ".join(f"auto& {name} = {struct}_at.{name};" for name in names)
+        return (
+            f"struct {struct} {{ {found['declaration'].strip()}; }}; "
+            f'{struct}& {struct}_at = cuda_emulator::shared<{struct}>("{", ".join(names)}"); {references}'
+        )
+
+    return _SHARED.sub(replace, text)
+
+
+_ALWAYS = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-fsigned-char", "-g", "-w")
+_FLAGS = {
+    "plain": ("-O1",),
+    # A vector that is moved in one piece must not be taken apart before its accesses are counted.
+    "counted": ("-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-ipa-sra"),
+    "address": ("-O1", "-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"),
+    "thread": ("-O1", "-fsanitize=thread"),
+}
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join((compiler().identity, *compiler().command[1:], *parts)).encode()).hexdigest()[:24]
+
+
+def _make(to: Path, file: str, text: str, flags: tuple[str, ...], inputs: tuple[str, ...], sanitizer: bool = True) -> None:
+    """Compile a text to a shared library, put into its place in one step, so that nobody ever sees half a file.
+
+    Without ``sanitizer`` a library compiled for one is not linked to it.
+    """
+    name = "-install_name,@rpath/" if sys.platform == "darwin" else "-soname,"
+    rpath = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+    link_flags = tuple(flag for flag in flags if sanitizer or not flag.startswith("-fsanitize"))
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+            written, compiled, made = (Path(folder) / name for name in (Path(file).name, "kernel.o", to.name))
+            written.write_text(text, "utf-8")
+            commands = (
+                [*_ALWAYS, *flags, f"-I{HERE}", f"-I{KERNELS}", "-c", "-x", "c++", str(written), "-o", str(compiled)],
+                [*link_flags, "-shared", f"-Wl,{name}{to.name}", f"-Wl,-rpath,{rpath}", str(compiled), *inputs, "-o", str(made)],
+            )
+            for command in commands:
+                whole = [*compiler().command, *command]
+                done = subprocess.run(whole, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(f"{whole[0]} cannot compile this for the emulator:\n{done.stderr.strip()}")
+            os.replace(made, to)
+    except OSError as problem:
+        raise RuntimeError(f"the emulator keeps what it compiles in {to.parent}: {problem}; name a folder in YOSO_CORE_CACHE") from problem
+
+
+def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
+    """Load a library, made first where it is not there, and made again where it cannot be loaded."""
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+    make()
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def _texts() -> tuple[str, ...]:
+    """Everything that a library depends on beside the kernel: the emulator's own files, and how this one compiles."""
+    return tuple((HERE / name).read_text("utf-8") for name in ("build.py", "runtime.hpp", "cuda.hpp", "traffic.hpp", "runtime.cpp"))
+
+
+def _runtime(flavour: str) -> Path:
+    flags = ("-std=c++17", "-O2", f"-DCUDA_EMULATOR_{flavour.upper()}")
+    path = cache_folder() / f"runtime-{_key(*_texts(), *flags)}.so"
+    if not path.exists():
+        _make(path, "runtime.cpp", _texts()[-1], flags, ("-lpthread", "-ldl"))
+    return path
+
+
+def _parameter_names(text: str, kernel: str) -> tuple[str, ...]:
+    """The names of a kernel's parameters, for messages; empty where the text does not read as expected."""
+    plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    found = re.search(rf"\b{kernel}\s*\(([^()]*)\)\s*\{{", plain)
+    return tuple(re.findall(r"(\w+)\s*(?:,|$)", found[1].strip())) if found else ()
+
+
+@cache
+def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...], flavour: str) -> Library:
+    """The library of a `.cu` file, compiled with these options unless that has been done before, for all its kernels at once.
+
+    ``-DNAME=value`` becomes a line before the text, so that it touches no header of the emulator.
+    Raises ``RuntimeError`` where there is no compiler, or with its messages.
+    """
+    defines = [option[2:].partition("=") for option in options if option.startswith("-D")]
+    flags = (*(option for option in options if not option.startswith("-D")), *_FLAGS[flavour], f"-DCUDA_EMULATOR_{flavour.upper()}")
+    whole = "\n".join(
+        (
+            '#include "cuda.hpp"',
+            *(f"#define {name} {value or '1'}" for name, _, value in defines),
+            f'#line 1 "{file}"',
+            rewrite_shared(text),
+            f'#line 1 "{CALLS}"',
+            *(f"CUDA_EMULATOR_KERNEL({name})" for name in kernels),
+            "",
+        )
+    )
+    runtime = _runtime(flavour)
+    path = runtime.with_name(f"{Path(file).stem}-{_key(*_texts(), whole, *flags)}.so")
+    library = _load(path, lambda: _make(path, file, whole, flags, (str(runtime),), flavour != "counted"))
+    functions = {}
+    for name in kernels:
+        described, count = getattr(library, f"cuda_emulator_parameters_{name}"), ctypes.c_int()
+        described.restype = ctypes.POINTER(Parameter)
+        parameters = described(ctypes.byref(count))
+        if not parameters:  # not under these macros
+            continue
+        call = ctypes.cast(getattr(library, f"cuda_emulator_call_{name}"), ctypes.c_void_p).value
+        assert call is not None
+        found = tuple(Parameter.from_buffer_copy(parameters[i]) for i in range(count.value))
+        functions[name] = Function(name, call, found, _parameter_names(text, name))
+    return Library(path, library, functions)

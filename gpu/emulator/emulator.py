@@ -1,0 +1,262 @@
+"""The emulator as a device: what launchers hand their arrays and kernels to."""
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from yoso_core.gpu.cupy_kernels import source
+from yoso_core.gpu.device import Array, CudaKernel, Launch, Shape, record
+from yoso_core.gpu.emulator import build
+from yoso_core.gpu.emulator.common import KernelFault, Order, checked_order, launch_sizes, order_here
+from yoso_core.gpu.emulator.places import places
+from yoso_core.gpu.emulator.traffic import checks, is_counted, log_traffic, tallies
+
+MAX_SHARED = 1 << 20
+"""More than any GPU has."""
+
+_flavour: ContextVar[str] = ContextVar("flavour", default="plain")
+
+
+@contextmanager
+def build_for(flavour: str) -> Iterator[None]:
+    """Build the kernels launched in the body for a sanitizer, whose library must have been in the process from its start."""
+    token = _flavour.set(flavour)
+    try:
+        yield
+    finally:
+        _flavour.reset(token)
+
+
+# The runtime has one set of fibers.
+_running = threading.Lock()
+
+
+@dataclass(frozen=True)
+class KernelText:
+    """A kernel as a text of its own, where a `CudaKernel` names a file of the package. It may include the package's `.cuh` files."""
+
+    text: str
+    name: str
+    defines: tuple[tuple[str, str | int], ...] = ()
+    file: str = "kernel.cu"
+    """What messages call the text."""
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("origin", ctypes.c_void_p), ("name", ctypes.c_char_p))
+
+
+class _Request(ctypes.Structure):
+    _fields_ = (
+        ("call", ctypes.c_void_p),
+        ("args", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("max_shared", ctypes.c_uint),
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_ulonglong),
+        ("ranges", ctypes.POINTER(_Range)),
+        ("num_ranges", ctypes.c_int),
+        ("checked", ctypes.c_int),
+    )
+
+
+class _Fault(ctypes.Structure):
+    _fields_ = (
+        ("message", ctypes.c_char * 512),
+        ("block", ctypes.c_uint * 3),
+        ("thread", ctypes.c_uint * 3),
+        ("in_thread", ctypes.c_int),
+        ("file", ctypes.c_char_p),
+        ("line", ctypes.c_int),
+        ("image", ctypes.c_char_p),
+        ("offset", ctypes.c_ulonglong),
+        ("other_offset", ctypes.c_ulonglong),
+    )
+
+
+class Emulator:
+    """A `Device` that runs CUDA C++ kernels on the CPU, one thread at a time.
+
+    Parameters
+    ----------
+    max_shared : bytes of shared memory to a block; those of an H100 unless told otherwise.
+    max_table : bytes that a launcher may take for a table in global memory.
+    order : of blocks and threads, unless `order` says otherwise: ``"forward"``, ``"reverse"`` or a seed.
+
+    It can be made anywhere; `launch` raises ``RuntimeError`` where `missing` has a reason.
+    """
+
+    xp: ModuleType = np
+
+    def __init__(self, max_shared: int = 227 * 1024, max_table: int = 256 << 20, *, order: Order = "forward") -> None:
+        if not 0 <= max_shared <= MAX_SHARED:
+            raise ValueError(f"max_shared: got {max_shared}, must be from 0 to {MAX_SHARED}")
+        self.max_shared, self.max_table, self.order = max_shared, max_table, checked_order(order)
+
+    def empty(self, shape: Shape, dtype: Any) -> Array:
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: Shape, dtype: Any) -> Array:
+        return np.zeros(shape, dtype)
+
+    def launch(
+        self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0
+    ) -> None:
+        """Run a kernel to its end.
+
+        Parameters
+        ----------
+        grid, block : one to three sizes.
+        args : for a pointer a C-contiguous array of its type (two bytes of a float16 or bfloat16: float16 or uint16) or ``None``, for
+            anything else a NumPy scalar of exactly its type.
+        shared : bytes of dynamic shared memory.
+
+        Raises
+        ------
+        TypeError, ValueError : an argument does not fit its parameter, or there are too many or too few.
+        KernelFault : a launch that a GPU would refuse, or a fault of the kernel.
+        RuntimeError : there is no compiler, or it refuses the kernel.
+        """
+        flavour = _flavour.get()
+        if is_counted():
+            if flavour != "plain":
+                raise RuntimeError(f"count_traffic and checked do not work in a run for the {flavour} sanitizer")
+            if sys.platform != "linux":
+                raise RuntimeError(f"count_traffic and checked need Linux, this is {sys.platform}")
+            flavour = "counted"
+        function, library = _function(kernel, flavour)
+        sizes = launch_sizes(function.name, grid, block, shared, self.max_shared)
+        arguments = _Arguments(function, args)
+        chosen = order_here(self.order)
+        request = _Request(
+            call=function.call,
+            args=ctypes.cast(arguments.pointers, ctypes.c_void_p),
+            grid=sizes[0],
+            block=sizes[1],
+            shared=shared,
+            max_shared=self.max_shared,
+            order={"forward": 0, "reverse": 1}.get(chosen, 2) if isinstance(chosen, str) else 2,
+            seed=0 if isinstance(chosen, str) else int(chosen),
+            ranges=arguments.ranges,
+            num_ranges=len(arguments.ranges),
+            checked=checks(),
+        )
+        run = library.loaded.cuda_emulator_launch
+        run.restype = ctypes.POINTER(_Fault)
+        record(Launch("emulated", function.name, sizes[0], sizes[1], shared))
+        with _running:
+            fault = run(ctypes.byref(request))
+            if fault:
+                raise _kernel_fault(function.name, fault.contents)
+            counted = tallies(library.loaded) if flavour == "counted" else None
+        if counted:
+            log_traffic(function.name, *sizes, str(library.path), counted)
+
+
+def _function(kernel: CudaKernel | KernelText, flavour: str) -> tuple[build.Function, build.Library]:
+    defines = CudaKernel("", "", kernel.defines)
+    if isinstance(kernel, CudaKernel):
+        text, kernels = source.source(kernel.file), source.kernels_in(kernel.file)
+    else:
+        text, kernels = kernel.text, ()
+    kernels = kernels if kernel.name in kernels else (*kernels, kernel.name)
+    library = build.load(kernel.file, text, kernels, source.options(defines), flavour)
+    if kernel.name not in library.functions:
+        macros = " ".join(f"{name}={value}" for name, value in kernel.defines)
+        raise ValueError(f"kernel: {kernel.file} has no kernel {kernel.name!r} when compiled with {macros or 'no macros'}")
+    return library.functions[kernel.name], library
+
+
+class _Arguments:
+    """The arguments of one launch, checked against the kernel's parameters, in the form that the runtime reads."""
+
+    def __init__(self, function: build.Function, args: Sequence[Any]) -> None:
+        parameters = function.parameters
+        if len(args) != len(parameters):
+            raise TypeError(f"{function.name} takes {len(parameters)} arguments, got {len(args)}")
+        values = [self._value(function, i, argument) for i, argument in enumerate(args)]
+        self._kept = values
+        self.pointers = (ctypes.c_void_p * max(len(values), 1))(*(value.ctypes.data for value in values))
+        arrays = [(i, x) for i, x in enumerate(args) if isinstance(x, np.ndarray)]
+        self.ranges = (_Range * len(arrays))(
+            *(_Range(x.ctypes.data, x.ctypes.data + x.nbytes, _origin(x), _parameter_name(function, i).encode()) for i, x in arrays)
+        )
+
+    @staticmethod
+    def _value(function: build.Function, i: int, argument: Any) -> Array:
+        """One argument's bytes: an array of one entry. A pointer's are its address."""
+        parameter, name = function.parameters[i], f"{function.name}: argument {i}, {_parameter_name(function, i)}"
+        if not parameter.is_pointer:
+            expected = _dtype_name(parameter)
+            if not isinstance(argument, np.generic):
+                raise TypeError(f"{name}: got {_kind_of(argument)}, must be a NumPy scalar of type {expected}")
+            if not _fits(parameter, argument.dtype):
+                raise TypeError(f"{name}: got a {argument.dtype} scalar, must be {expected}")
+            return np.array([argument])
+        if argument is None:
+            return np.zeros(1, np.uintp)
+        if not isinstance(argument, np.ndarray):
+            raise TypeError(f"{name}: got {_kind_of(argument)}, must be an array of {_dtype_name(parameter)}, or None for a null pointer")
+        if not _fits(parameter, argument.dtype):
+            raise TypeError(f"{name}: got an array of {argument.dtype}, must be {_dtype_name(parameter)}")
+        if not argument.flags.c_contiguous:
+            raise ValueError(f"{name}: the array is not C-contiguous; pass numpy.ascontiguousarray of it")
+        if argument.size and argument.ctypes.data % parameter.alignment:
+            raise ValueError(f"{name}: the array's address is no multiple of {parameter.alignment}, as {_dtype_name(parameter)} needs it")
+        return np.array([argument.ctypes.data], np.uintp)
+
+
+def _origin(x: Array) -> int:
+    """Where the memory begins that an array is a view of: on a GPU, a multiple of 512."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return int(x.ctypes.data)
+
+
+def _parameter_name(function: build.Function, i: int) -> str:
+    return function.parameter_names[i] if len(function.parameter_names) == len(function.parameters) else f"number {i}"
+
+
+def _kind_of(argument: Any) -> str:
+    return f"an array of {argument.dtype}" if isinstance(argument, np.ndarray) else f"{argument!r} ({type(argument).__name__})"
+
+
+def _dtype_name(parameter: build.Parameter) -> str:
+    kind = parameter.kind.decode()
+    if kind == "V":
+        return "float16 or uint16" if parameter.size == 2 else "any dtype"
+    if kind == "b":
+        return "bool"
+    name = {"f": "float", "i": "int", "u": "uint"}[kind] + str(8 * parameter.component)
+    return name if parameter.size == parameter.component else f"{name} in vectors of {parameter.size // parameter.component}"
+
+
+def _fits(parameter: build.Parameter, dtype: np.dtype[Any]) -> bool:
+    kind = parameter.kind.decode()
+    if kind == "V":
+        return parameter.size != 2 or dtype in (np.float16, np.uint16)
+    return dtype.kind == kind and dtype.itemsize == parameter.component
+
+
+def _kernel_fault(kernel: str, fault: _Fault) -> KernelFault:
+    message, place = fault.message.decode(errors="replace"), None
+    if fault.file:
+        place = (fault.file.decode(), int(fault.line))
+    elif fault.image:
+        found = places(fault.image.decode(), [fault.offset, fault.other_offset])
+        place, other = found[fault.offset], found[fault.other_offset]
+        if fault.other_offset and other:
+            message += f" at {other[0]}:{other[1]}"
+    file, line = place or (None, None)
+    thread = tuple(fault.thread) if fault.in_thread else None
+    return KernelFault(kernel, message, block=tuple(fault.block), thread=thread, file=file, line=line)

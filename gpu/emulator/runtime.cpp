@@ -1,0 +1,757 @@
+// Runs a kernel's blocks one after another, every thread of a block as a fiber: it runs until it ends, meets a barrier, or meets an
+// operation of its warp. The order in which the fibers take turns is chosen; nothing else differs from run to run.
+//
+// This file is never instrumented. In the builds for a sanitizer it tells the sanitizer about the fibers.
+#include "runtime.hpp"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#if defined(CUDA_EMULATOR_COUNTED)
+#include <link.h>
+
+#include <algorithm>
+#include <unordered_set>
+#endif
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <utility>
+#include <vector>
+
+#if defined(CUDA_EMULATOR_ADDRESS)
+extern "C" {
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* stack, size_t bytes);
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** stack, size_t* bytes);
+void __asan_poison_memory_region(const volatile void*, size_t);
+void __asan_unpoison_memory_region(const volatile void*, size_t);
+}
+#endif
+#if defined(CUDA_EMULATOR_THREAD)
+extern "C" {
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void*);
+void __tsan_switch_to_fiber(void*, unsigned flags);
+void* __tsan_get_current_fiber();
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+}
+#endif
+
+namespace cuda_emulator {
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+unsigned long long launch_number = 0;
+char* dynamic_shared = nullptr;
+
+// What Python hands over, and gets back.
+
+struct Range {
+  const char *begin, *end;
+  const char* origin;  // of the memory that the array is a part of
+  const char* name;
+};
+
+struct Request {
+  void (*call)(void**);
+  void** args;
+  unsigned grid[3], block[3];
+  unsigned shared, max_shared;
+  int order;
+  unsigned long long seed;
+  const Range* ranges;
+  int num_ranges;
+  int checked;  // in the build that counts. 1: races are faults; 2: reads of shared memory that nobody has written too
+};
+
+struct Fault {
+  char message[512];
+  unsigned block[3], thread[3];
+  int in_thread;     // 0: of the launch as a whole
+  const char* file;  // null: to be found from image and offset, if there is an image
+  int line;
+  const char* image;
+  unsigned long long offset;
+  unsigned long long other_offset;  // of a second place in the same image, 0 if there is none
+};
+
+namespace {
+
+constexpr size_t STACK_BYTES = 256 << 10;
+constexpr size_t PAGE = 4096;
+constexpr size_t ARENA_BYTES = 2 << 20;
+constexpr size_t RED_ZONE = 256;
+constexpr unsigned MAX_STATIC_SHARED = 48 << 10;  // more must be dynamic
+constexpr unsigned long long NEVER_WRITTEN = ~0ull;  // as floats NaN, as integers -1
+enum Order { FORWARD, REVERSE, SEEDED };
+
+// Contexts: what a fiber is when it does not run.
+
+#if defined(__x86_64__)
+struct Context { void* stack_pointer; };
+// swapcontext() would make a system call for the signal mask. The System V ABI lets a callee change all but these six registers.
+__attribute__((naked, noinline, used)) void switch_context(Context*, Context*) {
+  __asm__ volatile(
+      "push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
+      "mov %rsp, (%rdi); mov (%rsi), %rsp;"
+      "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
+}
+void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes) - 1;  // a function starts with the stack 8 off a multiple of 16
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  context.stack_pointer = top;
+}
+#else
+struct Context { ucontext_t saved; };
+void switch_context(Context* from, Context* to) { swapcontext(&from->saved, &to->saved); }
+void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&context.saved);
+  context.saved.uc_stack.ss_sp = stack;
+  context.saved.uc_stack.ss_size = bytes;
+  context.saved.uc_link = nullptr;
+  makecontext(&context.saved, entry, 0);
+}
+#endif
+
+enum class State : char { fresh, ready, at_barrier, in_warp_operation, finished };
+
+struct Fiber {
+  State state;
+  uint3 index;
+  unsigned number;
+  Context context;
+  char* stack;
+  Site site;           // of the barrier or operation it waits in
+  Barrier barrier;
+  WarpOperation operation;
+  int predicate;
+  unsigned mask;
+  int source;
+  unsigned long long value, result;
+  void* sanitizer;     // ThreadSanitizer's fiber, or AddressSanitizer's fake stack
+  void* meeting;       // what ThreadSanitizer sees the waiting threads synchronise on
+};
+
+struct Random {
+  unsigned long long state;
+  unsigned long long next() {  // splitmix64
+    unsigned long long z = state += 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+  }
+  template <class T> void shuffle(T* items, size_t count) {
+    for (size_t i = count; i > 1; --i) std::swap(items[i - 1], items[next() % i]);
+  }
+};
+
+const Request* request;
+Fault fault;
+bool failed;
+std::vector<Fiber> fibers;
+std::vector<char*> free_stacks;
+Fiber* current;
+Context hub;
+Random generator;
+
+char* arena;
+char* next_place;  // of static shared memory
+unsigned static_shared;
+
+// What threads that wait for each other synchronise on, for ThreadSanitizer: addresses at the end of the arena.
+constexpr unsigned MEETINGS = 4096;
+unsigned next_meeting;
+void* barrier_meeting;
+#if defined(CUDA_EMULATOR_THREAD)
+void* hub_fiber;
+char whole_launch;
+std::deque<void*> ended;  // fibers, kept for a while: a report can name the lines of those only
+#endif
+#if defined(CUDA_EMULATOR_ADDRESS)
+void* hub_fake_stack;
+const void* hub_stack;
+size_t hub_stack_bytes;
+#endif
+
+// Faults
+
+void describe(const Fiber* fiber, Site site, const char* format, va_list arguments) {
+  if (failed) return;
+  failed = true;
+  vsnprintf(fault.message, sizeof fault.message, format, arguments);
+  fault.block[0] = blockIdx.x, fault.block[1] = blockIdx.y, fault.block[2] = blockIdx.z;
+  fault.in_thread = fiber != nullptr;
+  if (fiber) fault.thread[0] = fiber->index.x, fault.thread[1] = fiber->index.y, fault.thread[2] = fiber->index.z;
+  fault.file = site.file;
+  fault.line = site.line;
+}
+
+__attribute__((format(printf, 3, 4))) void report(const Fiber* fiber, Site site, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  describe(fiber, site, format, arguments);
+  va_end(arguments);
+}
+
+void locate(const void* pc) {
+  Dl_info found;
+  if (!dladdr(pc, &found)) return;
+  fault.image = found.dli_fname;
+  fault.offset = static_cast<const char*>(pc) - static_cast<const char*>(found.dli_fbase);
+}
+
+void to_hub();
+
+// From a fiber: the launch ends here.
+__attribute__((format(printf, 2, 3))) [[noreturn]] void fail(Site site, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  describe(current, site, format, arguments);
+  va_end(arguments);
+  for (;;) to_hub();
+}
+
+const char* name_of(WarpOperation operation) {
+  static const char* const names[] = {"__syncwarp", "__shfl_sync", "__shfl_xor_sync", "__shfl_up_sync", "__shfl_down_sync",
+                                      "__ballot_sync", "__any_sync", "__all_sync", "__match_any_sync"};
+  return names[static_cast<int>(operation)];
+}
+
+// "thread (3,0,0) waits in __ballot_sync at file:line"
+struct Text { char text[320]; };
+Text thread_name(const Fiber& fiber) {
+  Text made;
+  snprintf(made.text, sizeof made.text, "thread (%u,%u,%u)", fiber.index.x, fiber.index.y, fiber.index.z);
+  return made;
+}
+Text waiting(const Fiber& fiber) {
+  Text made;
+  const char* what = fiber.state == State::at_barrier ? "__syncthreads" : name_of(fiber.operation);
+  snprintf(made.text, sizeof made.text, "%s waits in %s at %s:%d", thread_name(fiber).text, what, fiber.site.file, fiber.site.line);
+  return made;
+}
+
+// Where an access beyond every array lies, from the array that is nearest: "4 bytes past the end of values".
+Text place_of(const char* address) {
+  Text made;
+  const Range* nearest = nullptr;
+  unsigned long long least = 1 << 30;
+  for (int i = 0; i < request->num_ranges; ++i) {
+    const Range& range = request->ranges[i];
+    const unsigned long long distance = address >= range.end ? address - range.end : address < range.begin ? range.begin - address : 0;
+    if (distance < least) least = distance, nearest = &range;
+  }
+  if (address < reinterpret_cast<char*>(PAGE)) {
+    snprintf(made.text, sizeof made.text, "through a null pointer");
+  } else if (!nearest) {
+    snprintf(made.text, sizeof made.text, "at %p, far from every array", static_cast<const void*>(address));
+  } else if (address < nearest->begin) {
+    snprintf(made.text, sizeof made.text, "%llu bytes before the start of %s", least, nearest->name);
+  } else if (address >= nearest->end) {
+    snprintf(made.text, sizeof made.text, "%llu bytes past the end of %s", least, nearest->name);
+  } else {
+    snprintf(made.text, sizeof made.text, "in %s, %td bytes from its end", nearest->name, nearest->end - address);
+  }
+  return made;
+}
+
+// From a fiber that is about to make an access: the launch ends here.
+__attribute__((format(printf, 2, 3))) [[noreturn, maybe_unused]] void fail_at(const void* return_address, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  describe(current, {nullptr, 0}, format, arguments);
+  va_end(arguments);
+  locate(static_cast<const char*>(return_address) - 1);
+  for (;;) to_hub();
+}
+
+// Fibers
+
+bool at_same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+
+char* make_stack() {
+  char* made = static_cast<char*>(mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (made == MAP_FAILED) abort();
+  mprotect(made, PAGE, PROT_NONE);  // an overflow is a fault at once
+  return made;
+}
+
+char* take_stack() {
+  if (free_stacks.empty()) return make_stack();
+  char* stack = free_stacks.back();
+  free_stacks.pop_back();
+  return stack;
+}
+
+void give_back_stack(Fiber& fiber) {
+#if defined(CUDA_EMULATOR_THREAD)
+  munmap(fiber.stack, STACK_BYTES);  // ThreadSanitizer forgets what was on it
+  ended.push_back(fiber.sanitizer);
+  if (ended.size() > 2048) {
+    __tsan_destroy_fiber(ended.front());
+    ended.pop_front();
+  }
+#else
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __asan_unpoison_memory_region(fiber.stack + PAGE, STACK_BYTES - PAGE);
+#endif
+  free_stacks.push_back(fiber.stack);
+#endif
+  fiber.stack = nullptr;
+}
+
+void to_hub() {
+  Fiber* me = current;
+#if defined(CUDA_EMULATOR_THREAD)
+  __tsan_switch_to_fiber(hub_fiber, 1);
+#endif
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __sanitizer_start_switch_fiber(me->state == State::finished ? nullptr : &me->sanitizer, hub_stack, hub_stack_bytes);
+#endif
+  switch_context(&me->context, &hub);
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __sanitizer_finish_switch_fiber(me->sanitizer, nullptr, nullptr);
+#endif
+}
+
+void run_fiber() {
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __sanitizer_finish_switch_fiber(nullptr, &hub_stack, &hub_stack_bytes);
+#endif
+  request->call(request->args);
+#if defined(CUDA_EMULATOR_THREAD)
+  __tsan_release(&whole_launch);
+#endif
+  current->state = State::finished;
+  to_hub();
+}
+
+void resume(Fiber& fiber) {
+  if (fiber.state == State::fresh) {
+    fiber.stack = take_stack();
+    // Stacks whose tops differ in their last bits do not compete for the same lines of the cache.
+    prepare(fiber.context, fiber.stack + PAGE, STACK_BYTES - PAGE - fiber.number % 64 * 192, run_fiber);
+#if defined(CUDA_EMULATOR_THREAD)
+    fiber.sanitizer = __tsan_create_fiber(0);
+#endif
+  }
+  fiber.state = State::ready;
+  current = &fiber;
+  threadIdx = fiber.index;
+#if defined(CUDA_EMULATOR_THREAD)
+  __tsan_switch_to_fiber(fiber.sanitizer, 1);  // 1: no thread is ordered after another by taking turns
+#endif
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __sanitizer_start_switch_fiber(&hub_fake_stack, fiber.stack, STACK_BYTES);
+#endif
+  switch_context(&hub, &fiber.context);
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __sanitizer_finish_switch_fiber(hub_fake_stack, nullptr, nullptr);
+#endif
+  current = nullptr;
+  if (fiber.state == State::finished) give_back_stack(fiber);
+}
+
+void wait(State state, void* meeting) {
+  current->state = state;
+  current->meeting = meeting;
+#if defined(CUDA_EMULATOR_THREAD)
+  if (meeting) __tsan_release(meeting);
+#endif
+  to_hub();
+#if defined(CUDA_EMULATOR_THREAD)
+  if (meeting) __tsan_acquire(meeting);
+#endif
+}
+
+#if defined(CUDA_EMULATOR_COUNTED)
+#include "traffic.hpp"
+#else
+void observe_launch() {}
+void observe_block() {}
+void observe_shared(const char*, unsigned, const char*) {}
+void observe_convergence(unsigned) {}
+void observe_barrier() {}
+void observe_operation(WarpOperation, unsigned, unsigned) {}
+#endif
+
+// Operations of a warp
+
+struct Warp {
+  unsigned first, size;
+  Fiber& lane(unsigned i) const { return fibers[first + i]; }
+  unsigned all() const { return size == 32 ? 0xffffffffu : (1u << size) - 1; }
+};
+
+Warp warp_of(unsigned number) {
+  const unsigned first = number / 32 * 32, left = static_cast<unsigned>(fibers.size()) - first;
+  return {first, left < 32 ? left : 32};
+}
+
+void* new_meeting() { return arena + ARENA_BYTES - 8 * (1 + next_meeting++ % MEETINGS); }
+
+// The threads of one __syncwarp meet at one address; two under way at once, of different masks, do not. The other operations order
+// nothing that the lanes do to memory.
+void* meeting_of(const Fiber& fiber) {
+  if (fiber.operation != WarpOperation::sync) return nullptr;
+  const Warp warp = warp_of(fiber.number);
+  for (unsigned i = 0; i < warp.size; ++i) {
+    const Fiber& other = warp.lane(i);
+    const bool is_here = other.state == State::in_warp_operation && other.operation == WarpOperation::sync;
+    if (is_here && other.mask == fiber.mask) return other.meeting;
+  }
+  return new_meeting();
+}
+
+unsigned long long result_for(const Warp& warp, unsigned mask, unsigned votes, const Fiber& fiber) {
+  switch (fiber.operation) {
+    case WarpOperation::sync: return 0;
+    case WarpOperation::ballot: return votes;
+    case WarpOperation::any: return votes != 0;
+    case WarpOperation::all: return votes == mask;
+    case WarpOperation::match_any: {
+      unsigned equal = 0;
+      for (unsigned i = 0; i < warp.size; ++i) equal |= (mask >> i & 1u & (warp.lane(i).value == fiber.value)) << i;
+      return equal;
+    }
+    default: return warp.lane(static_cast<unsigned>(fiber.source)).value;
+  }
+}
+
+// Completes every operation of the warp whose lanes have all come, and says whether there was one. Called when no lane can run on.
+bool complete_operations(const Warp& warp) {
+  unsigned in_operation = 0, finished = 0;
+  for (unsigned i = 0; i < warp.size; ++i) {
+    if (warp.lane(i).state == State::in_warp_operation) in_operation |= 1u << i;
+    if (warp.lane(i).state == State::finished) finished |= 1u << i;
+  }
+  bool progress = false;
+  for (unsigned left = in_operation; left;) {
+    const unsigned lane = __builtin_ctz(left);
+    const Fiber& first = warp.lane(lane);
+    const unsigned mask = first.mask & warp.all();
+    left &= ~(1u << lane);
+    if (mask & finished) {
+      report(&first, first.site, "%s names %s in its mask 0x%08x, which has exited", name_of(first.operation),
+             thread_name(warp.lane(__builtin_ctz(mask & finished))).text, first.mask);
+      return false;
+    }
+    bool complete = !(mask & ~in_operation);
+    const Fiber* elsewhere = nullptr;
+    unsigned votes = 0;
+    for (unsigned i = 0; complete && i < warp.size; ++i) {
+      if (!(mask >> i & 1)) continue;
+      const Fiber& other = warp.lane(i);
+      // A lane in another operation may still come here once that one is done.
+      complete = other.mask == first.mask && other.operation == first.operation;
+      if (!at_same_place(other.site, first.site)) elsewhere = &other;
+      votes |= (other.value != 0) << i;
+    }
+    if (!complete) continue;
+    if (elsewhere && first.operation != WarpOperation::sync) {
+      report(&first, first.site, "the lanes of a %s stand at different lines: %s", name_of(first.operation), waiting(*elsewhere).text);
+      return false;
+    }
+    for (unsigned i = 0; i < warp.size; ++i) {
+      if (mask >> i & 1) warp.lane(i).result = result_for(warp, mask, votes, warp.lane(i));
+    }
+    for (unsigned i = 0; i < warp.size; ++i) {
+      if (mask >> i & 1) warp.lane(i).state = State::ready;
+    }
+    observe_operation(first.operation, first.number / 32, mask);
+    if (mask == warp.all()) observe_convergence(first.number / 32);
+    left &= ~mask;
+    progress = true;
+  }
+  return progress;
+}
+
+// A turn for every lane of a warp that can run.
+void take_turns(const Warp& warp) {
+  unsigned char order[32];
+  for (unsigned i = 0; i < warp.size; ++i) order[i] = static_cast<unsigned char>(request->order == REVERSE ? warp.size - 1 - i : i);
+  if (request->order == SEEDED) generator.shuffle(order, warp.size);
+  for (unsigned i = 0; i < warp.size && !failed; ++i) {
+    Fiber& fiber = warp.lane(order[i]);
+    if (fiber.state == State::fresh || fiber.state == State::ready) resume(fiber);
+  }
+}
+
+// Until every thread of the block waits at a barrier, waits for ever, or has ended.
+void run_warps() {
+  const unsigned count = (static_cast<unsigned>(fibers.size()) + 31) / 32;
+  if (request->order != SEEDED) {
+    for (unsigned i = 0; i < count && !failed; ++i) {
+      const Warp warp = warp_of((request->order == REVERSE ? count - 1 - i : i) * 32);
+      do take_turns(warp);
+      while (!failed && complete_operations(warp));
+    }
+    return;
+  }
+  unsigned active[32];
+  for (unsigned i = 0; i < count; ++i) active[i] = i;
+  for (unsigned left = count; left && !failed;) {
+    unsigned& chosen = active[generator.next() % left];
+    const Warp warp = warp_of(chosen * 32);
+    take_turns(warp);
+    if (!failed && !complete_operations(warp)) chosen = active[--left];
+  }
+}
+
+// Lets the block pass its barrier when all threads that have not ended stand at it. False when the block has ended, or never will.
+bool pass_barrier() {
+  const Fiber *at_barrier = nullptr, *in_operation = nullptr, *elsewhere = nullptr;
+  int yes = 0, all = 0;
+  for (const Fiber& fiber : fibers) {
+    if (fiber.state == State::in_warp_operation) in_operation = &fiber;
+    if (fiber.state != State::at_barrier) continue;
+    if (!at_barrier) at_barrier = &fiber;
+    if (!at_same_place(at_barrier->site, fiber.site) || at_barrier->barrier != fiber.barrier) elsewhere = &fiber;
+    yes += fiber.predicate != 0;
+    ++all;
+  }
+  if (in_operation) {
+    const Fiber* other = at_barrier;
+    for (const Fiber& fiber : fibers) {
+      if (!other && fiber.state == State::in_warp_operation &&
+          (fiber.mask != in_operation->mask || fiber.operation != in_operation->operation)) {
+        other = &fiber;
+      }
+    }
+    report(in_operation, in_operation->site, "deadlock: %s for the lanes 0x%08x%s%s", waiting(*in_operation).text, in_operation->mask,
+           other ? ", and " : "", other ? waiting(*other).text : "");
+    return false;
+  }
+  if (!at_barrier) return false;
+  if (elsewhere) {
+    report(at_barrier, at_barrier->site, "divergent barrier: %s, and %s", waiting(*at_barrier).text, waiting(*elsewhere).text);
+    return false;
+  }
+  for (unsigned warp = 0; warp * 32 < fibers.size(); ++warp) observe_convergence(warp);
+  observe_barrier();
+  barrier_meeting = new_meeting();
+  int result = 0;
+  if (at_barrier->barrier == Barrier::any) result = yes != 0;
+  if (at_barrier->barrier == Barrier::all) result = yes == all;
+  if (at_barrier->barrier == Barrier::count) result = yes;
+  for (Fiber& fiber : fibers) {
+    if (fiber.state != State::at_barrier) continue;
+    fiber.state = State::ready;
+    fiber.result = static_cast<unsigned long long>(result);
+  }
+  return true;
+}
+
+void fill(char* from, char* to) {  // both multiples of 8; not by memset, which a sanitizer would see
+  for (volatile unsigned long long* p = reinterpret_cast<unsigned long long*>(from); p < reinterpret_cast<unsigned long long*>(to); ++p) {
+    *p = NEVER_WRITTEN;
+  }
+}
+
+char* aligned_up(char* p, size_t alignment) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + alignment - 1) / alignment * alignment);
+}
+
+void map_arena() {
+  // At the same address every time. ThreadSanitizer forgets what was there.
+  if (arena) munmap(arena, ARENA_BYTES);
+  arena = static_cast<char*>(mmap(arena, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (arena ? MAP_FIXED : 0), -1, 0));
+  if (arena == MAP_FAILED) abort();
+}
+
+// Shared memory of a launch: red zone, dynamic, red zone, and the static declarations, each with a red zone behind it.
+void lay_out_shared() {
+  if (!arena) map_arena();
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __asan_unpoison_memory_region(arena, ARENA_BYTES);
+#endif
+  dynamic_shared = arena + RED_ZONE;
+  next_place = aligned_up(dynamic_shared + request->shared + RED_ZONE, 128);
+  fill(arena, next_place);
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __asan_poison_memory_region(arena, ARENA_BYTES);
+  __asan_unpoison_memory_region(dynamic_shared, request->shared);
+#endif
+  static_shared = 0;
+  ++launch_number;
+}
+
+void run_block(unsigned long long number) {
+  blockIdx.x = static_cast<unsigned>(number % gridDim.x);
+  blockIdx.y = static_cast<unsigned>(number / gridDim.x % gridDim.y);
+  blockIdx.z = static_cast<unsigned>(number / gridDim.x / gridDim.y);
+#if defined(CUDA_EMULATOR_THREAD)
+  map_arena();
+  barrier_meeting = new_meeting();
+#endif
+  fill(arena, next_place);
+  observe_block();
+  for (Fiber& fiber : fibers) fiber.state = State::fresh;
+  do run_warps();
+  while (!failed && pass_barrier());
+  for (unsigned warp = 0; warp * 32 < fibers.size(); ++warp) observe_convergence(warp);
+}
+
+// A crash of the kernel ends the launch, not the process.
+
+const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
+constexpr int NUM_SIGNALS = sizeof SIGNALS / sizeof *SIGNALS;
+struct sigaction old_actions[NUM_SIGNALS];
+pthread_t launching_thread;
+
+void on_signal(int number, siginfo_t* info, void* context) {
+  if (!pthread_equal(pthread_self(), launching_thread) || !current) {  // not the kernel's: as if this handler were not there
+    for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
+    if (number == SIGABRT) raise(SIGABRT);
+    return;
+  }
+  const char* address = static_cast<const char*>(info->si_addr);
+  if (number == SIGFPE) {
+    report(current, {nullptr, 0}, "integer division by zero, or the least integer by -1");
+  } else if (number == SIGILL || number == SIGABRT) {
+    report(current, {nullptr, 0}, "the kernel ran into code that cannot be reached");
+  } else if (current->stack && address >= current->stack && address < current->stack + PAGE) {
+    report(current, {nullptr, 0}, "local memory overflows: the emulator has %zu KiB for each thread", STACK_BYTES >> 10);
+  } else {
+    report(current, {nullptr, 0}, "invalid access %s", place_of(address).text);
+  }
+  const void* pc = nullptr;
+#if defined(__x86_64__) && defined(__linux__)
+  pc = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#elif defined(__aarch64__) && defined(__linux__)
+  pc = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.pc);
+#else
+  (void)context;
+#endif
+  if (pc) locate(pc);
+  switch_context(&current->context, &hub);
+}
+
+struct SignalGuard {
+  stack_t old_stack{};
+  SignalGuard() {
+    static char* const alternative = static_cast<char*>(malloc(64 << 10));
+    stack_t mine{};
+    mine.ss_sp = alternative;
+    mine.ss_size = 64 << 10;
+    sigaltstack(&mine, &old_stack);
+    launching_thread = pthread_self();
+    struct sigaction action{};
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &action, &old_actions[i]);
+  }
+  ~SignalGuard() {
+    for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
+    sigaltstack(&old_stack, nullptr);
+  }
+};
+
+void run_launch() {
+#if !defined(CUDA_EMULATOR_ADDRESS) && !defined(CUDA_EMULATOR_THREAD)
+  SignalGuard guard;
+#endif
+  const unsigned long long blocks = 1ull * gridDim.x * gridDim.y * gridDim.z;
+  std::vector<unsigned long long> order;
+  if (request->order == SEEDED) {
+    generator.state = request->seed;
+    for (unsigned long long i = 0; i < blocks; ++i) order.push_back(i);
+    generator.shuffle(order.data(), order.size());
+  }
+  for (unsigned long long i = 0; i < blocks && !failed; ++i) {
+    run_block(request->order == SEEDED ? order[i] : request->order == REVERSE ? blocks - 1 - i : i);
+  }
+}
+
+}  // namespace
+
+// What kernels call
+
+char* place_shared(Slot& slot, unsigned bytes, unsigned alignment, const char* names, Site site) {
+  static_shared += bytes;
+  if (static_shared > MAX_STATIC_SHARED) {
+    fail(site, "%u bytes of static shared memory with %s: the compiler allows %u, more must be dynamic", static_shared, names, MAX_STATIC_SHARED);
+  }
+  if (static_shared + request->shared > request->max_shared) {
+    fail(site, "%u bytes of shared memory, %u static with %s and %u dynamic: a block here has %u", static_shared + request->shared,
+         static_shared, names, request->shared, request->max_shared);
+  }
+  slot.place = aligned_up(next_place, alignment < 16 ? 16 : alignment);
+  next_place = aligned_up(slot.place + bytes + RED_ZONE, 128);
+  slot.launch = launch_number;
+  fill(slot.place - reinterpret_cast<uintptr_t>(slot.place) % 8, next_place);
+#if defined(CUDA_EMULATOR_ADDRESS)
+  __asan_unpoison_memory_region(slot.place, bytes);
+#endif
+  observe_shared(slot.place, bytes, names);
+  return slot.place;
+}
+
+unsigned warp_lane() { return current->number % 32; }
+
+int barrier(Barrier kind, int predicate, Site site) {
+  current->barrier = kind;
+  current->predicate = predicate;
+  current->site = site;
+  wait(State::at_barrier, barrier_meeting);
+  return static_cast<int>(current->result);
+}
+
+unsigned long long warp_operation(WarpOperation kind, unsigned mask, unsigned long long value, int source, Site site) {
+  Fiber& me = *current;
+  const unsigned lane = me.number % 32;
+  if (!(mask >> lane & 1)) fail(site, "%s: the calling lane %u is not in its own mask 0x%08x", name_of(kind), lane, mask);
+  if (source >= 0 && !(mask >> source & 1)) fail(site, "%s reads lane %d, which is not in the mask 0x%08x", name_of(kind), source, mask);
+  if (source >= 0 && !(warp_of(me.number).all() >> source & 1)) {
+    fail(site, "%s reads lane %d, which this warp of %u threads does not have", name_of(kind), source, warp_of(me.number).size);
+  }
+  me.operation = kind;
+  me.mask = mask;
+  me.source = source;
+  me.value = value;
+  me.site = site;
+  wait(State::in_warp_operation, meeting_of(me));
+  return current->result;
+}
+
+void trap(const char* message, Site site) { fail(site, "%s", message); }
+
+}  // namespace cuda_emulator
+
+extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cuda_emulator_launch(const cuda_emulator::Request* asked) {
+  using namespace cuda_emulator;
+  request = asked;
+  failed = false;
+  fault = {};
+  gridDim = {asked->grid[0], asked->grid[1], asked->grid[2]};
+  blockDim = {asked->block[0], asked->block[1], asked->block[2]};
+  fibers.resize(blockDim.x * blockDim.y * blockDim.z);
+  for (unsigned i = 0; i < fibers.size(); ++i) {
+    fibers[i].number = i;
+    fibers[i].stack = nullptr;
+    fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+  }
+  lay_out_shared();
+  observe_launch();
+#if defined(CUDA_EMULATOR_THREAD)
+  hub_fiber = __tsan_get_current_fiber();
+#endif
+  run_launch();
+  for (Fiber& fiber : fibers) {
+    if (fiber.stack) give_back_stack(fiber);  // of threads that a fault has cut short
+  }
+#if defined(CUDA_EMULATOR_THREAD)
+  __tsan_acquire(&whole_launch);
+#endif
+  return failed ? &fault : nullptr;
+}

@@ -1,0 +1,399 @@
+// Part of runtime.cpp, in the build that counts. The compiler puts a call before every access of a kernel, as for ThreadSanitizer, but
+// the functions called are those below. They check the access, and tally it by the place in the code that makes it.
+//
+// The accesses that a warp makes together are found by place and number: the k-th time that each of its lanes comes to a place, counted
+// from the last point where the whole warp stood at one line, a barrier or an operation of all its lanes.
+
+struct Tally {  // read by Python
+  unsigned long long offset;  // of the place, in its library
+  int access, is_shared;
+  unsigned long long accesses, bytes;  // by threads
+  unsigned long long warp_accesses;
+  unsigned long long sectors, least_sectors;
+  unsigned long long wavefronts, least_wavefronts;
+  unsigned long long collisions, contended;
+  unsigned long long uninitialised;
+};
+
+struct Totals {  // read by Python
+  unsigned long long barriers, warp_syncs, shuffles, votes;
+};
+
+struct Place {
+  const void* pc;
+  Access access;
+  bool is_shared;
+  unsigned bytes, piece;
+  Tally tally;
+};
+
+struct Together {
+  unsigned lanes;
+  unsigned long long at[32];
+};
+
+struct Visits {  // of one warp to one place
+  unsigned count[32];
+  std::vector<Together> together;
+};
+
+struct SharedArray {
+  const char *begin, *end, *names;
+};
+
+struct LastAccess {
+  unsigned time;  // 0: none
+  unsigned block;
+  unsigned offset;  // in the kernel's library
+  unsigned short thread;
+  bool is_atomic;
+};
+
+struct Watched {  // a byte of memory
+  LastAccess write, read, read_by_another;
+};
+
+struct GlobalMemory {  // that arrays are parts of
+  const char *begin, *end;
+  Watched* watched;
+};
+
+constexpr unsigned SECTOR = 32, BANKS = 32, BANK_BYTES = 4;
+
+std::vector<Place> places;
+std::vector<int> place_table;  // numbers of places, hashed; -1 is empty
+std::vector<Visits> visits[32];
+std::vector<int> visited[32];
+std::vector<SharedArray> shared_arrays;
+// For every byte of the arena; of what is older than the block nothing counts. Most of it is never touched, so it costs no memory.
+auto* const written_at = static_cast<unsigned*>(calloc(ARENA_BYTES, sizeof(unsigned)));
+auto* const shared_watched = static_cast<Watched*>(calloc(ARENA_BYTES, sizeof(Watched)));
+std::vector<GlobalMemory> global_memory;
+std::unordered_set<unsigned long long> atomics_of_interval;
+Totals totals;
+std::pair<const char*, const char*> images[2];  // of the kernel and of this file
+unsigned now = 1, block_start, last_barrier, last_sync[32][32][32];  // by warp, lane and lane
+unsigned block_number;
+
+// What happens when
+
+int find_image(dl_phdr_info* info, size_t, void*) {
+  const char* const inside[] = {reinterpret_cast<const char*>(request->call), reinterpret_cast<const char*>(&request)};
+  const char *first = nullptr, *last = nullptr;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& part = info->dlpi_phdr[i];
+    if (part.p_type != PT_LOAD) continue;
+    const char* begin = reinterpret_cast<const char*>(info->dlpi_addr + part.p_vaddr);
+    if (!first || begin < first) first = begin;
+    if (!last || begin + part.p_memsz > last) last = begin + part.p_memsz;
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (inside[i] >= first && inside[i] < last) images[i] = {first, last};
+  }
+  return 0;
+}
+
+void observe_launch() {
+  places.clear();
+  place_table.assign(256, -1);
+  for (auto& of_warp : visits) of_warp.clear();
+  for (auto& of_warp : visited) of_warp.clear();
+  shared_arrays.clear();
+  if (request->shared) shared_arrays.push_back({dynamic_shared, dynamic_shared + request->shared, "dynamic shared memory"});
+  totals = {};
+  for (const GlobalMemory& memory : global_memory) free(memory.watched);
+  global_memory.clear();
+  for (int i = 0; request->checked && i < request->num_ranges; ++i) {
+    const Range& range = request->ranges[i];
+    GlobalMemory* its = nullptr;
+    for (GlobalMemory& memory : global_memory) {
+      if (memory.begin == range.origin) its = &memory;
+    }
+    if (!its) its = &(global_memory.push_back({range.origin, range.end, nullptr}), global_memory.back());
+    its->end = std::max(its->end, range.end);
+  }
+  for (GlobalMemory& memory : global_memory) {
+    memory.watched = static_cast<Watched*>(calloc(static_cast<size_t>(memory.end - memory.begin) + 1, sizeof(Watched)));
+  }
+  dl_iterate_phdr(find_image, nullptr);
+}
+
+void observe_block() {
+  block_number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  atomics_of_interval.clear();
+  block_start = last_barrier = ++now;
+}
+
+void observe_shared(const char* begin, unsigned bytes, const char* names) { shared_arrays.push_back({begin, begin + bytes, names}); }
+
+void tally_together(Place& place, const Together& group);
+
+void observe_convergence(unsigned warp) {
+  for (int number : visited[warp]) {
+    Visits& of_place = visits[warp][number];
+    for (const Together& group : of_place.together) tally_together(places[number], group);
+    of_place.together.clear();
+    memset(of_place.count, 0, sizeof of_place.count);
+  }
+  visited[warp].clear();
+}
+
+void observe_barrier() {
+  ++totals.barriers;
+  atomics_of_interval.clear();
+  last_barrier = ++now;
+}
+
+void observe_operation(WarpOperation operation, unsigned warp, unsigned mask) {
+  if (operation == WarpOperation::sync) {
+    ++totals.warp_syncs;
+    ++now;  // alone among these it orders what the lanes do to memory
+    for (unsigned a = 0; a < 32; ++a) {
+      for (unsigned b = 0; b < 32; ++b) {
+        if (mask >> a & mask >> b & 1) last_sync[warp][a][b] = now;
+      }
+    }
+  } else if (operation == WarpOperation::shuffle || operation == WarpOperation::shuffle_xor || operation == WarpOperation::shuffle_up ||
+             operation == WarpOperation::shuffle_down) {
+    ++totals.shuffles;
+  } else {
+    ++totals.votes;
+  }
+}
+
+// Tallies of a warp's access
+
+void tally_together(Place& place, const Together& group) {
+  unsigned long long at[32];
+  unsigned count = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (group.lanes >> lane & 1) at[count++] = group.at[lane];
+  }
+  Tally& tally = place.tally;
+  ++tally.warp_accesses;
+  if (place.is_shared && place.access != Access::atomic) {
+    // 32 banks of 4 bytes each give one word at a time. A warp's access of 8 bytes goes in halves, one of 16 in quarters.
+    const unsigned lanes_at_once = place.bytes <= 4 ? 32 : 128 / place.bytes;
+    for (unsigned first = 0; first < 32; first += lanes_at_once) {
+      unsigned long long words[32];
+      unsigned num_words = 0, in_bank[BANKS] = {}, most = 0;
+      for (unsigned lane = first; lane < first + lanes_at_once; ++lane) {
+        if (!(group.lanes >> lane & 1)) continue;
+        for (unsigned byte = 0; byte < place.bytes; byte += BANK_BYTES) words[num_words++] = (group.at[lane] + byte) / BANK_BYTES;
+      }
+      std::sort(words, words + num_words);
+      num_words = static_cast<unsigned>(std::unique(words, words + num_words) - words);
+      for (unsigned i = 0; i < num_words; ++i) most = std::max(most, ++in_bank[words[i] % BANKS]);
+      tally.wavefronts += most;
+      tally.least_wavefronts += num_words != 0;
+    }
+    return;
+  }
+  std::sort(at, at + count);
+  if (place.access == Access::atomic) {
+    const unsigned distinct = static_cast<unsigned>(std::unique(at, at + count) - at);
+    tally.collisions += count - distinct;
+    count = distinct;
+  }
+  if (place.is_shared) return;
+  unsigned long long next_sector = 0, covered = 0, distinct_bytes = 0;  // addresses are ascending, and none is 0
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned long long end = at[i] + place.bytes, from = std::max(at[i] / SECTOR, next_sector);
+    const unsigned long long to = (end - 1) / SECTOR + 1;
+    if (to > from) tally.sectors += to - from, next_sector = to;
+    if (end > covered) distinct_bytes += end - std::max(at[i], covered), covered = end;
+  }
+  tally.least_sectors += (distinct_bytes + SECTOR - 1) / SECTOR;
+}
+
+int place_number(const void* pc, Access access, bool is_shared, unsigned bytes, unsigned piece) {
+  const auto hash = [](const void* pc, unsigned more) { return (reinterpret_cast<uintptr_t>(pc) * 31 + more) * 0x9e3779b97f4a7c15ull >> 32; };
+  const unsigned more = static_cast<unsigned>(access) << 20 | unsigned(is_shared) << 19 | bytes << 12 | piece;
+  size_t slot = hash(pc, more) & (place_table.size() - 1);
+  for (; place_table[slot] >= 0; slot = (slot + 1) & (place_table.size() - 1)) {
+    const Place& place = places[place_table[slot]];
+    if (place.pc == pc && place.access == access && place.is_shared == is_shared && place.bytes == bytes && place.piece == piece) {
+      return place_table[slot];
+    }
+  }
+  const int number = static_cast<int>(places.size());
+  place_table[slot] = number;
+  places.push_back({pc, access, is_shared, bytes, piece, {}});
+  places.back().tally.access = static_cast<int>(access);
+  places.back().tally.is_shared = is_shared;
+  if (places.size() * 2 > place_table.size()) {
+    place_table.assign(place_table.size() * 2, -1);
+    for (size_t i = 0; i < places.size(); ++i) {
+      const Place& place = places[i];
+      const unsigned its = static_cast<unsigned>(place.access) << 20 | unsigned(place.is_shared) << 19 | place.bytes << 12 | place.piece;
+      size_t free = hash(place.pc, its) & (place_table.size() - 1);
+      while (place_table[free] >= 0) free = (free + 1) & (place_table.size() - 1);
+      place_table[free] = static_cast<int>(i);
+    }
+  }
+  return number;
+}
+
+void note(const void* pc, Access access, bool is_shared, unsigned bytes, unsigned piece, unsigned long long at) {
+  const unsigned warp = current->number / 32, lane = current->number % 32;
+  const int number = place_number(pc, access, is_shared, bytes, piece);
+  Tally& tally = places[number].tally;
+  ++tally.accesses;
+  tally.bytes += bytes;
+  if (access == Access::atomic) tally.contended += !atomics_of_interval.insert(at << 1 | is_shared).second;
+  if (visits[warp].size() <= size_t(number)) visits[warp].resize(number + 1);
+  Visits& mine = visits[warp][number];
+  if (mine.together.empty()) visited[warp].push_back(number);
+  const unsigned k = mine.count[lane]++;
+  if (mine.together.size() <= k) mine.together.push_back({});
+  mine.together[k].lanes |= 1u << lane;
+  mine.together[k].at[lane] = at;
+}
+
+// Checks of an access
+
+const char* verb(Access access) { return access == Access::read ? "reads" : access == Access::write ? "writes" : "updates"; }
+
+struct Where {  // an access goes, for a message
+  const char* array;
+  std::ptrdiff_t offset;
+  bool is_shared;
+};
+
+bool is_ordered(const LastAccess& last, bool is_shared) {
+  if (!last.time || (is_shared && last.time < block_start)) return true;
+  if (last.block != block_number) return false;
+  if (last.thread == current->number || last.time < last_barrier) return true;
+  return last.thread / 32u == current->number / 32 && last.time < last_sync[current->number / 32][last.thread % 32][current->number % 32];
+}
+
+void check_race(const LastAccess& last, const char* what, Where where, Access access, const void* pc) {
+  if (is_ordered(last, where.is_shared)) return;
+  fault.other_offset = last.offset;  // Python adds its line to the message
+  const unsigned block[] = {last.block % gridDim.x, last.block / gridDim.x % gridDim.y, last.block / gridDim.x / gridDim.y};
+  fail_at(pc, "%s %s at byte %td, and no barrier orders that after %s of block (%u,%u,%u) %s it", verb(access), where.array, where.offset,
+          thread_name(fibers[last.thread]).text, block[0], block[1], block[2], what);
+}
+
+void watch(Watched* watched, unsigned bytes, Where where, Access access, const void* pc) {
+  const auto place = static_cast<unsigned>(static_cast<const char*>(pc) - 1 - images[0].first);
+  const LastAccess mine{now, block_number, place, static_cast<unsigned short>(current->number), access == Access::atomic};
+  for (unsigned i = 0; i < bytes; ++i, ++where.offset) {
+    Watched& byte = watched[i];
+    if (access != Access::atomic || !byte.write.is_atomic) check_race(byte.write, "wrote", where, access, pc);
+    if (access == Access::read) {
+      if (byte.read.time && (byte.read.thread != mine.thread || byte.read.block != mine.block)) byte.read_by_another = byte.read;
+      byte.read = mine;
+    } else {
+      check_race(byte.read, "read", where, access, pc);
+      check_race(byte.read_by_another, "read", where, access, pc);
+      byte.write = mine;
+    }
+  }
+}
+
+void access_shared(const char* address, unsigned bytes, Access access, const void* pc) {
+  const SharedArray* array = nullptr;
+  const SharedArray* nearest = nullptr;
+  for (const SharedArray& candidate : shared_arrays) {
+    if (address >= candidate.begin && address + bytes <= candidate.end) array = &candidate;
+    if (candidate.begin <= address) nearest = &candidate;
+  }
+  if (!array && nearest) {
+    fail_at(pc, "%s %u bytes of %s at byte %td, which has %td", verb(access), bytes, nearest->names,
+            address - nearest->begin, nearest->end - nearest->begin);
+  }
+  if (!array) fail_at(pc, "%s %u bytes before the start of shared memory", verb(access), bytes);
+  unsigned* written = &written_at[address - arena];
+  bool all_written = true;
+  for (unsigned i = 0; i < bytes; ++i) {
+    all_written = all_written && written[i] >= block_start;
+    if (access != Access::read) written[i] = now;
+  }
+  if (access != Access::write && !all_written) {
+    if (request->checked > 1) {
+      fail_at(pc, "%s %s at byte %td, shared memory that no thread of the block has written so far", verb(access), array->names,
+              address - array->begin);
+    }
+    ++places[place_number(pc, access, true, bytes, 0)].tally.uninitialised;
+  }
+  if (request->checked) watch(&shared_watched[address - arena], bytes, {array->names, address - array->begin, true}, access, pc);
+}
+
+}  // namespace
+
+// `whole` where the compiler knows the address to be a multiple of the size, so that a GPU moves it in one piece.
+void about_to_access(const void* where, unsigned bytes, Access access, const void* pc, bool whole) {
+  if (!current) return;  // not in a kernel
+  const char* address = static_cast<const char*>(where);
+  if (address >= current->stack && address < current->stack + STACK_BYTES) return;  // local memory, or a register
+  for (const auto& image : images) {
+    if (address >= image.first && address < image.second) return;  // constants
+  }
+  unsigned long long at = 0;  // as if every array began at a multiple of a sector, as it does on a GPU
+  const bool is_shared = address >= arena && address < arena + ARENA_BYTES;
+  if (is_shared) {
+    access_shared(address, bytes, access, pc);
+    at = static_cast<unsigned long long>(address - arena);
+  } else {
+    for (int i = 0; i < request->num_ranges && !at; ++i) {
+      const Range& range = request->ranges[i];
+      if (address < range.begin || address + bytes > range.end) continue;
+      at = (i + 1ull) << 48 | static_cast<unsigned long long>(address - range.origin);
+      for (const GlobalMemory& memory : global_memory) {
+        if (memory.begin != range.origin) continue;
+        watch(memory.watched + (address - memory.begin), bytes, {range.name, address - range.begin, false}, access, pc);
+      }
+    }
+    if (!at) fail_at(pc, "%s %u bytes %s", verb(access), bytes, place_of(address).text);
+  }
+  if (whole && at % bytes) fail_at(pc, "%s %u bytes at an address that is no multiple of %u", verb(access), bytes, bytes);
+  if (whole) {
+    note(pc, access, is_shared, bytes, 0, at);
+  } else {
+    const unsigned piece = at % 4 || bytes % 4 ? 1 : 4;
+    for (unsigned done = 0; done < bytes; done += piece) note(pc, access, is_shared, piece, done / piece, at + done);
+  }
+}
+
+// What the compiler calls.
+
+#define CUDA_EMULATOR_HOOK __attribute__((visibility("default"))) void
+#define CUDA_EMULATOR_HOOKS(bytes)                                                                                                       \
+  CUDA_EMULATOR_HOOK __tsan_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), true); }         \
+  CUDA_EMULATOR_HOOK __tsan_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), true); }       \
+  CUDA_EMULATOR_HOOK __tsan_volatile_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), true); } \
+  CUDA_EMULATOR_HOOK __tsan_volatile_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), true); } \
+  CUDA_EMULATOR_HOOK __tsan_unaligned_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), false); } \
+  CUDA_EMULATOR_HOOK __tsan_unaligned_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), false); }
+extern "C" {
+CUDA_EMULATOR_HOOKS(1)
+CUDA_EMULATOR_HOOKS(2)
+CUDA_EMULATOR_HOOKS(4)
+CUDA_EMULATOR_HOOKS(8)
+CUDA_EMULATOR_HOOKS(16)
+CUDA_EMULATOR_HOOK __tsan_read_range(void* p, size_t bytes) {
+  about_to_access(p, unsigned(bytes), Access::read, __builtin_return_address(0), false);
+}
+CUDA_EMULATOR_HOOK __tsan_write_range(void* p, size_t bytes) {
+  about_to_access(p, unsigned(bytes), Access::write, __builtin_return_address(0), false);
+}
+CUDA_EMULATOR_HOOK __tsan_init() {}
+CUDA_EMULATOR_HOOK __tsan_func_entry(void*) {}
+CUDA_EMULATOR_HOOK __tsan_func_exit() {}
+
+// The tallies of the last launch.
+__attribute__((visibility("default"))) const Tally* cuda_emulator_tallies(int* count, const Totals** of_launch) {
+  static std::vector<Tally> tallies;
+  tallies.clear();
+  for (Place& place : places) {
+    place.tally.offset = static_cast<unsigned long long>(static_cast<const char*>(place.pc) - images[0].first);
+    tallies.push_back(place.tally);
+  }
+  *count = static_cast<int>(tallies.size());
+  *of_launch = &totals;
+  return tallies.data();
+}
+}
+
+namespace {

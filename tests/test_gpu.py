@@ -1,0 +1,185 @@
+"""What only a GPU can show: arrays without copies, streams, graphs, repeatability, and NVIDIA's own sanitizer.
+
+That every variant is right there is in test_registry.py, with the others.
+"""
+
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import support
+import torch
+from support import Case, as_dtype, as_float64, build, check_values
+
+import yoso_core
+from yoso_core import gpu, places, registry
+from yoso_core.arrays import Caller
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case(137, 63, 64, 48, 7, 8, mask="masked", leading=(2, 3))
+KERNELS = [kernel for kernel in registry.KERNELS if kernel.place.device == "cuda"]
+DETERMINISTIC = [kernel for kernel in KERNELS if kernel.deterministic]
+
+
+def each(kernels: list[registry.Kernel]) -> Any:
+    return pytest.mark.parametrize("kernel", kernels, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
+
+
+@pytest.fixture(autouse=True)
+def needs_a_gpu(request: pytest.FixtureRequest) -> None:
+    kernel = request.node.callspec.params.get("kernel") if hasattr(request.node, "callspec") else None
+    if reason := places.missing(kernel.where if kernel else "cupy"):
+        pytest.skip(reason)
+    if not torch.cuda.is_available():
+        pytest.skip("this build of torch has no CUDA")
+
+
+def on_gpu(op: str, case: Case = CASE, dtype: str = "float32") -> dict[str, Any]:
+    def tensor(x: Any) -> Any:
+        x = as_dtype(x, dtype)
+        return torch.as_tensor(x).cuda() if isinstance(x, np.ndarray | torch.Tensor) else x
+
+    return {name: tensor(x) for name, x in build(op, case).items()} | ({"validate": False} if "cumulation" in op else {})
+
+
+def check(op: str, out: Any, case: Case = CASE, dtype: str = "float32") -> None:
+    check_values(op, [as_float64(out.cpu())], {name: as_dtype(x, dtype) for name, x in build(op, case).items()}, case)
+
+
+@each(KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_tensors_stay_on_the_gpu(kernel: registry.Kernel, dtype: str) -> None:
+    given = on_gpu(kernel.op, dtype=dtype)
+    out = getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+    assert isinstance(out, torch.Tensor)
+    assert out.is_cuda
+    case = Case(**{**vars(CASE), "dtype": dtype})
+    check(kernel.op, out, case, dtype)
+
+
+@each(KERNELS)
+def test_cupy_arrays_come_back(kernel: registry.Kernel) -> None:
+    import cupy
+
+    given = {name: cupy.from_dlpack(x.view(torch.uint8) if x.dtype == torch.bool else x) if isinstance(x, torch.Tensor) else x
+             for name, x in on_gpu(kernel.op).items()}  # fmt: skip
+    out = getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+    assert isinstance(out, cupy.ndarray)
+    check(kernel.op, torch.from_dlpack(out))
+
+
+@each(KERNELS)
+def test_numpy_arrays_are_copied_there_and_back(kernel: registry.Kernel) -> None:
+    given = {name: as_dtype(x, "float32") for name, x in build(kernel.op, CASE).items()}
+    out = getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+    assert isinstance(out, np.ndarray)
+    check(kernel.op, torch.from_numpy(out))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dlpack_shares_memory_both_ways(dtype: str) -> None:
+    x = torch.ones(3, 4, dtype=getattr(torch, dtype), device="cuda")
+    caller = Caller("torch", str(x.device))
+    view = places._cupy_view(caller)(x)
+    assert view.data.ptr == x.data_ptr()
+    assert places._back_from_cupy(caller, view, None).data_ptr() == x.data_ptr()
+
+
+@each(DETERMINISTIC)
+def test_the_same_bits_every_time(kernel: registry.Kernel) -> None:
+    case = Case(4097, 4097, 64, 64, 7, 8, mask="masked", kind="repeated")
+    given = on_gpu(kernel.op, case)
+    first = getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+    for _ in range(5):
+        again = getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+        assert torch.equal(first.view(torch.int32), again.view(torch.int32))
+
+
+@each(KERNELS)
+def test_a_graph_replays_with_new_numbers(kernel: registry.Kernel) -> None:
+    given, run = on_gpu(kernel.op), getattr(yoso_core, kernel.op)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(**given, variant=kernel.name)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        out = run(**given, variant=kernel.name)
+    for name in ("value", "vectors"):
+        if name in given:
+            given[name].mul_(-2)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = run(**given, variant=kernel.name)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@each(KERNELS)
+def test_two_streams_do_not_mix(kernel: registry.Kernel) -> None:
+    given, run = on_gpu(kernel.op), getattr(yoso_core, kernel.op)
+    outs = []
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            outs.append(run(**given, variant=kernel.name))
+    torch.cuda.synchronize()
+    for out in outs:
+        check(kernel.op, out)
+
+
+@each(KERNELS)
+def test_the_kernel_named_is_the_kernel_that_ran(kernel: registry.Kernel) -> None:
+    with gpu.launches() as made:
+        getattr(yoso_core, kernel.op)(**on_gpu(kernel.op), variant=kernel.name)
+    assert {launch.where for launch in made} == {kernel.where}
+    assert {launch.kernel for launch in made} <= set(kernel.kernels)
+
+
+def test_unnamed_the_gpu_does_it() -> None:
+    given = on_gpu("yoso_attention")
+    with gpu.launches() as made:
+        out = yoso_core.yoso_attention(**given)
+    assert out.is_cuda
+    assert {launch.where for launch in made} == {"cupy"}
+
+
+def test_a_launch_error_is_raised_at_the_call() -> None:
+    from yoso_core.gpu.cupy_kernels.cuda import CupyDevice
+
+    device = CupyDevice(0, 0)
+    with pytest.raises(Exception, match=r"INVALID_VALUE|invalid argument"):
+        device.launch(gpu.CudaKernel("sort.cu", "sort_codes"), (1,), (4096,), (None, None, None, None, np.int32(0), np.int32(0)))
+
+
+def test_devices_do_not_mix() -> None:
+    given = on_gpu("lsh_cumulation")
+    with pytest.raises(ValueError, match=r"^value: on cpu, but query_hash_code is on cuda:0"):
+        yoso_core.lsh_cumulation(**{**given, "value": given["value"].cpu()})
+    with pytest.raises(ValueError, match=r"^variant: cpu:tables of lsh_cumulation runs on the cpu, the arrays are on cuda:0"):
+        yoso_core.lsh_cumulation(**given, variant="cpu:tables")
+
+
+SANITIZED = """
+import sys
+import support, test_gpu
+from yoso_core import registry
+import yoso_core
+op, name = sys.argv[1:]
+out = getattr(yoso_core, op)(**test_gpu.on_gpu(op), variant=name)
+test_gpu.check(op, out)
+"""
+
+
+@each(KERNELS)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_the_compute_sanitizer_finds_nothing(kernel: registry.Kernel, tool: str) -> None:
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, kernel.op, kernel.name]
+    folder = str(support.__file__).rpartition("/")[0]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr

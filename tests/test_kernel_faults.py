@@ -1,0 +1,253 @@
+"""Every CUDA kernel is the one that runs, and one wrong line in a copy of it turns the registry's check red."""
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import support
+from support import Case, build, check_variant
+
+import yoso_core
+from yoso_core import gpu, places, registry
+from yoso_core.gpu.catalog import NUMBA_FOLDER, catalog
+from yoso_core.gpu.cupy_kernels import source
+
+SMALL = Case(9, 11, 20, 12, 5, 3, mask="masked")
+TIES = Case(3, 9, 8, 4, 5, 3, kind="quantised")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line of a kernel, and what a tired hand might write in its place."""
+
+    kernel: str
+    op: str
+    variant: str
+    line: str
+    wrong: str
+    case: Case = SMALL
+
+    def __str__(self) -> str:
+        return self.kernel
+
+
+CUDA = (
+    Fault(
+        "block_per_part",
+        "fast_hash",
+        "emulated:block_per_part",
+        "buffer[i ^ stride], i & stride)",
+        "buffer[i ^ stride], false)",
+        replace(SMALL, d=64),
+    ),
+    Fault(
+        "warp_per_vector",
+        "fast_hash",
+        "emulated:warp_per_vector",
+        "if (vector >= num_vectors) return;",
+        "if (vector + 1 >= num_vectors) return;",
+    ),
+    Fault("thread_per_code", "hyperplane_hash", "emulated:thread_per_code", "projection[bit] > ACC(0)", "projection[bit] >= ACC(0)", TIES),
+    Fault("shared_table", "lsh_cumulation", "emulated:shared_table", "code[earlier] == code[b] ? sum[earlier] : sum[b]", "sum[b]"),
+    Fault("global_table_scatter", "lsh_cumulation", "emulated:global_table", "|| !kept(key_mask, row)", ""),
+    Fault("global_table_gather", "lsh_cumulation", "emulated:global_table", "if (kept(query_mask, row)) {", "{"),
+    Fault(
+        "transpose_codes",
+        "lsh_cumulation",
+        "emulated:sorted_buckets",
+        "sorted_code[to] = valid ? code : capacity;",
+        "sorted_code[to] = code;",
+    ),
+    Fault(
+        "sort_codes",
+        "lsh_cumulation",
+        "emulated:sorted_buckets",
+        "order_out[base + to] = order[base + i];",
+        "order_out[base + to] = i;",
+        replace(SMALL, hash_code_len=9),
+    ),
+    Fault(
+        "sum_buckets",
+        "lsh_cumulation",
+        "emulated:sorted_buckets",
+        "if (i > first && code[i] != code[i - 1])",
+        "if (i > first + 1 && code[i] != code[i - 1])",
+    ),
+    Fault(
+        "join_stretches",
+        "lsh_cumulation",
+        "emulated:sorted_buckets",
+        "if (code[i] != code[i - 1]) continue;",
+        "continue;",
+        Case(3, 137, 4, 3, 1, 1),
+    ),
+    Fault(
+        "gather_buckets",
+        "lsh_cumulation",
+        "emulated:sorted_buckets",
+        "if (found < n_k && codes[found] == code) start = found;",
+        "if (found < n_k) start = found;",
+    ),
+    Fault("find_spoiled", "yoso_attention", "emulated:shared_table", "head_spoiled[row / rows_per_head], 1)", "head_spoiled[0], 1)"),
+    Fault("finish_attention", "yoso_attention", "emulated:shared_table", "x[i] / largest / length", "x[i] / length"),
+    Fault("normalize_rows", "expectation_attention", "emulated:blocked", "/ scale / length", "/ scale"),
+    Fault(
+        "expectation",
+        "expectation_attention",
+        "emulated:blocked",
+        "unsigned(ACC(fabs(x[e])) > STEEP) << e",
+        "0u",
+        Case(9, 11, 20, 12, 5, 8, kind="repeated"),
+    ),
+    Fault(
+        "weight_by_weight_scatter",
+        "lsh_weighted_cumulation",
+        "emulated:weight_by_weight",
+        "key_weight[row * weight_dim + coordinate]",
+        "key_weight[row * weight_dim]",
+    ),
+    Fault("weight_by_weight_gather", "lsh_weighted_cumulation", "emulated:weight_by_weight", "* sum;", "+ sum;"),
+    Fault("finish_rows", "lsh_weighted_cumulation", "emulated:outer_products", "+ dim] / ACC(num_hash)", "+ dim]"),
+    Fault(
+        "sorted_pairs",
+        "lsh_weighted_cumulation",
+        "emulated:sorted_pairs",
+        "const bool spoiled = keep && !finite_row(query_weights, weight_dim, lane);",
+        "const bool spoiled = false;",
+    ),
+    Fault(
+        "outer_products",
+        "lsh_weighted_cumulation",
+        "emulated:outer_products",
+        "if (next > 0 && next < last && key_codes[next] == key_codes[next - 1]) {",
+        "if (false) {",
+        Case(9, 137, 20, 12, 5, 1),
+    ),
+)
+
+# In place of a variant, the module and the launcher.
+NUMBA = (
+    Fault(
+        "add_keys_to_table",
+        "lsh_cumulation",
+        "cumulation:lsh_cumulation_global_table",
+        "or keep_key[head, key] == 0:",
+        ":",
+    ),
+    Fault(
+        "read_table",
+        "lsh_cumulation",
+        "cumulation:lsh_cumulation_global_table",
+        "total += table[head, h, code, c]",
+        "total = table[head, h, code, c]",
+    ),
+    Fault(
+        "cumulate_in_shared_table",
+        "lsh_cumulation",
+        "cumulation:lsh_cumulation_shared_table",
+        "table[code * columns + column] += value",
+        "table[code * columns + column] = value",
+    ),
+    Fault("hash_vectors", "fast_hash", "hashing:fast_hash_shared_memory", "= a + b, a - b", "= a + b, b - a"),
+    Fault(
+        "add_weighted_keys_to_table",
+        "lsh_weighted_cumulation",
+        "weighted:lsh_weighted_cumulation_weight_by_weight",
+        "key_weight[head, key, r] *",
+        "key_weight[head, key, 0] *",
+    ),
+    Fault(
+        "read_weighted_table",
+        "lsh_weighted_cumulation",
+        "weighted:lsh_weighted_cumulation_weight_by_weight",
+        "total = out[head, query, dim] + query_weight",
+        "total = query_weight",
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def needs_the_emulators() -> None:
+    for where in ("emulated", "stepped"):
+        if reason := places.missing(where):
+            pytest.skip(reason)
+
+
+def test_every_kernel_has_a_fault() -> None:
+    names = {(text.language, text.name) for text in catalog()}
+    planted = {("CUDA C++", fault.kernel) for fault in CUDA} | {("Numba CUDA", fault.kernel) for fault in NUMBA}
+    assert planted == names
+
+
+def meets_what_is_not_finite(op: str, variant: str) -> None:
+    """A query and a key that are kept and not finite, which the cases of the registry's test do not have."""
+    given = {name: support.as_dtype(x, "float32") for name, x in build(op, replace(SMALL, mask="none")).items()}
+    query, key = ("query", "key") if "query" in given else ("query_weight", "key_weight")
+    given[query][1, 2, 3], given[key][1, 4, 5] = np.nan, np.inf
+    if op == "lsh_weighted_cumulation":  # a query that meets nobody, and is NaN all the same
+        given["query_hash_code"][1, 2] = given["hashtable_capacity"]
+        given["hashtable_capacity"] *= 2
+    out = getattr(yoso_core, op)(**given, variant=variant)
+    expected = getattr(yoso_core, op)(**given, variant=support.definition_of(op).name)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+
+
+def check(op: str, variant: str, case: Case) -> None:
+    check_variant(op, variant, case)
+    if op in ("yoso_attention", "expectation_attention", "lsh_weighted_cumulation"):
+        meets_what_is_not_finite(op, variant)
+
+
+@pytest.mark.parametrize("fault", CUDA, ids=str)
+def test_a_wrong_line_of_cuda_turns_the_check_red(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(fault.op, fault.variant, fault.case)
+    (file,) = (text.file for text in catalog() if (text.language, text.name) == ("CUDA C++", fault.kernel))
+    right = source.source
+
+    def spoilt(name: str) -> str:
+        text = right(name)
+        if name == file:
+            assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
+            text = text.replace(fault.line, fault.wrong)
+        return text
+
+    monkeypatch.setattr(source, "source", spoilt)
+    with pytest.raises((AssertionError, gpu.emulator.KernelFault)):
+        check(fault.op, fault.variant, fault.case)
+
+
+@pytest.mark.parametrize("fault", NUMBA, ids=str)
+def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, _, launcher = fault.variant.partition(":")
+    text = (NUMBA_FOLDER / f"{file}.py").read_text("utf-8")
+    assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
+    for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "spoilt")):
+        (tmp_path / f"{name}.py").write_text(written, "utf-8")
+        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(support, name, getattr(module, launcher), raising=False)
+        kernel = registry.Kernel(fault.op, f"stepped:{name}", f"support:{name}", "a copy", deterministic=False)
+        monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
+    check(fault.op, "stepped:sound", fault.case)
+    with pytest.raises((AssertionError, gpu.emulator.KernelFault, IndexError)):
+        check(fault.op, "stepped:spoilt", fault.case)
+
+
+LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated", "stepped")]
+
+
+@pytest.mark.parametrize("kernel", LAUNCHED, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
+def test_the_kernel_named_is_the_kernel_that_ran(kernel: registry.Kernel) -> None:
+    """Over small cases it launches every kernel that it says it does, and no other."""
+    modes = [replace(SMALL, mode=mode) for mode in ("signs", "planes", "expectation")] if kernel.op == "yoso_attention" else [SMALL]
+    with gpu.launches() as made:
+        for case in (*modes, Case(3, 137, 4, 3, 1, 1)):
+            given = {name: support.as_dtype(x, "float32") for name, x in build(kernel.op, case).items()}
+            getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+    assert {launch.where for launch in made} == {kernel.where}
+    assert {launch.kernel for launch in made} == set(kernel.kernels)

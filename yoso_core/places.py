@@ -1,0 +1,300 @@
+"""Where a kernel can run: what it needs there, and how the caller's arrays get to it and back."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+
+from yoso_core.arrays import Array, Caller
+
+
+@dataclass(frozen=True)
+class Place:
+    """One *where* of a variant's name ``<where>:<algorithm>``."""
+
+    name: str
+    about: str
+    device: Literal["cpu", "cuda"]
+    """Whose arrays it works on."""
+    automatic: bool
+    """May be chosen where the caller names no variant."""
+    missing: Callable[[], str | None]
+    """Why nothing runs here, with what to do about it; ``None`` where it does. Asked once."""
+    run: Callable[[Callable[..., Any], Caller, Sequence[Any], Mapping[str, Any]], Any]
+    """Call a kernel with the caller's arrays; its result as the kernel gave it."""
+    back: Callable[[Caller, Any, Array | None], Array]
+    """One result as the caller's kind of array; the last argument is the one whose dtype it has, if any."""
+
+    def takes(self, caller: Caller) -> bool:
+        """Whether a caller who names a variant here may hand in these arrays. NumPy arrays are copied to the GPU and back, openly."""
+        return self.device == caller.kind or (self.device == "cuda" and caller.library == "numpy")
+
+
+def _each(view: Callable[[Array], Any], values: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def seen(x: Any) -> Any:
+        return view(x) if hasattr(x, "dtype") else x
+
+    return [seen(x) for x in values], {name: seen(x) for name, x in options.items()}
+
+
+# On the host, in NumPy and Numba.
+
+
+def _not_installed(package: str, remedy: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package!r} is not installed: {remedy}"
+    return None
+
+
+def _run_numpy(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    args, kwargs = _each(caller.to_numpy, values, options)
+    return function(*args, **kwargs)
+
+
+def _run_cpu(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    return _run_numpy(function, caller, values, {**options, "num_threads": caller.num_threads})
+
+
+def _back_from_numpy(caller: Caller, result: Any, like: Array | None) -> Array:
+    return caller.from_numpy(result, like)
+
+
+# GPU kernels, on a GPU and without one. A bfloat16 travels as its bits, since neither NumPy nor CuPy has the type.
+
+
+def _bits_numpy(caller: Caller) -> Callable[[Array], np.ndarray[Any, Any]]:
+    if caller.library == "numpy":
+        return lambda x: np.require(x, requirements="A")  # a CUDA kernel reads no number from an odd address
+    torch = sys.modules["torch"]
+
+    def view(x: Array) -> np.ndarray[Any, Any]:
+        x = x.detach()
+        if x.dtype == torch.bfloat16:
+            return np.asarray(x.view(torch.int16).numpy().view(np.uint16))
+        return np.asarray(x.resolve_neg().numpy())
+
+    return view
+
+
+def _back_from_bits(caller: Caller, result: Any, like: Array | None) -> Array:
+    if caller.library == "numpy":
+        return result
+    torch = sys.modules["torch"]
+    if result.dtype == np.uint16:
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
+
+
+def _run_emulated(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    from yoso_core.gpu.emulator import Emulator
+
+    args, kwargs = _each(_bits_numpy(caller), values, options)
+    return function(Emulator(), *args, **kwargs)
+
+
+def _run_stepped(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    from yoso_core.gpu.emulator.stepper import Stepper
+
+    args, kwargs = _each(_bits_numpy(caller), values, options)
+    return function(Stepper(), *args, **kwargs)
+
+
+def _cupy_view(caller: Caller) -> Callable[[Array], Array]:
+    import cupy
+
+    if caller.library != "torch":
+        return cupy.asarray  # a NumPy array is copied to the GPU here
+    torch = sys.modules["torch"]
+
+    def view(x: Array) -> Array:
+        x = x.detach().resolve_neg()
+        if x.dtype == torch.bfloat16:
+            return cupy.from_dlpack(x.view(torch.int16)).view(np.uint16)
+        if x.dtype == torch.bool:
+            return cupy.from_dlpack(x.view(torch.uint8))
+        return cupy.from_dlpack(x)
+
+    return view
+
+
+def _back_from_cupy(caller: Caller, result: Any, like: Array | None) -> Array:
+    if caller.library == "cupy":
+        return result
+    if caller.library == "numpy":
+        return result.get()
+    torch = sys.modules["torch"]
+    if result.dtype == np.uint16:
+        return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(result)
+
+
+class _TorchStream:
+    """torch's current stream, as any library takes one."""
+
+    def __init__(self, index: int) -> None:
+        self._pointer = int(sys.modules["torch"].cuda.current_stream(index).cuda_stream)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+def _torch_memory(index: int) -> Callable[[int], Any]:
+    """CuPy's memory out of torch's allocator: in the order of torch's stream, and safe in a CUDA graph that torch captures."""
+    import cupy
+
+    torch = sys.modules["torch"]
+
+    def allocate(size: int) -> Any:
+        memory = torch.empty(max(size, 1), dtype=torch.uint8, device=f"cuda:{index}")
+        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(memory.data_ptr(), max(size, 1), memory, index), 0)
+
+    return allocate
+
+
+@contextmanager
+def _callers_stream(caller: Caller) -> Iterator[tuple[int, int]]:
+    """The caller's device, current stream and allocator, made CuPy's own for the body: ``(device, stream pointer)``."""
+    import cupy
+
+    index = int(caller.device.partition(":")[2]) if caller.kind == "cuda" else cupy.cuda.Device().id
+    with cupy.cuda.Device(index):
+        if caller.library != "torch":
+            yield index, cupy.cuda.get_current_stream().ptr
+            return
+        with cupy.cuda.Stream.from_external(_TorchStream(index)) as stream, cupy.cuda.using_allocator(_torch_memory(index)):
+            yield index, stream.ptr
+
+
+def _run_on_cuda(make: str) -> Callable[[Callable[..., Any], Caller, Sequence[Any], Mapping[str, Any]], Any]:
+    module, device = make.split(":")
+
+    def run(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        with _callers_stream(caller) as (index, stream):
+            args, kwargs = _each(_cupy_view(caller), values, options)
+            return function(getattr(importlib.import_module(module), device)(index, stream), *args, **kwargs)
+
+    return run
+
+
+def _missing_cuda() -> str | None:
+    remedy = "pip install 'yoso-core[cuda12]' (or [cuda13], as the driver has it)"
+    if reason := _not_installed("cupy", remedy):
+        return reason
+    try:
+        import cupy
+    except ImportError as error:
+        return f"cupy cannot be imported ({error}): {remedy}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no NVIDIA GPU that CUDA can use ({str(error).partition(':')[0]}): it needs a driver as new as CuPy's CUDA"
+    if count == 0:
+        return "no NVIDIA GPU"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:  # whatever its loader raises: each release another
+        return f"NVRTC, the compiler of CUDA, was not found ({error}): {remedy}"
+    return None
+
+
+def _missing_numba_cuda() -> str | None:
+    if reason := _missing_cuda() or _not_installed("numba", "pip install numba"):
+        return reason
+    from numba import config, cuda
+
+    if config.ENABLE_CUDASIM:
+        return "Numba simulates CUDA here (NUMBA_ENABLE_CUDASIM): unset it, or take the stepped variants"
+    return None if cuda.is_available() else "Numba finds no CUDA (`numba -s` says why): pip install 'yoso-core[cuda12]' (or [cuda13])"
+
+
+def _missing_emulator() -> str | None:
+    from yoso_core.gpu import emulator
+
+    return emulator.missing()
+
+
+def _missing_stepper() -> str | None:
+    if reason := _not_installed("numba", "pip install numba"):
+        return reason
+    from yoso_core.gpu.emulator import stepper
+
+    return stepper.missing()
+
+
+_ALL = (
+    Place("numpy", "the reference", "cpu", True, lambda: None, _run_numpy, _back_from_numpy),
+    Place("cpu", "Numba", "cpu", True, lambda: _not_installed("numba", "pip install numba"), _run_cpu, _back_from_numpy),
+    Place(
+        "cupy",
+        "CUDA C++ on a GPU",
+        "cuda",
+        True,
+        _missing_cuda,
+        _run_on_cuda("yoso_core.gpu.cupy_kernels.cuda:CupyDevice"),
+        _back_from_cupy,
+    ),
+    Place(
+        "numba_cuda",
+        "Numba CUDA on a GPU",
+        "cuda",
+        True,
+        _missing_numba_cuda,
+        _run_on_cuda("yoso_core.gpu.numba_kernels.cuda:NumbaCuda"),
+        _back_from_cupy,
+    ),
+    Place("emulated", "the same CUDA C++, run on the CPU", "cpu", False, _missing_emulator, _run_emulated, _back_from_bits),
+    Place("stepped", "the same Numba CUDA, stepped through on the CPU", "cpu", False, _missing_stepper, _run_stepped, _back_from_bits),
+)
+
+PLACES: dict[str, Place] = {place.name: place for place in _ALL}
+
+
+@cache
+def missing(where: str) -> str | None:
+    """Why nothing runs at a place, or ``None``."""
+    return PLACES[where].missing()
+
+
+def wait(caller: Caller, where: str) -> None:
+    """For timing: until the GPU has done what the caller's stream holds, if a GPU was involved."""
+    if caller.kind == "cuda" or PLACES[where].device == "cuda":
+        import cupy
+
+        with _callers_stream(caller):
+            cupy.cuda.get_current_stream().synchronize()
+
+
+def gpu_report() -> dict[str, str]:
+    """What a GPU needs, and what of it was found: GPUs, driver, CUDA, and the packages, each with its version or with what is wrong."""
+    found = {"GPU": missing("cupy") or ""}
+    if importlib.util.find_spec("cupy") is not None:
+        try:
+            import cupy
+        except ImportError as error:
+            return found | {"CuPy": str(error)}
+        runtime = cupy.cuda.runtime
+        driver = runtime.driverGetVersion()
+        found |= {"CuPy": cupy.__version__, "driver": f"for CUDA {_cuda_version(driver)}" if driver else "none found"}
+        if missing("cupy") is None:
+            names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())]
+            found["GPU"] = ", ".join(names)
+            found["NVRTC"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    else:
+        found["CuPy"] = "not installed"
+    for package, name in (("numba", "Numba"), ("numba-cuda", "numba-cuda")):
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
