@@ -2,14 +2,15 @@
 # Another interpreter: make PYTHON=python3.13 test (after make clean). More arguments for the program behind a target: make test ARGS="-k hash".
 
 PYTHON ?= python3
+CUDA ?= cuda12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types wheel bench clean
+.PHONY: help demo test lint types wheel bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(VENV)/installed-plots ## YOSO attention on a real text: tables, and a figure in yoso_demo.png
 	$(BIN)/yoso demo $(ARGS)
@@ -34,6 +35,9 @@ wheel: $(VENV)/installed-dev ## build the wheel, install it elsewhere, use it th
 
 bench: $(VENV)/installed-dev ## measured cost beside the peers, on this machine's CPU
 	$(BIN)/yoso bench cpu $(ARGS)
+
+bench-gpu: $(VENV)/installed-dev $(VENV)/installed-$(CUDA) ## the same on this machine's NVIDIA GPU (CUDA=cuda13 where the driver is for that)
+	$(BIN)/yoso bench gpu $(ARGS)
 
 clean: ## back to a fresh clone
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

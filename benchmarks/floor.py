@@ -11,9 +11,11 @@ from math import log2
 import numpy as np
 
 from yoso_core.benchmarks.cases import Workload
+from yoso_core.benchmarks.contenders import CONTENDERS, Ours
+from yoso_core.benchmarks.machines import MACHINES
 from yoso_core.reference import hash_layout
 
-_ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -29,24 +31,30 @@ class Rates:
 @dataclass(frozen=True)
 class Floor:
     bytes: int
-    """Query, key, value and output, each moved once."""
+    """Every input and the output, each moved once."""
     operations: int
     """Additions or multiply-adds."""
     seconds: float
     """The longer of moving the bytes and doing the arithmetic: the two can overlap."""
 
 
-def _best(call: Callable[[], object]) -> float:
+def _best(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
     times = []
     for _ in range(10):
+        wait()
         start = time.perf_counter()
         call()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 @cache
-def measured_rates() -> Rates:
+def measured_rates(device: str = "cpu") -> Rates:
+    return _cpu_rates() if device == "cpu" else _torch_rates(device)
+
+
+def _cpu_rates() -> Rates:
     import torch
 
     cores = os.cpu_count() or 1
@@ -59,18 +67,82 @@ def measured_rates() -> Rates:
     return Rates(copy_bytes=2 * cores * (1 << 26) / copy, multiply_adds=2048**3 / product)
 
 
+def _torch_rates(device: str, size: int = 1 << 30, side: int = 8192) -> Rates:
+    """By copies of ``size`` bytes, many times what a cache holds, and a product of random matrices in plain float32: no TF32."""
+    return Rates(copy_bytes=_torch_copy(device, size), multiply_adds=_torch_product(device, side))
+
+
+def _torch_copy(device: str, size: int, copies: int = 4) -> float:
+    import torch
+
+    source = torch.ones(size // 4, device=MACHINES[device].torch)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(copies):  # one after the other, so that waiting for them is a small part
+            target.copy_(source)
+
+    return 2 * copies * size / _best(copy, MACHINES[device].wait)
+
+
+def _torch_product(device: str, side: int) -> float:
+    import torch
+
+    square = torch.randn(side, side, device=MACHINES[device].torch)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return side**3 / _best(lambda: square @ square, MACHINES[device].wait)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def operation(workload: Workload) -> str:
+    """The operation of ours that a workload asks for."""
+    contender = CONTENDERS[workload.run]
+    if not isinstance(contender, Ours):
+        raise ValueError(f"run: {workload.run} is no operation of this library")
+    return contender.op
+
+
 def operations(workload: Workload) -> int:
-    """Sampled: the additions of three Hadamard transforms of every part, ``3 D log2 D``, and those into and out of the tables.
-    Exact expectation: the multiply-adds of its two matrix products.
+    """Additions or multiply-adds that the operation cannot do without.
+
+    Hashing: three Hadamard transforms of every part, ``3 D log2 D`` additions a vector. Cumulation: those into and out of the tables,
+    ``m d`` each. Weighted: pairs or outer products, whichever is less where codes are spread evenly. Exact expectation: its two matrix
+    products.
     """
-    if workload.run == "yoso_expectation":
-        return workload.heads * workload.n**2 * 2 * workload.dim
-    layout = hash_layout(workload.num_hash, workload.hash_code_len, workload.dim)
+    op, dim = operation(workload), workload.dim
+    rows = workload.batch * workload.heads * workload.n
+    layout = hash_layout(workload.num_hash, workload.hash_code_len, dim)
     transforms = 3 * layout.padded_dim * round(log2(layout.padded_dim)) * layout.parts
-    return workload.heads * workload.n * 2 * (transforms + workload.num_hash * workload.dim)
+    if op == "expectation_attention":
+        return rows * workload.n * 2 * dim
+    if op == "fast_hash":
+        return rows * transforms
+    if op == "lsh_cumulation":
+        return rows * 2 * workload.num_hash * dim
+    if op == "lsh_weighted_cumulation":
+        return min(2 * rows * workload.num_hash * dim**2, (rows * workload.num_hash * workload.n >> workload.hash_code_len) * 2 * dim)
+    return rows * 2 * (transforms + workload.num_hash * dim)
+
+
+def least_bytes(workload: Workload) -> int:
+    """Every input of the operation and its output, each moved once; the signs, which are few, do not count.
+
+    Vectors are ``(n, d)``, of queries, keys, values, weights and output alike; codes take four bytes.
+    """
+    rows = workload.batch * workload.heads * workload.n
+    vectors, codes = rows * workload.dim * ITEM_SIZE[workload.dtype], 4 * rows * workload.num_hash
+    return {
+        "fast_hash": vectors + codes,
+        "lsh_cumulation": 2 * codes + 2 * vectors,
+        "lsh_weighted_cumulation": 2 * codes + 4 * vectors,
+        "expectation_attention": 4 * vectors,
+        "yoso_attention": 4 * vectors,
+    }[operation(workload)]
 
 
 def floor(workload: Workload, rates: Rates) -> Floor:
-    moved = 4 * workload.heads * workload.n * workload.dim * _ITEM_SIZE[workload.dtype]
-    work = operations(workload)
+    moved, work = least_bytes(workload), operations(workload)
     return Floor(moved, work, max(moved / rates.copy_bytes, work / rates.multiply_adds))

@@ -1,6 +1,6 @@
-"""How much memory a call takes beyond its inputs and its output, measured in a process of its own.
+"""How much memory a call takes beyond its inputs and its output: on the CPU in a process of its own, on a GPU by torch's allocator.
 
-``python -m yoso_core.benchmarks.memory '{"run": "yoso", "n": 4096}'`` prints the number of bytes.
+``python -m yoso_core.benchmarks.memory '{"run": "yoso", "n": 4096}'`` prints the number of bytes on the CPU.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
+from yoso_core.benchmarks.machines import MACHINES
 
 # With a fixed threshold, freed blocks go back to the system at once; else glibc keeps some, and a call that reuses them looks free.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -19,6 +20,8 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 def working_memory(workload: Workload) -> int:
     """Bytes that one call of ``workload`` takes at its peak, beyond what its inputs and its output hold."""
+    if workload.device != "cpu":
+        return measure_on_gpu(workload)
     command = [sys.executable, "-m", "yoso_core.benchmarks.memory", json.dumps(asdict(workload))]
     done = subprocess.run(command, env={**os.environ, **_ALLOCATOR}, capture_output=True, text=True)
     if done.returncode:
@@ -47,6 +50,23 @@ def measure(workload: Workload) -> int:
     before = _status("VmRSS")
     out = call()
     return max(0, _status("VmHWM") - before - out.nbytes)
+
+
+def measure_on_gpu(workload: Workload) -> int:
+    """Peak of torch's allocator during one call, less what it held before, less the output. CuPy's arrays come out of it too.
+
+    A call at the same shapes comes first, so that no workspace that a library keeps is counted.
+    """
+    import torch
+
+    call, wait = CONTENDERS[workload.run].bind(workload, tensors(workload)), MACHINES[workload.device].wait
+    call()
+    wait()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call()
+    wait()
+    return max(0, int(torch.cuda.max_memory_allocated()) - int(before) - int(out.nbytes))
 
 
 if __name__ == "__main__":

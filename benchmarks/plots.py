@@ -1,35 +1,69 @@
 """One picture of a suite: time and memory against the length of the input, both axes logarithmic."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
 Curve = dict[int, float]
 
-_MARKS = {
-    # Okabe and Ito's colours, told apart by the colour-blind, and by their markers in print.
-    "yoso": ("#0072B2", "o", "-"),
-    "yoso_expectation": ("#009E73", "s", "-"),
-    "sdpa": ("#D55E00", "^", "--"),
-    "transformers_expectation": ("#CC79A7", "D", "--"),
-}
+
+@dataclass(frozen=True)
+class Line:
+    """Whose numbers make one line, and how it looks: Okabe and Ito's colours, which the colour-blind tell apart, and markers for print."""
+
+    run: str
+    colour: str
+    marker: str
+    style: str = "-"
+    device: str = "cpu"
+    dtype: str = "float32"
+    variant: str | None = None
+    """``None``: any."""
+    label: str | None = None
+    """``None``: that of the results."""
+
+    def fits(self, side: Result) -> bool:
+        return (
+            (side["run"], side["dtype"], side["dim"]) == (self.run, self.dtype, 64)
+            and side.get("device", "cpu") == self.device
+            and self.variant in (None, side["variant"])
+        )
 
 
-def curves(run: Result, quantity: str) -> dict[str, Curve]:
-    """``quantity`` (``"median"`` or ``"working_bytes"``) against n for everyone who ran at the plain setting."""
-    found: dict[str, Curve] = {}
-    for case in run["cases"]:
-        for side in (case["ours"], case["beside"]):
-            if side and quantity in side and (side["dtype"], side["dim"]) == ("float32", 64):
-                found.setdefault(side["run"], {}).setdefault(side["n"], side[quantity])
+LINES = (
+    Line("yoso", "#0072B2", "o"),
+    Line("yoso_expectation", "#009E73", "s"),
+    Line("sdpa", "#D55E00", "^", "--"),
+    Line("transformers_expectation", "#CC79A7", "D", "--"),
+    Line("yoso", "#0072B2", "o", "-", "cuda", "float32", "cupy:shared_table", "YOSO, shared_table"),
+    Line("yoso", "#56B4E9", "o", ":", "cuda", "float16", "cupy:shared_table", "YOSO, shared_table, float16"),
+    Line("yoso", "#009E73", "s", "-", "cuda", "float32", "cupy:sorted_buckets", "YOSO, sorted_buckets"),
+    Line("paper", "#E69F00", "v", "--", "cuda"),
+    Line("sdpa", "#D55E00", "^", "--", "cuda", label="torch SDPA, float32"),
+    Line("flash", "#CC79A7", "D", "--", "cuda", "float16", label="torch flash attention, float16"),
+)
+
+
+def curves(run: Result, quantity: str) -> dict[Line, Curve]:
+    """``quantity`` (``"median"`` or ``"working_bytes"``) against n, for every line of which the results have anything."""
+    found: dict[Line, Curve] = {}
+    for side in _sides(run):
+        for line in LINES:
+            if quantity in side and line.fits(side):
+                found.setdefault(line, {}).setdefault(side["n"], side[quantity])
     return found
+
+
+def _sides(run: Result) -> list[Result]:
+    return [side for case in run["cases"] for side in (case["ours"], case["beside"], *case.get("also", [])) if side]
 
 
 def plot_suite(run: Result, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    labels = {side["run"]: side["label"] for case in run["cases"] for side in (case["ours"], case["beside"]) if side}
+    labels = {side["run"]: side["label"] for side in _sides(run)}
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     drawn = {}
@@ -37,10 +71,10 @@ def plot_suite(run: Result, path: Path) -> None:
         (left, "median", 1e-3, "time of one forward pass, ms"),
         (right, "working_bytes", 1e6, "memory beyond inputs and output, MB"),
     ):
-        for name, curve in curves(run, quantity).items():
-            colour, marker, line = _MARKS[name]
+        for line, curve in curves(run, quantity).items():
             n = sorted(curve)
-            (drawn[labels[name]],) = axes.plot(n, [curve[i] / unit for i in n], color=colour, marker=marker, linestyle=line)
+            style = {"color": line.colour, "marker": line.marker, "linestyle": line.style}
+            (drawn[line.label or labels[line.run]],) = axes.plot(n, [curve[i] / unit for i in n], **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -56,8 +90,12 @@ def plot_suite(run: Result, path: Path) -> None:
         right.annotate(
             f"promised of ours: {limit:g} MB", (0.99, limit), xycoords=right.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
         )
-    figure.legend(list(drawn.values()), list(drawn), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    where = run["environment"]
-    setting = f"1 x 12 heads, d = 64, float32, m = 32, tau = 8; {where['processor']}, {where['cores']} cores"
+    columns = 4 if len(drawn) <= 4 else 3
+    figure.legend(list(drawn.values()), list(drawn), loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    where, batch = run["environment"], run["cases"][0]["ours"].get("batch", 1)
+    dtype, machine = "float32, ", f"{where['processor']}, {where['cores']} cores"
+    if "gpu" in where:  # there the legend has the dtypes
+        dtype, machine = "", where["gpu"]["name"]
+    setting = f"{batch} x 12 heads, d = 64, {dtype}m = 32, tau = 8; {machine}"
     figure.supxlabel(setting, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150)

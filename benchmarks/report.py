@@ -6,11 +6,18 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yoso_core.benchmarks.bias import bias_table
+from yoso_core.benchmarks.cases import SUITES
+from yoso_core.benchmarks.contenders import CONTENDERS, Ours
+from yoso_core.benchmarks.floor import least_bytes
+from yoso_core.benchmarks.machines import H100
+from yoso_core.benchmarks.traffic import FORMULAS, Traffic, by_design, traffic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +28,9 @@ FILES = (Path("README.md"), Path("benchmarks/README.md"))
 RESULTS = Path("benchmarks/results")
 
 _COLUMNS = ("case", "ours", "beside", "result", "target", "verdict", "floor / time")
-_STYLE = {"reached": "green", "missed": "bold red", "red": "bold white on red"}
+_MORE_COLUMNS = (*_COLUMNS, "by design / time", "also")
+"""Where results have them: the bandwidth that a variant uses, and others on the same inputs."""
+_STYLE = {"reached": "green", "missed": "bold red", "red": "bold white on red", "cannot run": "dim", "no peer": "dim"}
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -32,6 +41,11 @@ def spread(middle: float, low: float, high: float) -> str:
     return f"{middle / scale:.{digits}f} {unit} ({low / scale:.{digits}f} to {high / scale:.{digits}f})"
 
 
+def seconds(middle: float) -> str:
+    """As `spread` has it, by itself."""
+    return spread(middle, middle, middle).partition(" (")[0]
+
+
 def size(count: float) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
@@ -39,56 +53,118 @@ def size(count: float) -> str:
 def _side(side: Result | None) -> str:
     if side is None:
         return ""
+    if "cannot_run" in side:
+        return "cannot run"
     if "working_bytes" in side:
         return size(side["working_bytes"])
-    return spread(side["median"], side["min"], side["max"])
+    return spread(side["median"], side["min"], side["max"]) if "median" in side else ""
 
 
-def row(case: Result) -> tuple[str, ...]:
+def _also(case: Result) -> str:
+    """Others in short: name, dtype, and the number, beside which the factor to ours."""
+    said = []
+    for side in case.get("also", []):
+        name = f"{side['label']}, {side['dtype']}"
+        if "median" in side and "median" in case["ours"]:
+            said.append(f"{name}: {seconds(side['median'])} ({side['median'] / case['ours']['median']:.3g}x)")
+        elif _side(side):
+            said.append(f"{name}: {_side(side)}")
+    return "; ".join(said)
+
+
+def row(case: Result, columns: Sequence[str] = _COLUMNS) -> tuple[str, ...]:
     """One line of a table, in the order of its columns. A red case has no number."""
-    if case["verdict"] == "red":
-        return (case["name"], "", "", "", "", "red", "")
-    speedup = case["measure"] == "speedup"
-    target = "" if case["limit"] is None else f"{'≥' if speedup else '≤'} {case['limit']:g}"
-    if case["measure"] == "memory":
-        value, target = f"{case['value']:.3g} MB", target and f"{target} MB"
-    else:
-        value = f"{case['value']:.3g}x" if case["value"] is not None else ""
-    aim = f", aim {case['aim']:g}" if case["aim"] is not None else ""
-    fraction = f"{case['floor']['fraction']:.0%}" if "floor" in case else ""
-    return (case["name"], _side(case["ours"]), _side(case["beside"]), value, target + aim, case["verdict"], fraction)
+    cells = dict.fromkeys(columns, "") | {"case": case["name"], "verdict": case["verdict"]}
+    if case["verdict"] != "red":
+        cells |= {"ours": _side(case["ours"]), "beside": _side(case["beside"]), "also": _also(case), **_result(case)}
+        if "floor" in case:
+            cells["floor / time"] = f"{case['floor']['fraction']:.0%}"
+            cells["by design / time"] = f"{case['floor']['by_design']['fraction']:.0%}" if "by_design" in case["floor"] else ""
+    return tuple(cells[column] for column in columns)
+
+
+def _result(case: Result) -> dict[str, str]:
+    """The number that a case is about, and the one it should reach."""
+    sign, unit = {"speedup": ("≥", "x"), "cost": ("≤", "x"), "bandwidth": ("≥", "%"), "memory": ("≤", " MB")}[case["measure"]]
+    scale = 100 if case["measure"] == "bandwidth" else 1
+    value, limit, aim = case.get("value"), case["limit"], case["aim"]
+    target = "" if limit is None else f"{sign} {limit * scale:g}{unit if unit != 'x' else ''}"
+    return {
+        "result": "" if value is None else f"{value * scale:.3g}{unit}",
+        "target": target + (f", aim {aim:g}" if aim is not None else ""),
+    }
+
+
+def columns_of(run: Result) -> tuple[str, ...]:
+    return _MORE_COLUMNS if any(case.get("also") for case in run["cases"]) else _COLUMNS
 
 
 def print_suite(run: Result, console: "Console") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*_COLUMNS, title=f"yoso bench {run['suite']}", caption=f"{caption(run)} {floor_note(run)}", caption_justify="left")
+    columns = tuple(column for column in columns_of(run) if column != "also")
+    table = Table(*columns, title=f"yoso bench {run['suite']}", caption=f"{caption(run)} {floor_note(run)}", caption_justify="left")
     for case in run["cases"]:
-        cells = row(case)
+        cells = row(case, columns)
         table.add_row(*(Text(cell, style=_STYLE.get(cell, "")) for cell in cells))
     console.print(table)
     for case in run["cases"]:
         if case["verdict"] == "red":
             console.print(Text(f"red: {case['name']}: {case['why']}", style="red"))
+    for line in (*others(run), *cannot_run(run)):
+        console.print(Text(line))
+
+
+def others(run: Result) -> list[str]:
+    """What the last column of the full table has, once for each size: a line for each of them."""
+    found: dict[str, dict[int, str]] = {}
+    for case in run["cases"]:
+        for side in case.get("also", []):
+            if case["measure"] != "memory" and "median" in side:
+                found.setdefault(f"{side['label']}, {side['dtype']}", {}).setdefault(side["n"], seconds(side["median"]))
+    return [f"{who}: {', '.join(f'{took} at n = {n:,}' for n, took in sorted(times.items()))}" for who, times in found.items()]
+
+
+def cannot_run(run: Result) -> list[str]:
+    """Who could not run, at which sizes, and why: a line for each reason."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for case in run["cases"]:
+        for side in (case["ours"], case["beside"], *case.get("also", [])):
+            if side and "cannot_run" in side and case["verdict"] != "red":
+                variant = f", {side['variant']}" if side["variant"] else ""
+                found.setdefault((f"{side['label']}{variant}, {side['dtype']}", side["cannot_run"]), set()).add(side["n"])
+    return [
+        f"{who} cannot run at n = {', '.join(f'{n:,}' for n in sorted(sizes))}: {why.rstrip('.')}" for (who, why), sizes in found.items()
+    ]
 
 
 def caption(run: Result) -> str:
     where = run["environment"]
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
+    machine = f"{where['processor']}, {where['cores']} cores, {where['memory_gb']:g} GB"
+    if gpu := where.get("gpu"):
+        machine = f"{gpu['name']}, {gpu['memory_gb']:g} GB, driver {gpu['driver']}, torch for CUDA {gpu['cuda_of_torch']}; {machine}"
     return (
-        f"{run['date'][:10]}, {where['processor']}, {where['cores']} cores, {where['memory_gb']:g} GB, "
-        f"load average before {run['settings']['load_average_before']:g}; {versions}. "
-        "Times are medians (smallest to largest), the two sides measured in turns."
+        f"{run['date'][:10]}, {machine}, load average before {run['settings']['load_average_before']:g}; {versions}. "
+        f"Times are medians (smallest to largest), {'the two' if columns_of(run) == _COLUMNS else 'all'} sides measured in turns."
     )
+
+
+def _three_digits(number: float) -> str:
+    return f"{float(format(number, '.3g')):,g}"
 
 
 def floor_note(run: Result) -> str:
-    copied, multiplied = run["rates"]["copy_bytes"] / 1e9, run["rates"]["multiply_adds"] / 1e9
-    return (
-        f"Floor: the longer of moving query, key, value and output once, at the {copied:.3g} GB/s that copies reach here, and the "
-        f"arithmetic, at the {multiplied:.3g} billion multiply-adds a second that a matrix product reaches here."
+    copied, multiplied = (_three_digits(run["rates"][name] / 1e9) for name in ("copy_bytes", "multiply_adds"))
+    what = "query, key, value and output" if columns_of(run) == _COLUMNS else "every input and the output"
+    note = (
+        f"Floor: the longer of moving {what} once, at the {copied} GB/s that copies reach here, and the "
+        f"arithmetic, at the {multiplied} billion multiply-adds a second that a matrix product reaches here."
     )
+    if columns_of(run) == _COLUMNS:
+        return note
+    return f"{note} By design: the bytes that the variant's kernels move to and from memory, at the rate of copies."
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -103,25 +179,71 @@ def headline_block(run: Result) -> str:
 
 
 def full_block(run: Result) -> str:
-    return f"{markdown(_COLUMNS, [row(case) for case in run['cases']])}\n{caption(run)} {floor_note(run)}\n"
+    columns = columns_of(run)
+    notes = "".join(f"\n{reason}.\n" for reason in cannot_run(run))
+    return f"{markdown(columns, [row(case, columns) for case in run['cases']])}{notes}\n{caption(run)} {floor_note(run)}\n"
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "cpu": ("cpu.json", headline_block),
-    "cpu-all": ("cpu.json", full_block),
-    "bias": ("hadamard_bias.json", bias_table),
+def gpu_block(results: Path) -> str:
+    """A section for every GPU that the suite has run on, or a line that says that there is none."""
+    files = sorted(file for file in results.glob("gpu-*.json") if not file.stem.endswith("-quick"))
+    if not files:
+        return "No result of a GPU is committed yet: nobody has run the suite on one, and no time of a CUDA variant is known.\n"
+    sections = []
+    for file in files:
+        run = _read(file)
+        title = f"### {run['environment']['gpu']['name']}\n\n![time and memory against n](results/{file.stem}.png)\n\n"
+        sections.append(f"{title}{full_block(run)}")
+    return "\n".join(sections)
+
+
+REFERENCE = 4096
+"""The length at which bytes are counted where there is no result."""
+
+
+def bytes_block(results: Path) -> str:
+    """What each CUDA variant moves at the setting of the suite ``gpu``, in float32, by the formulas of `traffic`."""
+    shapes = next(w for w in (case.ours for case in SUITES["gpu"]) if w.n == REFERENCE and w.dtype == "float32")
+    rows = []
+    for op, variant in FORMULAS:
+        run = next(name for name, contender in CONTENDERS.items() if isinstance(contender, Ours) and contender.op == op)
+        rows.append((op, variant, *_counted(by_design(op, variant, shapes), least_bytes(replace(shapes, run=run)))))
+    for run in ("paper", "paper_tables"):
+        workload = replace(shapes, run=run, variant=None)
+        rows.append((run, CONTENDERS[run].label, *_counted(traffic(workload) or [], least_bytes(workload))))
+    header = ("operation", "variant", "least", "device memory", "least / moved", "from cache", "by kernel")
+    setting = f"batch {shapes.batch}, {shapes.heads} heads, n = {shapes.n:,}, d = {shapes.dim}, {shapes.dtype}"
+    hashes = f"m = {shapes.num_hash}, tau = {shapes.hash_code_len}"
+    return f"{markdown(header, rows)}\n{setting}, {hashes}, on a GPU with {H100.max_shared >> 10} KiB of shared memory to a block.\n"
+
+
+def _counted(kernels: Sequence[Traffic], least: int) -> tuple[str, ...]:
+    moved, cached = Counter[str](), 0
+    for kernel in kernels:
+        moved[kernel.kernel] += kernel.moved
+        cached += kernel.cached
+    by_kernel = ", ".join(f"{name} {size(count)}" for name, count in moved.items())
+    return (size(least), size(moved.total()), f"{least / moved.total():.0%}", size(cached), by_kernel)
+
+
+def _read(file: Path) -> Result:
+    found: Result = json.loads(file.read_text("utf-8"))
+    return found
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "cpu": lambda results: headline_block(_read(results / "cpu.json")),
+    "cpu-all": lambda results: full_block(_read(results / "cpu.json")),
+    "bias": lambda results: bias_table(_read(results / "hadamard_bias.json")),
+    "gpu": gpu_block,
+    "gpu-bytes": bytes_block,
 }
-"""What stands between the markers of each name: the results it comes from, and how it is written."""
+"""What stands between the markers of each name, written from the folder of results."""
 
 
 def filled(text: str, results: Path) -> str:
     """``text`` with every block written anew. ``KeyError`` for a block that nothing writes."""
-
-    def block(found: re.Match[str]) -> str:
-        file, write = BLOCKS[found["name"]]
-        return found[1] + write(json.loads((results / file).read_text("utf-8"))) + found[3]
-
-    return _BLOCK.sub(block, text)
+    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]](results) + found[3], text)
 
 
 if __name__ == "__main__":

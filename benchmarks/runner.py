@@ -6,9 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,9 +18,12 @@ from typing import Any
 from yoso_core import variants
 from yoso_core.benchmarks import bias, memory
 from yoso_core.benchmarks.cases import SUITES, Case, Workload
-from yoso_core.benchmarks.contenders import CONTENDERS, Check, Ours, Tensors, tensors
+from yoso_core.benchmarks.contenders import CONTENDERS, Check, Ours, Peer, Tensors, tensors
 from yoso_core.benchmarks.floor import floor, measured_rates
+from yoso_core.benchmarks.machines import MACHINES, Machine, results_name
+from yoso_core.benchmarks.traffic import traffic
 from yoso_core.comparison import environment
+from yoso_core.gpu.device import DoesNotFit
 
 Result = dict[str, Any]
 
@@ -39,11 +44,12 @@ def run_suite(
     """Measure a suite, print its table, and write every repeat to ``output``.
 
     Of every case the results are compared with the definition first, at the same shapes. Where that fails, or the call raises, the case is
-    red: nothing of it is timed and no number of it is shown.
+    red: nothing of it is timed and no number of it is shown. What cannot run at a size, for want of memory or of a package, is shown as
+    such.
 
     Parameters
     ----------
-    name : ``"cpu"``, or ``"bias"`` for the table of how far the Hadamard hash is from its ideal.
+    name : ``"cpu"``; ``"gpu"``, on CUDA; or ``"bias"`` for the table of how far the Hadamard hash is from its ideal.
     repeats : timed samples per side, in turns; slow cases get fewer, but three at least.
     quick : only the cases that are marked quick: whether the benchmark works, on small inputs.
     output : a folder, made where it does not exist.
@@ -51,11 +57,11 @@ def run_suite(
 
     Returns
     -------
-    The JSON file.
+    The JSON file: ``cpu.json``, or ``gpu-nvidia-h100-80gb-hbm3.json`` for a GPU of that name.
 
     Raises
     ------
-    ValueError : there is no such suite, or ``repeats`` is below 1.
+    ValueError : there is no such suite, it cannot run on this machine, or ``repeats`` is below 1.
     ModuleNotFoundError : a package that the suite needs is missing.
     RedComparison : a case is red; the others are measured, printed and written all the same.
     """
@@ -68,13 +74,16 @@ def run_suite(
         raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias'])}")
     cases = [case for case in SUITES[name] if case.quick or not quick]
     _need_packages(name, cases)
+    device = cases[0].ours.device
+    if reason := MACHINES[device].missing():
+        raise ValueError(f"name: the suite {name!r} cannot run here: {reason}; `yoso bench cpu` runs anywhere")
 
     from rich.console import Console
     from rich.progress import Progress
 
     from yoso_core.benchmarks.report import print_suite
 
-    before = settings(repeats)
+    before = settings(repeats, device)
     console = Console(width=None if sys.stdout.isatty() else 160)
     results: list[Result] = []
     checks: dict[Workload, Check] = {}
@@ -85,17 +94,17 @@ def run_suite(
             bar.update(task, description=case.name, refresh=True)
             results.append(run_case(case, repeats=repeats, checks=checks))
             bar.advance(task)
-    run = {
+    run: Result = {
         "suite": name,
         "quick": quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": where(),
+        "environment": where(device),
         "settings": before,
-        "rates": asdict(measured_rates()),
+        "rates": asdict(measured_rates(device)),
         "cases": results,
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / (f"{name}-quick.json" if quick else f"{name}.json")
+    path = output / f"{results_name(name, run['environment'])}{'-quick' if quick else ''}.json"
     path.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     print_suite(run, console)
     if importlib.util.find_spec("matplotlib"):
@@ -110,76 +119,147 @@ def run_suite(
 
 
 def _need_packages(suite: str, cases: Sequence[Case]) -> None:
-    workloads = [w for case in cases for w in (case.ours, case.beside) if w]
-    needed = {package for workload in workloads for package in CONTENDERS[workload.run].requires}
+    needed = {package for case in cases for workload in _sides(case) for package in CONTENDERS[workload.run].requires}
     missing = sorted(package for package in needed if importlib.util.find_spec(package) is None)
     if missing:
         raise ModuleNotFoundError(f"the suite {suite!r} needs {' and '.join(missing)}: pip install 'yoso-core[model]'")
 
 
+def _sides(case: Case) -> list[Workload]:
+    return [workload for workload in (case.ours, case.beside, *case.also) if workload]
+
+
 def run_case(case: Case, *, repeats: int, checks: dict[Workload, Check]) -> Result:
     """One case as it stands in the JSON. ``checks`` remembers what has been compared already."""
-    result: Result = {
+    result, sides = _described(case)
+    try:
+        for workload, side in sides.items():
+            contender = CONTENDERS[workload.run]
+            if reason := _unavailable(workload):
+                side["cannot_run"] = reason
+            elif workload not in checks and isinstance(contender, Ours):
+                with _cannot_run(workload, side):
+                    checks[workload] = contender.check(workload)
+        compared = [checks[workload] for workload in sides if workload in checks]
+        if red := [found.tolerance_used for found in compared if not found.green]:
+            by = f" by {red[0]:.3g} times what is allowed" if isfinite(red[0]) else ""
+            return _red(case, f"differs from the definition{by}")
+        result["checks"] = [asdict(found) for found in compared]
+        if "cannot_run" not in sides[case.ours]:
+            able = {workload: side for workload, side in sides.items() if "cannot_run" not in side}
+            if case.measure == "memory":
+                _memory(able)
+            else:
+                _times(able, repeats)
+    except Exception as error:  # a broken case must not take the others with it: it is red, and says why
+        return _red(case, f"{type(error).__name__}: {error}")
+    if "cannot_run" in sides[case.ours]:
+        return {**result, "verdict": "cannot run", "why": sides[case.ours]["cannot_run"]}
+    if case.measure != "memory" and isinstance(CONTENDERS[case.ours.run], Ours):
+        result["floor"] = _floor(case.ours, sides[case.ours]["median"])
+    return result | _compare(case, result)
+
+
+def _described(case: Case) -> tuple[Result, dict[Workload, Result]]:
+    """A case before anything is measured, and in it the description of each side."""
+    sides = {workload: describe(workload) for workload in _sides(case)}
+    result = {
         "name": case.name,
         "measure": case.measure,
         "headline": case.headline,
         "limit": case.limit,
         "aim": case.aim,
         "share": case.share,
-        "ours": describe(case.ours),
-        "beside": describe(case.beside) if case.beside else None,
+        "ours": sides[case.ours],
+        "beside": sides[case.beside] if case.beside else None,
+        "also": [sides[workload] for workload in case.also],
     }
-    sides = [workload for workload in (case.ours, case.beside) if workload]
+    return result, sides
+
+
+def _red(case: Case, why: str) -> Result:
+    """Whatever has been measured of it is left out."""
+    return {**_described(case)[0], "verdict": "red", "why": why}
+
+
+def _unavailable(workload: Workload) -> str | None:
+    """Why a variant that a workload names cannot run on this machine at all."""
+    contender = CONTENDERS[workload.run]
+    if isinstance(contender, Ours):
+        for op, name in contender.steps(workload):
+            for variant in variants(op):
+                if variant.name == name and not variant.available:
+                    return f"{name}: {variant.reason}"
+    return None
+
+
+@contextmanager
+def _cannot_run(workload: Workload, side: Result) -> Iterator[None]:
+    """What the machine has no room for goes into the description of a side, and so does whatever a peer raises; the rest is a fault."""
     try:
-        for workload in sides:
-            contender = CONTENDERS[workload.run]
-            if workload not in checks and isinstance(contender, Ours):
-                checks[workload] = contender.check(workload)
-        compared = [checks[workload] for workload in sides if workload in checks]
-        if red := [found for found in compared if not found.green]:
-            why = f"differs from the definition by {red[0].tolerance_used:.3g} times what is allowed"
-            return {**result, "verdict": "red", "why": why}
-        result["checks"] = [asdict(found) for found in compared]
-        measured = _memory(sides) if case.measure == "memory" else _times(sides, repeats)
-    except Exception as error:  # a broken case must not take the others with it: it is red, and says why
-        return {**result, "verdict": "red", "why": f"{type(error).__name__}: {error}"}
-    for side, numbers in zip(("ours", "beside"), measured, strict=False):
-        result[side] |= numbers
-    result |= _compare(case, measured)
-    if case.measure != "memory" and isinstance(CONTENDERS[case.ours.run], Ours):
-        least = floor(case.ours, measured_rates())
-        result["floor"] = {**asdict(least), "fraction": least.seconds / measured[0]["median"]}
-    return result
+        yield
+    except Exception as error:
+        no_room = isinstance(error, DoesNotFit | MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (no_room or (isinstance(CONTENDERS[workload.run], Peer) and isinstance(error, RuntimeError | ImportError))):
+            raise
+        side["cannot_run"] = ". ".join(" ".join(str(error).split()).split(". ")[:2]) or type(error).__name__
+
+
+def _floor(workload: Workload, seconds: float) -> Result:
+    rates = measured_rates(workload.device)
+    least = floor(workload, rates)
+    found = {**asdict(least), "fraction": least.seconds / seconds, "bandwidth": least.bytes / rates.copy_bytes / seconds}
+    moved = traffic(workload, MACHINES[workload.device].limits()) if workload.device != "cpu" else None
+    if moved is not None:
+        by_design = sum(kernel.moved for kernel in moved)
+        found["by_design"] = {
+            "bytes": by_design,
+            "cached": sum(kernel.cached for kernel in moved),
+            "fraction": by_design / rates.copy_bytes / seconds,
+        }
+    return found
 
 
 def describe(workload: Workload) -> Result:
     contender = CONTENDERS[workload.run]
-    chosen = workload.variant or variants(contender.op)[0].name if isinstance(contender, Ours) else None
-    return {**asdict(workload), "variant": chosen, "label": contender.label}
+    names = dict.fromkeys(name for _, name in contender.steps(workload) if name) if isinstance(contender, Ours) else ()
+    return {**asdict(workload), "variant": " + ".join(names) or None, "label": contender.label}
 
 
-def _memory(sides: Sequence[Workload]) -> list[Result]:
-    return [{"working_bytes": memory.working_memory(workload)} for workload in sides]
+def _memory(sides: Mapping[Workload, Result]) -> None:
+    for workload, side in sides.items():
+        with _cannot_run(workload, side):
+            side["working_bytes"] = memory.working_memory(workload)
 
 
-def _times(sides: Sequence[Workload], repeats: int) -> list[Result]:
+def _times(sides: Mapping[Workload, Result], repeats: int) -> None:
+    """Every repeat of every side that can run, into its description."""
     calls: list[Callable[[], Any]] = []
-    given: dict[tuple[int | str, ...], Tensors] = {}
-    for workload in sides:
-        shapes = (workload.n, workload.heads, workload.dim, workload.dtype, workload.num_hash, workload.hash_code_len)
-        given[shapes] = given.get(shapes) or tensors(workload)  # both sides get the same tensors
-        calls.append(CONTENDERS[workload.run].bind(workload, given[shapes]))
-    seconds = in_turns(calls, repeats)
-    return [{"seconds": s, "median": median(s), "min": min(s), "max": max(s)} for s in seconds]
+    first: list[float] = []
+    measured: list[Result] = []
+    given: dict[Workload, Tensors] = {}
+    machine = MACHINES[next(iter(sides)).device]
+    for workload, side in sides.items():
+        with _cannot_run(workload, side):
+            shapes = replace(workload, run="", variant=None)
+            given[shapes] = given.get(shapes) or tensors(workload)  # all sides get the same tensors
+            call = CONTENDERS[workload.run].bind(workload, given[shapes])
+            first.append(_seconds(call, machine=machine))
+            calls.append(call)
+            measured.append(side)
+    for side, seconds in zip(measured, in_turns(calls, repeats, machine=machine, first=first), strict=True):
+        side |= {"seconds": seconds, "median": median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
-def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Seconds per call of every sample: A B A B ..., after a warm-up of each.
+def in_turns(
+    calls: Sequence[Callable[[], Any]], repeats: int, *, machine: Machine = MACHINES["cpu"], first: Sequence[float] | None = None
+) -> list[list[float]]:
+    """Seconds per call of every sample: A B A B ..., after a warm-up of each; ``first`` if the first calls have been made and took so long.
 
     Every turn of a short call begins with one that is not timed, since the other side's threads may still be spinning.
     """
-    warm = [_seconds(call) for call in calls]
-    warm = [_seconds(call) if t < 1 else t for call, t in zip(calls, warm, strict=True)]  # the first call of a short one tells little
+    warm = [_seconds(call, machine=machine) for call in calls] if first is None else first
+    warm = [_seconds(call, machine=machine) if t < machine.patience else t for call, t in zip(calls, warm, strict=True)]
     numbers = [max(1, round(SAMPLE_SECONDS / t)) for t in warm]
     rounds = min(repeats, max(3, int(CASE_SECONDS / sum(warm))))
     samples: list[list[float]] = [[] for _ in calls]
@@ -190,27 +270,35 @@ def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[floa
             for call, number, kept in zip(calls, numbers, samples, strict=True):
                 if number > 1:
                     call()
-                kept.append(_seconds(call, number))
+                kept.append(_seconds(call, number, machine=machine))
     finally:
         gc.enable()
     return samples
 
 
-def _seconds(call: Callable[[], Any], number: int = 1) -> float:
+def _seconds(call: Callable[[], Any], number: int = 1, *, machine: Machine) -> float:
+    """Per call, from an idle machine until all of them are done: on a GPU calls queue up behind each other, as they do in use."""
+    machine.wait()
     start = time.perf_counter()
     for _ in range(number):
         call()
+    machine.wait()
     return (time.perf_counter() - start) / number
 
 
-def _compare(case: Case, measured: Sequence[Result]) -> Result:
+def _compare(case: Case, result: Result) -> Result:
     """The number that the case is about, its spread over the pairs of neighbouring samples, and whether it is reached."""
+    ours, beside = result["ours"], result["beside"]
     if case.measure == "memory":
-        megabytes = measured[0]["working_bytes"] / MEGABYTE
+        megabytes = ours["working_bytes"] / MEGABYTE
         return {"value": megabytes, "verdict": _verdict(case, megabytes)}
-    if len(measured) == 1:
+    if case.measure == "bandwidth":
+        share = result["floor"]["bandwidth"]
+        return {"value": share, "verdict": _verdict(case, share)}
+    if beside is None:
         return {"value": None, "verdict": "no target"}
-    ours, beside = measured
+    if "cannot_run" in beside:
+        return {"value": None, "verdict": "no peer"}
 
     def ratio(t_ours: float, t_beside: float) -> float:
         return t_beside / t_ours if case.measure == "speedup" else t_ours / (case.share * t_beside)
@@ -223,24 +311,25 @@ def _compare(case: Case, measured: Sequence[Result]) -> Result:
 def _verdict(case: Case, value: float) -> str:
     if case.limit is None:
         return "no target"
-    return "reached" if (value >= case.limit if case.measure == "speedup" else value <= case.limit) else "missed"
+    return "reached" if (value >= case.limit if case.measure in ("speedup", "bandwidth") else value <= case.limit) else "missed"
 
 
-def where() -> Result:
+def where(device: str) -> Result:
     """The machine and the versions of what ran on it."""
     found = environment()
     if "transformers" in sys.modules:
         found["versions"]["transformers"] = sys.modules["transformers"].__version__
-    return {**found, "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)}
+    memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return {**found, "memory_gb": memory_gb, **MACHINES[device].about()}
 
 
-def settings(repeats: int) -> Result:
+def settings(repeats: int, device: str) -> Result:
     import torch
 
     return {
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),
-        "input": "1 x heads x n x d, standard normal, torch tensors on the CPU",
+        "input": f"batch x heads x n x d, standard normal, torch tensors, device {device}",
         "sampled": "the whole forward pass: hash both sides, cumulate, normalise; signs drawn outside",
     }

@@ -1,7 +1,10 @@
 """The benchmarks measure what they say, and show no number that they should not. Nothing here is a timed assertion."""
 
+import gc
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import yoso_core
-from yoso_core.benchmarks import bias, cases, contenders, memory, report, runner
+from yoso_core import places, registry
+from yoso_core.benchmarks import bias, cases, contenders, floor, machines, memory, plots, report, runner, traffic
 from yoso_core.benchmarks.cases import Case, Workload
-from yoso_core.benchmarks.contenders import CONTENDERS, Peer
-from yoso_core.benchmarks.floor import Rates, operations
+from yoso_core.benchmarks.contenders import CONTENDERS, Composed, Ours, Peer
+from yoso_core.benchmarks.floor import Rates, least_bytes, operations
+from yoso_core.benchmarks.machines import H100, MACHINES, Limits
+from yoso_core.cli import app
+from yoso_core.gpu.device import DoesNotFit, Launch, launches, record
 
 ROOT = Path(__file__).parents[1]
 TINY = Workload("yoso", 32, heads=2, dim=16, num_hash=4, hash_code_len=4, variant="numpy:formula")
@@ -24,9 +32,10 @@ NUMBERS = {"seconds", "median", "min", "max", "value", "pairs", "working_bytes",
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call a sample, and no measuring of the machine."""
+    """One call a sample, no measuring of the machine, and no time for the garbage of other tests."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.setattr(runner, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "measured_rates", lambda: Rates(1e9, 1e9))
+    monkeypatch.setattr(runner, "measured_rates", lambda device: Rates(1e9, 1e9))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case, **options: Any) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def test_a_red_comparison_shows_no_number(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert case["verdict"] == "red"
         assert "differs from the definition" in case["why"]
         assert not NUMBERS & (case.keys() | case["ours"].keys() | case["beside"].keys())
-        assert not any(cell for cell in report.row(case)[1:] if cell != "red")
+        assert not any(cell for cell in report.row(case, report.columns_of(result))[1:] if cell != "red")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ doomed")]
     assert len(lines) == 2
     assert not any(character.isdigit() for line in lines for character in line)
@@ -106,7 +115,7 @@ def test_one_wrong_row_is_red(monkeypatch: pytest.MonkeyPatch, row: int) -> None
         return out
 
     ours = CONTENDERS["yoso"]
-    assert isinstance(ours, contenders.Ours)
+    assert isinstance(ours, Ours)
     assert ours.check(TINY).green
     monkeypatch.setattr(yoso_core, "yoso_attention", wrong)
     assert not ours.check(TINY).green
@@ -152,8 +161,8 @@ def test_quick_leaves_the_full_results_alone(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no suite 'gpu'; there are cpu, bias"):
-        runner.run_suite("gpu", output=tmp_path)
+    with pytest.raises(ValueError, match="no suite 'tpu'; there are cpu, gpu, bias"):
+        runner.run_suite("tpu", output=tmp_path)
     with pytest.raises(ValueError, match="repeats: need at least 1, got 0"):
         runner.run_suite("cpu", repeats=0, output=tmp_path)
     monkeypatch.setitem(CONTENDERS, "sdpa", Peer("absent", ("no_such_package",), lambda workload, given: lambda: None))
@@ -245,3 +254,470 @@ def test_committed_biases_keep_the_bound() -> None:
     cells = json.loads((ROOT / report.RESULTS / "hadamard_bias.json").read_text())["cells"]
     assert {(cell["dim"], cell["hash_code_len"]) for cell in cells} == {(dim, tau) for dim in bias.DIMS for tau in bias.CODE_LENS}
     assert all(cell["largest"] < bias.BOUND for cell in cells if cell["dim"] >= 64)
+
+
+# The suite for GPUs, without one: on a machine that says it is one, and by hand.
+
+
+TINY_GPU = replace(TINY, batch=2, device="cuda")
+STAND_IN = {"name": "NVIDIA Stand-in 1GB", "memory_gb": 1.0, "driver": "1.2", "cuda_of_torch": "12.9"}
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The CPU in place of a GPU; every wait for it is noted."""
+    noted: list[float] = []
+    stand_in = replace(
+        MACHINES["cuda"],
+        torch="cpu",
+        missing=lambda: None,
+        wait=lambda: noted.append(time.perf_counter()),
+        about=lambda: {"gpu": STAND_IN},
+        limits=lambda: H100,
+    )
+    monkeypatch.setitem(MACHINES, "cuda", stand_in)
+    for name, held in (("reset_peak_memory_stats", None), ("memory_allocated", 1000), ("max_memory_allocated", 10_000_000)):
+        monkeypatch.setattr(torch.cuda, name, lambda held=held: held)
+    return noted
+
+
+def shrunk(workload: Workload | None) -> Any:
+    """The same kind of workload, small, by what runs on a CPU."""
+    return workload and replace(workload, batch=2, heads=2, n=16, dim=16, num_hash=4, hash_code_len=4, variant=None)
+
+
+def gpu_workloads() -> list[Workload]:
+    return [side for case in cases.SUITES["gpu"] for side in (case.ours, case.beside, *case.also) if side]
+
+
+def cuda_variants(op: str) -> set[str]:
+    return {kernel.name for kernel in registry.KERNELS if kernel.op == op and kernel.place.device == "cuda"}
+
+
+def test_the_gpu_suite_is_about_all_cuda_variants_and_no_other() -> None:
+    suite = cases.SUITES["gpu"]
+    assert len({case.name for case in suite}) == len(suite)
+    assert {case.suite for case in suite} == {"gpu"}
+    assert {(side.device, side.batch, side.heads, side.dim, side.num_hash, side.hash_code_len) for side in gpu_workloads()} == {
+        ("cuda", 8, 12, 64, 32, 8)
+    }
+    named: dict[str, set[str | None]] = {}
+    for workload in gpu_workloads():
+        contender = CONTENDERS[workload.run]
+        if isinstance(contender, Ours):
+            for op, name in contender.steps(workload):
+                named.setdefault(op, set()).add(name)
+    assert named == {op: cuda_variants(op) for op in named}
+    assert set(named) == {"fast_hash", "lsh_cumulation", "lsh_weighted_cumulation", "expectation_attention", "yoso_attention"}
+
+
+def test_the_gpu_suite_holds_the_numbers_to_reach() -> None:
+    limits: dict[tuple[str, str], dict[int, float]] = {}
+    for case in cases.SUITES["gpu"]:
+        if case.limit is not None:
+            assert (case.ours.run, case.ours.variant, case.headline) == ("yoso", "cupy:shared_table", True)
+            limits.setdefault((case.beside.run if case.beside else case.measure, case.ours.dtype), {})[case.ours.n] = case.limit
+    assert limits == {
+        ("paper", "float32"): {4096: 5, 16384: 5},
+        ("paper_tables", "float32"): {4096: 5, 16384: 5},
+        ("flash", "float16"): {16384: 1, 32768: 1, 65536: 1},
+        ("bandwidth", "float32"): {4096: 0.5, 16384: 0.5},
+        ("bandwidth", "float16"): {4096: 0.5, 16384: 0.5},
+    }
+    whole = [case for case in cases.SUITES["gpu"] if case.ours.run == "yoso" and case.measure == "speedup"]
+    for variant in ("cupy:shared_table", "cupy:sorted_buckets"):
+        for dtype in ("float32", "float16"):
+            assert {c.ours.n for c in whole if (c.ours.variant, c.ours.dtype) == (variant, dtype)} == set(cases.GPU_SIZES)
+        assert {c.ours.n for c in cases.GPU if c.measure == "memory" and c.ours.variant == variant} == {4096, 16384, 65536}
+
+
+def test_beside_every_cuda_variant_stand_softmax_and_the_paper() -> None:
+    for case in cases.SUITES["gpu"]:
+        runs = {(side.run, side.dtype) for side in (case.beside, *case.also) if side}
+        assert case.measure == "bandwidth" or ("flash", "float16") in runs or "paper_tables" in {run for run, _ in runs}
+        if case.measure == "speedup" and case.ours.dtype == "float32" and case.ours.n <= 16384 and not case.limit:
+            assert ("sdpa", "float32") in runs
+
+
+def test_every_gpu_case_runs_on_a_stand_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run_name in ("paper", "paper_tables"):
+        monkeypatch.setitem(CONTENDERS, run_name, replace(CONTENDERS[run_name], hash_variant=None, cumulation_variant=None))
+    small = tuple(
+        replace(case, ours=shrunk(case.ours), beside=shrunk(case.beside), also=tuple(map(shrunk, case.also)))
+        for case in cases.SUITES["gpu"]
+    )
+    monkeypatch.setitem(cases.SUITES, "gpu", small)
+    path = runner.run_suite("gpu", repeats=1, output=tmp_path, progress=False)
+    assert path == tmp_path / "gpu-nvidia-stand-in-1gb.json"
+    assert path.with_suffix(".png").stat().st_size > 0
+    result = json.loads(path.read_text())
+    assert result["environment"]["gpu"] == STAND_IN
+    assert [case["name"] for case in result["cases"]] == [case.name for case in small]
+    assert {case["verdict"] for case in result["cases"]} <= {"reached", "missed", "no target"}
+    for case in result["cases"]:
+        quantity = "working_bytes" if case["measure"] == "memory" else "seconds"
+        assert all(quantity in side for side in (case["ours"], case["beside"], *case["also"]) if side)
+        assert case["measure"] == "memory" or case["floor"]["bandwidth"] > 0
+    assert waits
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "NVIDIA Stand-in 1GB" in printed
+    assert "torch flash attention, float16: " in printed
+
+
+def test_without_a_gpu_the_suite_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bench() -> str:
+        result = CliRunner().invoke(app, ["bench", "gpu"])
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        return result.stderr
+
+    monkeypatch.setattr(places, "missing", lambda where: f"{where} is not installed: pip install it")
+    assert "SUITE: the suite 'gpu' cannot run here: cupy is not installed: pip install it; `yoso bench cpu` runs anywhere" in bench()
+    monkeypatch.setattr(places, "missing", lambda where: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"torch {torch.__version__} cannot use the GPU: install a build of it for CUDA" in bench()
+
+
+def test_the_file_of_results_has_the_name_of_the_gpu() -> None:
+    assert machines.results_name("cpu", {}) == "cpu"
+    assert machines.results_name("gpu", {"gpu": {"name": "NVIDIA GeForce RTX 4090 (Laptop)"}}) == "gpu-nvidia-geforce-rtx-4090-laptop"
+
+
+def test_a_sample_ends_when_the_machine_is_done(waits: list[float]) -> None:
+    calls: list[float] = []
+    samples = runner.in_turns([lambda: calls.append(time.perf_counter())], 2, machine=MACHINES["cuda"], first=[1000.0])
+    assert len(waits) == 2 * 3, "before and after each: a second call, whatever the first took, and two samples"
+    assert all(waits[2 * i] < calls[i] < waits[2 * i + 1] for i in range(3))
+    assert [len(s) for s in samples] == [2]
+
+
+@pytest.mark.parametrize("index", [(0, 0), (-1, -1)])
+def test_one_wrong_head_of_a_batch_is_red(monkeypatch: pytest.MonkeyPatch, waits: list[float], index: tuple[int, int]) -> None:
+    right = yoso_core.yoso_attention
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out = right(*args, **kwargs)
+        out[index] = out[index].roll(1, dims=-1)
+        return out
+
+    monkeypatch.setattr(yoso_core, "yoso_attention", wrong)
+    ours = CONTENDERS["yoso"]
+    assert isinstance(ours, Ours)
+    assert ours.check(TINY_GPU).green == (index == (0, 0)), "the last head of the last batch is compared"
+
+
+def test_one_wrong_code_is_red(monkeypatch: pytest.MonkeyPatch, waits: list[float], tmp_path: Path) -> None:
+    right = yoso_core.fast_hash
+    workload = replace(TINY_GPU, run="hash")
+
+    def wrong(vectors: Any, *args: Any, **kwargs: Any) -> Any:
+        out = right(vectors, *args, **kwargs)
+        out[-1, -1, -1, -1] ^= 1
+        return out
+
+    monkeypatch.setattr(yoso_core, "fast_hash", wrong)
+    case = runner.run_case(Case("fake", "hash", "speedup", workload), repeats=1, checks={})
+    assert (case["verdict"], case["why"]) == ("red", "differs from the definition")
+
+
+@pytest.mark.skipif(bool(places.missing("emulated")), reason=str(places.missing("emulated")))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["paper", "paper_tables"])
+def test_the_paper_composed_of_its_kernels_is_green(waits: list[float], name: str, dtype: str) -> None:
+    """By the same CUDA sources, emulated."""
+    paper = CONTENDERS[name]
+    assert isinstance(paper, Composed)
+    emulated = [f"emulated:{variant.partition(':')[2]}" for variant in (paper.hash_variant, paper.cumulation_variant) if variant]
+    paper = replace(paper, hash_variant=emulated[0], cumulation_variant=emulated[1])
+    workload = replace(TINY_GPU, run=name, dtype=dtype)
+    assert paper.check(workload).green
+
+
+def failing(error: Exception, *, from_call: int = 0) -> Callable[..., Any]:
+    """A call that raises, the first one or a later."""
+    made = iter(range(1_000_000))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(made) >= from_call:
+            raise error
+        return torch.zeros(1)
+
+    return call
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB. GPU 0 has a total capacity of 1 GiB. Try less.")
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, DoesNotFit("hashtable_capacity: a table takes more"), MemoryError("no room")])
+def test_what_does_not_fit_is_said_and_no_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(yoso_core, "yoso_attention", failing(error))
+    peer = replace(TINY_GPU, run="sdpa", variant=None)
+    small = Case("fake", "small", "speedup", TINY_GPU, peer, limit=5, also=(peer,))
+    found = run(monkeypatch, tmp_path, small, replace(small, measure="memory", name="memory too"))
+    said = str(error).partition(". GPU")[0]
+    for case in found["cases"]:
+        assert (case["verdict"], case["why"]) == ("cannot run", said)
+        assert not NUMBERS & case["ours"].keys()
+        assert report.row(case)[1:] == ("cannot run", "", "", report.row(case)[4], "cannot run", "")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"YOSO, sampled, numpy:formula, float32 cannot run at n = 32: {said}" in printed
+
+
+def test_a_peer_that_cannot_run_leaves_ours_its_numbers(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    unable = Peer("absent", (), lambda workload, given: failing(RuntimeError("No available kernel. Aborting execution.")))
+    monkeypatch.setitem(CONTENDERS, "flash", unable)
+    flash, sdpa = (replace(TINY_GPU, run=name, variant=None) for name in ("flash", "sdpa"))
+    result = runner.run_case(Case("fake", "a", "speedup", TINY_GPU, flash, limit=1, also=(flash, sdpa)), repeats=2, checks={})
+    assert (result["verdict"], result["value"]) == ("no peer", None)
+    assert result["beside"]["cannot_run"] == "No available kernel. Aborting execution."
+    assert [len(side.get("seconds", [])) for side in (result["ours"], *result["also"])] == [2, 0, 2]
+    assert report.row(result, report.columns_of({"cases": [result]}))[2] == "cannot run"
+    assert report.cannot_run({"cases": [result]}) == ["absent, float32 cannot run at n = 32: No available kernel. Aborting execution"]
+
+
+def test_ours_that_raises_is_red_and_leaves_no_number(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    monkeypatch.setattr(memory, "working_memory", failing(RuntimeError("CUDA error: an illegal memory access"), from_call=1))
+    case = Case("fake", "a", "memory", TINY_GPU, replace(TINY_GPU, variant="numpy:formula", n=16))
+    result = runner.run_case(case, repeats=1, checks={})
+    assert (result["verdict"], result["why"]) == ("red", "RuntimeError: CUDA error: an illegal memory access")
+    assert not NUMBERS & (result.keys() | result["ours"].keys() | result["beside"].keys())
+
+
+def test_a_variant_that_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    monkeypatch.setattr(places, "missing", lambda where: "no NVIDIA GPU" if where == "numba_cuda" else None)
+    workload = replace(TINY_GPU, run="hash", variant="numba_cuda:shared_memory")
+    result = runner.run_case(Case("fake", "a", "speedup", workload), repeats=1, checks={})
+    assert (result["verdict"], result["why"]) == ("cannot run", "numba_cuda:shared_memory: no NVIDIA GPU")
+
+
+def test_memory_on_a_gpu_is_what_its_allocator_held_beyond_the_output(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    held = {"now": 500, "peak": 0}
+
+    def call() -> torch.Tensor:
+        held["peak"] = held["now"] + 900
+        return torch.zeros(100, dtype=torch.uint8)
+
+    monkeypatch.setitem(CONTENDERS, "hungry", Peer("hungry", (), lambda workload, given: call))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    assert memory.working_memory(Workload("hungry", 8, heads=1, dim=1, device="cuda")) == 800
+    assert len(waits) == 2
+
+
+def test_rates_are_measured_on_the_device(waits: list[float]) -> None:
+    rates = floor._torch_rates("cuda", size=1 << 20, side=64)
+    assert rates.copy_bytes > 0
+    assert rates.multiply_adds > 0
+    assert len(waits) == 2 * 2 * 10
+
+
+# Bytes. One head, four rows of two numbers, m = 3, tau = 2: vectors of 4 * 2 * 4 = 32 bytes, codes of 4 * 3 * 4 = 48.
+FEW = Workload("cumulation", 4, heads=1, dim=2, num_hash=3, hash_code_len=2, device="cuda")
+
+
+def test_the_least_bytes_by_hand() -> None:
+    assert least_bytes(replace(FEW, run="hash")) == 32 + 48
+    assert least_bytes(FEW) == 2 * 48 + 2 * 32
+    assert least_bytes(replace(FEW, run="weighted")) == 2 * 48 + 4 * 32
+    assert least_bytes(replace(FEW, run="yoso")) == least_bytes(replace(FEW, run="paper")) == 4 * 32
+    assert least_bytes(replace(FEW, run="yoso_expectation", dtype="float16", batch=3)) == 3 * 4 * 16
+    with pytest.raises(ValueError, match="sdpa is no operation of this library"):
+        least_bytes(replace(FEW, run="sdpa"))
+
+
+def test_the_operations_by_hand() -> None:
+    # D = 2, one code of two bits to a part: three parts, each 3 transforms of 2 * 1 additions.
+    assert operations(replace(FEW, run="hash")) == 4 * 3 * 3 * 2
+    assert operations(FEW) == 4 * 2 * 3 * 2
+    assert operations(replace(FEW, run="yoso")) == 2 * 4 * 3 * 3 * 2 + 4 * 2 * 3 * 2
+    # 3 hashes, each with 4 * 4 / 4 pairs that meet: 12 pairs of 4 multiply-adds; by outer products it would be 2 * 12 * 4.
+    assert operations(replace(FEW, run="weighted")) == 12 * 4
+    assert operations(replace(FEW, run="yoso_expectation")) == 16 * 4
+
+
+def moved(op: str, variant: str, workload: Workload, limits: Limits = H100) -> dict[str, tuple[int, int, int]]:
+    return {k.kernel: (k.read, k.written, k.cached) for k in traffic.by_design(op, variant, workload, limits)}
+
+
+def test_the_bytes_of_the_hashes_by_hand() -> None:
+    # Three parts of D = 2: 18 signs for a head, asked for by each of four vectors.
+    assert moved("fast_hash", "cupy:warp_per_vector", FEW) == {"warp_per_vector": (32 + 18, 48, 3 * 18)}
+    assert moved("fast_hash", "cupy:block_per_part", FEW) == {"block_per_part": (3 * 32 + 18, 48, 3 * 18)}
+    assert moved("fast_hash", "numba_cuda:shared_memory", FEW) == {"hash_vectors": (32 + 18, 48, 2 * 32 + 3 * 18)}
+    half = replace(FEW, dtype="float16")
+    assert moved("fast_hash", "cupy:warp_per_vector", half)["warp_per_vector"] == (16 + 18, 48, 3 * 18)
+    assert moved("fast_hash", "numba_cuda:shared_memory", half)["(widen)"] == (16, 32, 0)
+
+
+def test_the_bytes_of_the_shared_table_by_hand() -> None:
+    assert moved("lsh_cumulation", "cupy:shared_table", FEW) == {"shared_table": (2 * 48 + 32, 32, 0)}, "one block does it all"
+    # 5 rows of 4 bytes to a column: room for 4 columns, which 3 hashes share, so each of two blocks has one value dim.
+    narrow = Limits(max_shared=80, max_table=1 << 30)
+    assert moved("lsh_cumulation", "cupy:shared_table", FEW, narrow) == {"shared_table": (2 * 48 + 32, 32, 2 * 48)}
+    # Room for 2 columns: two rounds of 2 and 1 hashes. The values come twice, and sums wait for the second round.
+    narrower = Limits(max_shared=40, max_table=1 << 30)
+    assert moved("lsh_cumulation", "cupy:shared_table", FEW, narrower) == {"shared_table": (2 * 48 + 2 * 32 + 32, 32 + 32, 2 * 48)}
+
+
+def test_the_bytes_of_the_sorted_buckets_by_hand() -> None:
+    found = moved("lsh_cumulation", "cupy:sorted_buckets", FEW)
+    # Codes up to 4, which marks what is masked: one pass of four bits, over 12 codes and their rows. No stretch is full.
+    # 3 hashes with 4 buckets of 2 sums; every one of 12 codes reads a row of 8 bytes, after a bisection of at most 3 steps.
+    assert found == {
+        "transpose_codes": (48, 96, 0),
+        "sort_codes": (96, 96, 48),
+        "sum_buckets": (96 + 32, 96, 2 * 32),
+        "gather_buckets": (48 + 96, 32, 96 - 96 + 3 * 48),
+    }
+    # Sums of one hash at a time: values come three times, and the result waits twice.
+    grouped = moved("lsh_cumulation", "cupy:sorted_buckets", FEW, Limits(1 << 10, max_table=32))
+    assert grouped["sum_buckets"] == (96 + 3 * 32, 96, 0)
+    assert grouped["gather_buckets"] == (48 + 96 + 2 * 32, 32 + 2 * 32, 3 * 48)
+    # 130 keys are three stretches; the second and the third begin inside a bucket.
+    assert moved("lsh_cumulation", "cupy:sorted_buckets", replace(FEW, n=130))["join_stretches"] == (2 * 3 * 2 * 8, 3 * 2 * 8, 0)
+
+
+def test_the_bytes_of_the_global_table_by_hand() -> None:
+    # 3 hashes of 4 buckets of 32 sums, of which two are used: 1,536 bytes to clear, 96 to fill and to read.
+    assert moved("lsh_cumulation", "cupy:global_table", FEW) == {
+        "(zeros)": (0, 1536, 0),
+        "global_table_scatter": (48 + 32 + 96, 96, 96),
+        "global_table_gather": (48 + 96, 32, 0),
+    }
+    assert moved("lsh_cumulation", "cupy:global_table", replace(FEW, dim=33))["(zeros)"] == (0, 2 * 1536, 0)
+    # Numba's has tables of two sums, a byte of a mask for each row, and a result that starts as zeros.
+    assert moved("lsh_cumulation", "numba_cuda:global_table", FEW) == {
+        "(zeros)": (0, 2 * 4 + 32 + 96, 0),
+        "add_keys_to_table": (48 + 4 + 32 + 96, 96, 96),
+        "read_table": (48 + 4 + 96, 32, 0),
+    }
+    # Room for 3 columns of 16 bytes: 2 value dims of one hash at a time, three rounds.
+    assert moved("lsh_cumulation", "numba_cuda:shared_table", FEW, Limits(48, 1 << 30)) == {
+        "(zeros)": (0, 8 + 32, 0),
+        "cumulate_in_shared_table": (2 * 48 + 3 * 8 + 2 * 3 * 32, 3 * 32, 0),
+    }
+
+
+def test_the_bytes_of_the_weighted_cumulations_by_hand() -> None:
+    outer = moved("lsh_weighted_cumulation", "cupy:outer_products", FEW)
+    assert outer["sort_codes"] == (2 * 96, 2 * 96, 2 * 48), "both sides"
+    # Code and row of either side, three times vectors and the sums, for each of three hashes.
+    assert outer["outer_products"] == (3 * (4 * 16 + 3 * 32 + 32), 3 * 32, 0)
+    assert outer["finish_rows"] == (32 + 32, 32, 0)
+    # 12 pairs that meet, of a row number, a weight and a value each; 8 + 8 bytes; two bisections for each code.
+    pairs = moved("lsh_weighted_cumulation", "cupy:sorted_pairs", FEW)["sorted_pairs"]
+    assert pairs == (3 * 48 + 3 * 32, 32, 12 * (4 + 16) + 2 * 3 * 48 - (48 + 2 * 32))
+    # Each of two coordinates has its own table, and fetches 8 bytes, all that a row has, for one number.
+    paper = moved("lsh_weighted_cumulation", "cupy:weight_by_weight", FEW)
+    assert paper["(zeros)"] == (0, 32 + 2 * 1536, 0)
+    assert paper["weight_by_weight_scatter"] == (2 * (48 + 4 * 8) + 2 * 32 + 2 * 96, 2 * 96, 2 * 96)
+    assert paper["weight_by_weight_gather"] == (2 * (48 + 4 * 8) + 2 * 96 + 2 * 32, 2 * 32, 0)
+
+
+def test_the_bytes_of_attention_by_hand() -> None:
+    assert moved("expectation_attention", "cupy:blocked", FEW) == {"normalize_rows": (64, 64, 0), "expectation": (96, 32, 0)}
+    # 65 queries are two blocks, each of which asks for all keys and values.
+    assert moved("expectation_attention", "cupy:blocked", replace(FEW, n=65))["expectation"][2] == 2 * 65 * 8
+    half = moved("yoso_attention", "cupy:shared_table", replace(FEW, dtype="float16"))
+    assert half == {
+        "warp_per_vector": (2 * (16 + 18), 2 * 48, 2 * 3 * 18),
+        "shared_table": (2 * 48 + 16, 32, 0),  # sums leave it as float32
+        "find_spoiled": (2 * 16, 4, 0),
+        "finish_attention": (32 + 4, 16, 0),
+    }
+    paper = traffic.traffic(replace(FEW, run="paper")) or []
+    assert [k.kernel for k in paper].count("block_per_part") == 2
+    assert (paper[-1].kernel, paper[-1].read, paper[-1].written) == ("(normalize)", 64, 32)
+    assert traffic.traffic(replace(FEW, run="sdpa")) is None
+    assert traffic.traffic(replace(FEW, variant="cpu:tables")) is None
+
+
+class Recorder:
+    """A device on which launchers run and kernels do not."""
+
+    xp = np
+
+    def __init__(self, limits: Limits) -> None:
+        self.max_shared, self.max_table = limits.max_shared, limits.max_table
+        self.bytes: Counter[str] = Counter()
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        return np.zeros(shape, dtype)
+
+    zeros = empty
+
+    def launch(self, kernel: Any, grid: Any, block: Any, args: Any, shared: int = 0) -> None:
+        name = kernel.name if hasattr(kernel, "name") else kernel.py_func.__name__
+        record(Launch("recorded", name, tuple(grid), tuple(block), shared))
+        self.bytes[name] += sum(x.nbytes for x in args if isinstance(x, np.ndarray))
+
+
+STREAMED = {"warp_per_vector", "hash_vectors", "shared_table", "transpose_codes", "sort_codes", "normalize_rows", "expectation"}
+"""Kernels that move each of their arrays once, where the work needs one round."""
+
+
+@pytest.mark.parametrize("limits", [H100, Limits(max_shared=2000, max_table=200_000)], ids=["roomy", "tight"])
+@pytest.mark.parametrize("sizes", [(16, 8, "float32"), (130, 40, "float32"), (130, 40, "float16"), (70, 16, "float64")], ids=str)
+@pytest.mark.parametrize(("op", "variant"), traffic.FORMULAS)
+def test_the_formulas_know_every_launch(
+    monkeypatch: pytest.MonkeyPatch, op: str, variant: str, sizes: tuple[int, int, str], limits: Limits, waits: list[float]
+) -> None:
+    """Which kernels, how often, and where it is simple, how many bytes: as the launchers have it."""
+    n, dim, dtype = sizes
+    name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, Ours) and found.op == op)
+    workload = Workload(name, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
+    monkeypatch.setattr(yoso_core, "fast_hash", lambda x, signs, m, tau: torch.zeros(*x.shape[:-1], m, dtype=torch.int32))
+    given = ours.arguments(workload, contenders.tensors(workload))
+    arguments = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    arguments.pop("validate", None)
+    if op == "yoso_attention":
+        arguments |= {"use_expectation": False, "planes": None, "query_mask": None, "key_mask": None, "normalize_output": True}
+    (kernel,) = (kernel for kernel in registry.KERNELS if (kernel.op, kernel.name) == (op, variant))
+    recorder = Recorder(limits)
+    with launches() as made:
+        kernel.load()(recorder, **arguments)
+    counted = {k.kernel: k for k in traffic.by_design(op, variant, workload, limits)}
+    assert {name: k.launches for name, k in counted.items() if k.launches} == Counter(launch.kernel for launch in made)
+    for name in STREAMED & counted.keys():
+        if limits is H100:
+            assert counted[name].read + counted[name].written == recorder.bytes[name], name
+
+
+def test_what_stands_for_results_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "gpu-nvidia-a-quick.json").write_text("{}")
+    text = report.filled("<!-- bench:gpu -->\n<!-- /bench -->", tmp_path)
+    assert "No result of a GPU is committed yet" in text
+    assert not any(character.isdigit() for character in text)
+
+
+def test_every_gpu_has_its_section(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> None:
+    peer = replace(TINY_GPU, run="sdpa", variant=None)
+    share = Case("fake", "share", "bandwidth", TINY_GPU, limit=0.5)
+    result = run(monkeypatch, tmp_path, Case("fake", "first", "speedup", TINY_GPU, peer, limit=1e9, also=(peer,)), share)
+    for name in ("b", "a"):
+        result["environment"]["gpu"] = STAND_IN | {"name": f"GPU {name}"}
+        (tmp_path / f"gpu-gpu-{name}.json").write_text(json.dumps(result))
+    text = report.filled("<!-- bench:gpu -->\n<!-- /bench -->", tmp_path)
+    assert text.index("### GPU a") < text.index("![time and memory against n](results/gpu-gpu-a.png)") < text.index("### GPU b")
+    assert (text.count("| first |"), text.count("| missed |")) == (2, 2 * 2)
+    assert "torch scaled_dot_product_attention, float32: " in text
+    assert "| ≥ 50% |" in text
+    assert "driver 1.2, torch for CUDA 12.9" in text
+
+
+def test_a_gpu_line_is_drawn_for_each_dtype_and_variant() -> None:
+    def side(run_name: str, variant: str | None, dtype: str, n: int) -> dict[str, Any]:
+        workload = Workload(run_name, n, dtype=dtype, variant=variant, batch=8, device="cuda")
+        return {**vars(workload), "label": run_name, "median": float(n)}
+
+    table = [("yoso", "cupy:shared_table", "float32"), ("yoso", "cupy:shared_table", "float16"), ("flash", None, "float16")]
+    found = plots.curves({"cases": [{"ours": side(*table[0], 8), "beside": side(*table[2], 8), "also": [side(*table[1], 4)]}]}, "median")
+    assert {(line.run, line.variant, line.dtype): curve for line, curve in found.items()} == {
+        table[0]: {8: 8.0},
+        table[1]: {4: 4.0},
+        table[2]: {8: 8.0},
+    }

@@ -311,6 +311,10 @@ inline double min(double x, float y) { return fmin(x, static_cast<double>(y)); }
 inline double max(float x, double y) { return fmax(static_cast<double>(x), y); }
 inline double max(double x, float y) { return fmax(x, static_cast<double>(y)); }
 
+// A kernel that calls nothing of the runtime is linked to it all the same.
+extern "C" const void* cuda_emulator_launch(const void*);
+__attribute__((used)) static const auto cuda_emulator_runtime = &cuda_emulator_launch;
+
 // The call of a kernel, and what its parameters are.
 
 namespace cuda_emulator {

@@ -1,0 +1,112 @@
+"""Where the tensors of a suite live, and what that changes for measuring: the one place that knows CPU and GPU apart."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a block and a table may take on a GPU: the variants cut their work up accordingly."""
+
+    max_shared: int
+    """Bytes of shared memory that one block can have."""
+    max_table: int
+    """Bytes that a table in device memory may take."""
+
+
+H100 = Limits(max_shared=227 << 10, max_table=20 << 30)
+"""One with 80 GiB: what the counts of bytes are for where no GPU is at hand."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    torch: str
+    """The name of the device in torch."""
+    missing: Callable[[], str | None]
+    """Why nothing can be measured here, with what to do about it; ``None`` where it can."""
+    wait: Callable[[], None]
+    """Returns when all work that was handed over is done."""
+    patience: float
+    """A first call of less than so many seconds tells little about the next, and is made again before repeats are planned."""
+    about: Callable[[], Result]
+    """What to add to the description of the machine in the results."""
+    limits: Callable[[], Limits]
+    """For counting bytes."""
+
+
+def _missing_cuda() -> str | None:
+    from yoso_core.places import missing
+
+    if reason := missing("cupy"):
+        return reason
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use the GPU: install a build of it for CUDA (https://pytorch.org says how)"
+    return None
+
+
+def _wait_for_cuda() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def _about_cuda() -> Result:
+    import torch
+
+    from yoso_core.places import gpu_report
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": {
+            "name": found.name,
+            "memory_gb": round(found.total_memory / 1e9, 1),
+            "compute_capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "l2_mb": round(getattr(found, "L2_cache_size", 0) / 1e6, 1),
+            "driver": _driver(),
+            "cuda_of_torch": torch.version.cuda,
+            "found": gpu_report(),
+        }
+    }
+
+
+def _driver() -> str | None:
+    """The driver's version, as NVIDIA's own tool has it; ``None`` where that is not installed."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _limits_of_cuda() -> Limits:
+    import torch
+
+    from yoso_core.gpu.cupy_kernels.cuda import CupyDevice
+
+    device = CupyDevice(torch.cuda.current_device(), 0)
+    return Limits(device.max_shared, device.max_table)
+
+
+MACHINES: dict[str, Machine] = {
+    "cpu": Machine("cpu", lambda: None, lambda: None, 1.0, dict, lambda: H100),
+    # Whatever a first call there takes, it may be the compiler's.
+    "cuda": Machine("cuda", _missing_cuda, _wait_for_cuda, float("inf"), _about_cuda, _limits_of_cuda),
+}
+
+
+def results_name(suite: str, environment: Result) -> str:
+    """The name of the results, less its ending: the suite's, and the GPU's where it ran on one.
+
+    >>> results_name("gpu", {"gpu": {"name": "NVIDIA H100 80GB HBM3"}})
+    'gpu-nvidia-h100-80gb-hbm3'
+    """
+    gpu = environment.get("gpu")
+    return suite if gpu is None else f"{suite}-{re.sub('[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}"

@@ -1,0 +1,127 @@
+"""The way to a GPU and back, walked on the CPU: a stand-in for CuPy, whose kernels the emulator runs.
+
+It shows what is handed to CuPy: text, flags, arguments, shared memory, device and stream. What CuPy makes of it only a GPU can show.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import support
+from support import Case, build, check_values
+
+import yoso_core
+from yoso_core import gpu, places, registry
+from yoso_core.gpu import emulator
+from yoso_core.gpu.cupy_kernels import cuda
+
+CASE = Case(9, 11, 20, 12, 5, 8, mask="masked")
+ROWS = [kernel for kernel in registry.KERNELS if kernel.where == "cupy"]
+
+
+class OnDevice(np.ndarray[Any, Any]):
+    """An array that has to be fetched, as CuPy's has."""
+
+    def get(self) -> np.ndarray[Any, Any]:
+        return np.asarray(self)
+
+
+class Function:
+    def __init__(self, module: "RawModule", name: str) -> None:
+        self.module, self.name, self.max_dynamic_shared_size_bytes = module, name, 48 << 10
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, "more shared memory than was opted in to"
+        assert all(isinstance(x, OnDevice | np.generic) for x in args), "CuPy takes arrays and NumPy scalars"
+        text = emulator.KernelText(self.module.code, self.name, self.module.defines)
+        device = emulator.Emulator()
+        device.launch(text, grid, block, [None if isinstance(x, np.uint64) else x for x in args], shared_mem)
+
+
+class RawModule:
+    made: list["RawModule"] = []  # noqa: RUF012
+
+    def __init__(self, code: str, options: tuple[str, ...], backend: str) -> None:
+        assert backend == "nvrtc"
+        assert options[0] == "--std=c++17"
+        self.code, self.defines = code, tuple(tuple(flag[2:].split("=")) for flag in options[1:])
+        RawModule.made.append(self)
+
+    def get_function(self, name: str) -> Function:
+        return Function(self, name)
+
+
+@contextmanager
+def device(index: int = 0) -> Iterator[Any]:
+    yield SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 << 10}, mem_info=(0, 1 << 30))
+
+
+def stand_in() -> ModuleType:
+    cupy = ModuleType("cupy")
+    vars(cupy).update(
+        {name: getattr(np, name) for name in ("ascontiguousarray", "broadcast_to", "isnan", "where")},
+        ndarray=OnDevice,
+        asarray=lambda x: np.array(x).view(OnDevice),
+        ascontiguousarray=lambda x: np.ascontiguousarray(x).view(OnDevice),
+        empty=lambda shape, dtype: np.empty(shape, dtype).view(OnDevice),
+        zeros=lambda shape, dtype: np.zeros(shape, dtype).view(OnDevice),
+        RawModule=RawModule,
+    )
+    stream = SimpleNamespace(ptr=0)
+    here = type("Device", (), {"id": 0})
+    cupy.cuda = SimpleNamespace(Device=lambda index=None: here if index is None else device(index), get_current_stream=lambda: stream)  # type: ignore[attr-defined]
+    return cupy
+
+
+@pytest.fixture(autouse=True)
+def with_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if reason := places.missing("emulated"):
+        pytest.skip(reason)
+    found = {where: places.missing(where) for where in places.PLACES} | {"cupy": None, "numba_cuda": "not in this test"}
+    monkeypatch.setattr(places, "missing", found.get)
+    monkeypatch.setitem(sys.modules, "cupy", stand_in())
+    RawModule.made.clear()
+    caches = (cuda._limits, cuda._module, cuda._function)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ROWS, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
+def test_numpy_arrays_go_there_and_back(kernel: registry.Kernel) -> None:
+    given = {name: support.as_dtype(x, "float32") for name, x in build(kernel.op, CASE).items()}
+    with gpu.launches() as made:
+        out = getattr(yoso_core, kernel.op)(**given, variant=kernel.name)
+    assert type(out) is np.ndarray
+    check_values(kernel.op, [support.as_float64(out)], given, CASE)
+    assert {launch.where for launch in made if launch.where != "emulated"} == {"cupy"}
+    assert {launch.kernel for launch in made} <= set(kernel.kernels)
+
+
+def test_a_file_is_compiled_once_for_each_set_of_macros() -> None:
+    given = {name: support.as_dtype(x, "float32") for name, x in build("lsh_cumulation", CASE).items()}
+    for _ in range(3):
+        yoso_core.lsh_cumulation(**given, variant="cupy:sorted_buckets")
+    assert len(RawModule.made) == 2, "sort.cu and cumulation.cu"
+    yoso_core.lsh_cumulation(**{**given, "value": given["value"].astype(np.float16)}, variant="cupy:sorted_buckets")
+    assert len(RawModule.made) == 3
+
+
+def test_cpu_tensors_are_not_copied_in_silence() -> None:
+    import torch
+
+    given = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in build("fast_hash", CASE).items()}
+    with pytest.raises(ValueError, match=r"^variant: cupy:warp_per_vector of fast_hash runs on the cuda, the arrays are on cpu$"):
+        yoso_core.fast_hash(**given, variant="cupy:warp_per_vector")
+
+
+def test_unnamed_numpy_arrays_stay_on_the_cpu() -> None:
+    with gpu.launches() as made:
+        yoso_core.fast_hash(**build("fast_hash", CASE))
+    assert made == []
