@@ -123,17 +123,19 @@ def _sorting(s: _Sizes, sides: int) -> list[Traffic]:
 def _sorted_buckets(s: _Sizes, out_bytes: int) -> list[Traffic]:
     from yoso_core.gpu.cupy_kernels import cumulation
 
-    most = min(cumulation._GROUP_BYTES, s.limits.max_table) // s.sums_bytes
-    groups = _ceil_div(s.num_hash, max(1, min(s.num_hash, most)))
+    most = min(cumulation._GROUP_BYTES, s.limits.max_table) // (s.sums_bytes // s.heads)  # hashes of one head
+    together = max(1, min(s.num_hash, most))
+    groups = _ceil_div(s.num_hash, together)
+    launches = groups * _ceil_div(s.heads, max(1, most // together))
     stretch_rows = s.heads * s.num_hash * (_ceil_div(s.n, cumulation._STRETCH) - 1)  # that begin inside a bucket, all but few
     stretch_bytes = stretch_rows * s.dim * s.acc
     again = (groups - 1) * s.sums_bytes
-    joining = [Traffic("join_stretches", groups, 2 * stretch_bytes, stretch_bytes)] if stretch_rows else []
+    joining = [Traffic("join_stretches", launches, 2 * stretch_bytes, stretch_bytes)] if stretch_rows else []
     return [
         *_sorting(s, 1),
         Traffic(
             "sum_buckets",
-            groups,
+            launches,
             2 * s.codes_bytes + groups * s.vectors_bytes,
             s.buckets_bytes + stretch_bytes,
             (s.num_hash - groups) * s.vectors_bytes,
@@ -141,7 +143,7 @@ def _sorted_buckets(s: _Sizes, out_bytes: int) -> list[Traffic]:
         *joining,
         Traffic(
             "gather_buckets",
-            groups,
+            launches,
             s.codes_bytes + s.buckets_bytes + again,
             out_bytes + again,
             s.asked_bytes - s.buckets_bytes + s.search_bytes,
@@ -198,14 +200,22 @@ def _finish_rows(s: _Sizes) -> Traffic:
 
 
 def _outer_products(s: _Sizes) -> list[Traffic]:
-    # One launch for each hash, and every launch goes through all heads.
+    from yoso_core.gpu.cupy_kernels import weighted
+
+    # One launch for each hash and group of heads. A group's weights, values and sums stay in the cache from hash to hash, if they fit.
+    padded = _ceil_div(s.dim, 4) * 4
+    sums_bytes = s.rows * padded * s.acc
+    at_once = weighted._CACHE_BYTES // (s.n * (3 * s.dim * s.item + padded * s.acc))
+    launches = s.num_hash * _ceil_div(s.heads, max(1, at_once))
+    times = 1 if at_once else s.num_hash
     slices, pieces = _ceil_div(s.dim, 32 if s.acc == 8 else 64), _ceil_div(s.dim, 64)
-    once = 16 * s.rows + 3 * s.vectors_bytes + s.sums_bytes  # code and order of both sides; both weights and the value
-    more = 2 * (slices - 1) * s.vectors_bytes + (pieces - 1) * (s.vectors_bytes + 2 * s.sums_bytes)
+    moved = 3 * s.vectors_bytes + sums_bytes  # both weights, the value, and the sums
+    more = 2 * (slices - 1) * s.vectors_bytes + (pieces - 1) * (s.vectors_bytes + 2 * sums_bytes)
+    cached = s.num_hash * more + (s.num_hash - times) * (moved + sums_bytes)
     return [
-        Traffic("(zeros)", 0, 0, s.sums_bytes),
+        Traffic("(zeros)", 0, 0, sums_bytes),
         *_sorting(s, 2),
-        Traffic("outer_products", s.num_hash, s.num_hash * once, s.num_hash * s.sums_bytes, s.num_hash * more),
+        Traffic("outer_products", launches, s.num_hash * 16 * s.rows + times * moved, times * sums_bytes, cached),
         _finish_rows(s),
     ]
 
@@ -266,9 +276,9 @@ def _attention(cumulate: Callable[[_Sizes, int], list[Traffic]]) -> Callable[[_S
     def formula(s: _Sizes) -> list[Traffic]:
         (hashed,) = _warp_per_vector(s)
         return [
-            Traffic(hashed.kernel, 2, 2 * hashed.read, 2 * hashed.written, 2 * hashed.cached),
+            Traffic(hashed.kernel, 2, 2 * hashed.read, 2 * (hashed.written + s.rows), 2 * hashed.cached),
             *cumulate(s, s.sums_bytes),
-            Traffic("find_spoiled", 2, 2 * s.vectors_bytes, s.rows),
+            Traffic("spoil_heads", 1, s.rows, 0),
             Traffic("finish_attention", 1, s.sums_bytes + s.rows, s.vectors_bytes),
         ]
 

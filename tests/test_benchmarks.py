@@ -22,6 +22,7 @@ from yoso_core.benchmarks.contenders import CONTENDERS, Composed, Ours, Peer
 from yoso_core.benchmarks.floor import Rates, least_bytes, operations
 from yoso_core.benchmarks.machines import H100, MACHINES, Limits
 from yoso_core.cli import app
+from yoso_core.gpu.cupy_kernels import weighted
 from yoso_core.gpu.device import DoesNotFit, Launch, launches, record
 
 ROOT = Path(__file__).parents[1]
@@ -602,11 +603,13 @@ def test_the_bytes_of_the_global_table_by_hand() -> None:
     }
 
 
-def test_the_bytes_of_the_weighted_cumulations_by_hand() -> None:
+def test_the_bytes_of_the_weighted_cumulations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     outer = moved("lsh_weighted_cumulation", "cupy:outer_products", FEW)
     assert outer["sort_codes"] == (2 * 96, 2 * 96, 2 * 48), "both sides"
-    # Code and row of either side, three times vectors and the sums, for each of three hashes.
-    assert outer["outer_products"] == (3 * (4 * 16 + 3 * 32 + 32), 3 * 32, 0)
+    # Code and row of either side for each of three hashes; three times vectors, and sums in rows of four, which stay in the cache.
+    assert outer["outer_products"] == (3 * 4 * 16 + 3 * 32 + 64, 64, 2 * (3 * 32 + 64 + 64))
+    monkeypatch.setattr(weighted, "_CACHE_BYTES", 0)
+    assert moved("lsh_weighted_cumulation", "cupy:outer_products", FEW)["outer_products"] == (3 * (4 * 16 + 3 * 32 + 64), 3 * 64, 0)
     assert outer["finish_rows"] == (32 + 32, 32, 0)
     # 12 pairs that meet, of a row number, a weight and a value each; 8 + 8 bytes; two bisections for each code.
     pairs = moved("lsh_weighted_cumulation", "cupy:sorted_pairs", FEW)["sorted_pairs"]
@@ -624,9 +627,9 @@ def test_the_bytes_of_attention_by_hand() -> None:
     assert moved("expectation_attention", "cupy:blocked", replace(FEW, n=65))["expectation"][2] == 2 * 65 * 8
     half = moved("yoso_attention", "cupy:shared_table", replace(FEW, dtype="float16"))
     assert half == {
-        "warp_per_vector": (2 * (16 + 18), 2 * 48, 2 * 3 * 18),
+        "warp_per_vector": (2 * (16 + 18), 2 * (48 + 4), 2 * 3 * 18),  # and one byte for each vector: whether it is finite
         "shared_table": (2 * 48 + 16, 32, 0),  # sums leave it as float32
-        "find_spoiled": (2 * 16, 4, 0),
+        "spoil_heads": (4, 0, 0),
         "finish_attention": (32 + 4, 16, 0),
     }
     paper = traffic.traffic(replace(FEW, run="paper")) or []

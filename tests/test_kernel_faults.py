@@ -90,7 +90,7 @@ CUDA = (
         "if (found < n_k && codes[found] == code) start = found;",
         "if (found < n_k) start = found;",
     ),
-    Fault("find_spoiled", "yoso_attention", "emulated:shared_table", "head_spoiled[row / rows_per_head], 1)", "head_spoiled[0], 1)"),
+    Fault("spoil_heads", "yoso_attention", "emulated:shared_table", "row_spoiled[first + i] && kept", "row_spoiled[i] && kept"),
     Fault("finish_attention", "yoso_attention", "emulated:shared_table", "x[i] / largest / length", "x[i] / length"),
     Fault("normalize_rows", "expectation_attention", "emulated:blocked", "/ scale / length", "/ scale"),
     Fault(

@@ -68,7 +68,7 @@ def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str
     return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("numba_cuda", "stepped")]
 
 
-_AROUND = "warp_per_vector thread_per_code normalize_rows expectation find_spoiled finish_attention"
+_AROUND = "warp_per_vector thread_per_code normalize_rows expectation spoil_heads finish_attention"
 """Kernels of every attention: both hashes, the expectation, and what comes before and after."""
 
 # In order of preference on each device: the first that can run on the caller's device, and has room, is the automatic choice.

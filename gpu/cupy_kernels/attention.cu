@@ -1,29 +1,21 @@
 // What stands around the cumulation in YOSO attention: rows that are not finite, and the scaling of the result to unit length.
 //
-// Compiled for VALUE, the type that is read by find_spoiled and written by finish_attention.
+// Compiled for VALUE, how the result is stored.
 #include "common.cuh"
 #include "tiles.cuh"
 
 constexpr int WARPS = 8;
 
-// find_spoiled
-//   A warp takes one row of a query or key and says whether it holds an infinity or NaN: `row_spoiled` for each row, where that is wanted,
-//   and `head_spoiled`, zeroed before, for a head with such a row among those that are kept. Blocks of 8 rows.
-//   Moves one row in and one byte out. Deterministic.
-extern "C" __global__ void find_spoiled(const VALUE* __restrict__ rows, const unsigned char* __restrict__ mask,
-                                        unsigned char* __restrict__ row_spoiled, int* __restrict__ head_spoiled, long long num_rows,
-                                        long long rows_per_head, int dim) {
-  const int lane = threadIdx.x % 32;
-  const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
-  if (row >= num_rows) return;  // the whole warp
-  bool finite = true;
-  for (int i = lane; i < dim; i += 32) {
-    finite = finite && is_finite(widen(rows[row * dim + i]));
-  }
-  finite = __all_sync(FULL_WARP, finite);
-  if (lane > 0) return;
-  if (row_spoiled != nullptr) row_spoiled[row] = !finite;
-  if (head_spoiled != nullptr && !finite && kept(mask, row)) atomicOr(&head_spoiled[row / rows_per_head], 1);
+// spoil_heads
+//   A block takes one head and says whether any row of it that is kept is spoiled: holds an infinity or NaN, as the hash has noted.
+//   Moves one or two bytes for each row in, 4 bytes for each head out. Deterministic.
+extern "C" __global__ void spoil_heads(const unsigned char* __restrict__ row_spoiled, const unsigned char* __restrict__ mask,
+                                       int* __restrict__ head_spoiled, int rows_per_head) {
+  const long long first = static_cast<long long>(blockIdx.x) * rows_per_head;
+  int found = 0;
+  for (int i = threadIdx.x; i < rows_per_head; i += blockDim.x) found |= row_spoiled[first + i] && kept(mask, first + i);
+  found = __syncthreads_or(found);
+  if (threadIdx.x == 0) head_spoiled[blockIdx.x] = found;
 }
 
 // finish_attention

@@ -14,26 +14,11 @@ from yoso_core.gpu.cupy_kernels.hashing import fast_hash_warp_per_vector, hyperp
 from yoso_core.gpu.device import Array, CudaKernel, Device
 
 _WARPS = 8
+_THREADS = 256
 
 
-def _kernel(name: str, x: Array) -> CudaKernel:
-    return CudaKernel("attention.cu", name, layout.value_define(x))
-
-
-def _find_spoiled(device: Device, x: Array, mask: Array | None, *, by_row: bool) -> Array:
-    """Which rows, as uint8, or which heads, as int32, are not finite; among the heads only rows that are kept count."""
-    flat = layout.heads(device, x)
-    heads, n, dim = flat.shape
-    rows = device.empty((heads, n), np.uint8) if by_row else None
-    found = rows if rows is not None else device.zeros((heads,), np.int32)
-    if flat.size:
-        device.launch(
-            _kernel("find_spoiled", x),
-            (layout.ceil_div(heads * n, _WARPS),),
-            (32 * _WARPS,),
-            (flat, mask, rows, None if by_row else found, np.int64(heads * n), np.int64(n), np.int32(dim)),
-        )
-    return found
+def _kernel(name: str, value: Array) -> CudaKernel:
+    return CudaKernel("attention.cu", name, layout.value_define(value))
 
 
 def _attend(
@@ -55,19 +40,22 @@ def _attend(
     masks = {"query_mask": query_mask, "key_mask": key_mask}
     accumulator = layout.accumulator(value)
     query_spoiled = head_spoiled = None
-    keep_query = layout.mask_bytes(device, query_mask, query.shape[:-1])
     if use_expectation:
         sums = expectation_attention_blocked(device, query, key, value, hash_code_len, **masks, out_dtype=accumulator)
     else:
-        if signs is not None:
-            query_code, key_code = (fast_hash_warp_per_vector(device, x, signs, num_hash, hash_code_len) for x in (query, key))
-        elif planes is not None:
-            query_code, key_code = (hyperplane_hash_thread_per_code(device, x, planes, num_hash, hash_code_len) for x in (query, key))
-        else:
-            raise ValueError("signs: sampling needs signs or planes")
+        query_spoiled, key_spoiled = (device.empty(x.shape[:-1], np.uint8) for x in (query, key))
+        query_code, key_code = (
+            _hash(device, x, signs, planes, num_hash, hash_code_len, spoiled) for x, spoiled in ((query, query_spoiled), (key, key_spoiled))
+        )
         sums = cumulate(device, query_code, key_code, value, 1 << hash_code_len, **masks, out_dtype=accumulator)
-        query_spoiled = _find_spoiled(device, query, None, by_row=True)
-        head_spoiled = _find_spoiled(device, key, layout.mask_bytes(device, key_mask, key.shape[:-1]), by_row=False)
+        heads = layout.count(key.shape[:-2])
+        head_spoiled = device.empty((heads,), np.int32)
+        if heads:
+            keep_key = layout.mask_bytes(device, key_mask, key.shape[:-1])
+            device.launch(
+                _kernel("spoil_heads", value), (heads,), (_THREADS,), (key_spoiled, keep_key, head_spoiled, np.int32(key.shape[-2]))
+            )
+    keep_query = layout.mask_bytes(device, query_mask, query.shape[:-1])
     out = device.empty(sums.shape, value.dtype)
     if out.size:
         rows, value_dim = layout.count(out.shape[:-1]), out.shape[-1]
@@ -88,6 +76,14 @@ def _attend(
             ),
         )
     return out
+
+
+def _hash(device: Device, x: Array, signs: Array | None, planes: Array | None, num_hash: int, hash_code_len: int, spoiled: Array) -> Array:
+    if signs is not None:
+        return fast_hash_warp_per_vector(device, x, signs, num_hash, hash_code_len, spoiled=spoiled)
+    if planes is not None:
+        return hyperplane_hash_thread_per_code(device, x, planes, num_hash, hash_code_len, spoiled=spoiled)
+    raise ValueError("signs: sampling needs signs or planes")
 
 
 def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:

@@ -15,7 +15,7 @@ _WARP = 32
 _ROWS = 8
 _STRETCH = 64
 _GROUP_BYTES = 256 << 20
-"""Sums of so many hashes stand in memory at one time."""
+"""Bucket sums that stand in memory at one time: those of all hashes for some heads, or of some hashes where one head has more."""
 
 
 class _Call:
@@ -179,32 +179,31 @@ def lsh_cumulation_sorted_buckets(
         return call.out
     sorted_code, order = sort_codes(device, call.key_code, call.capacity, call.key_mask)
     row_bytes = call.n_k * call.value_dim * np.dtype(call.accumulator).itemsize
-    together = max(1, min(call.num_hash, min(_GROUP_BYTES, device.max_table) // (call.heads * row_bytes)))
-    bucket_sum = device.empty((call.heads, together, call.n_k, call.value_dim), call.accumulator)
+    budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of sums of one head and hash
+    together = max(1, min(call.num_hash, budget))
+    head_groups = layout.grid_slices(call.heads, budget // together)
+    bucket_sum = device.empty((head_groups[0].stop * together, call.n_k, call.value_dim), call.accumulator)
     unfinished = None if together == call.num_hash else device.empty(call.flat_out.shape, call.accumulator)
     threads = min(_WARP * layout.ceil_div(call.value_dim, _WARP), 256)
     stretches = layout.ceil_div(call.n_k, _STRETCH)
+    n_k, num_hash, capacity, value_dim = (np.int32(x) for x in (call.n_k, call.num_hash, call.capacity, call.value_dim))
 
-    for first_hash in range(0, call.num_hash, together):
-        group = min(together, call.num_hash - first_hash)
-        sums = bucket_sum.reshape(-1)[: call.heads * group * call.n_k * call.value_dim]
-        sums = sums.reshape(call.heads, group, call.n_k, call.value_dim)
-        n_k, num_hash, first = np.int32(call.n_k), np.int32(call.num_hash), np.int32(first_hash)
-        capacity, value_dim = np.int32(call.capacity), np.int32(call.value_dim)
-        for part in layout.grid_slices(call.heads):
-            heads = part.stop - part.start
+    for part in head_groups:
+        heads = part.stop - part.start
+        for first_hash in range(0, call.num_hash, together):
+            group, first = min(together, call.num_hash - first_hash), np.int32(first_hash)
             device.launch(
                 call.kernel("sum_buckets"),
                 (stretches, group, heads),
                 (threads,),
-                (sorted_code[part], order[part], call.value[part], sums[part], n_k, num_hash, first, capacity, value_dim),
+                (sorted_code[part], order[part], call.value[part], bucket_sum, n_k, num_hash, first, capacity, value_dim),
             )
             if stretches > 1:
                 device.launch(
                     call.kernel("join_stretches"),
                     (group, heads),
                     (threads,),
-                    (sorted_code[part], sums[part], n_k, num_hash, first, capacity, value_dim),
+                    (sorted_code[part], bucket_sum, n_k, num_hash, first, capacity, value_dim),
                 )
             device.launch(
                 call.kernel("gather_buckets"),
@@ -214,7 +213,7 @@ def lsh_cumulation_sorted_buckets(
                     call.query_code[part],
                     layout.part_of(call.query_mask, part),
                     sorted_code[part],
-                    sums[part],
+                    bucket_sum,
                     layout.part_of(unfinished, part),
                     call.flat_out[part],
                     np.int32(call.n_q),

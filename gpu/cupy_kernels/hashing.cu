@@ -73,10 +73,11 @@ constexpr int ENTRIES = D < 32 ? 1 : D / 32;
 //   A warp hashes one vector, part after part; lane l holds the entries l, l + 32, l + 64, ... in registers.
 //   Strides of 32 and more are then between registers of one lane, smaller ones are shuffles: no barrier, and no shared memory
 //   but for the sign bits, of which one ballot packs 32 into a word.
+//   Where `spoiled` is wanted, it says which vectors hold an infinity or NaN, whose codes mean nothing.
 //   Blocks of 4 warps, each on its own. Reads the vector once: d entries and, from cache, 3 * parts * D signs. Deterministic.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
-                long long num_vectors, long long vectors_per_head, int sign_sets, int parts, int dim, int num_hash, int hash_code_len) {
+                unsigned char* __restrict__ spoiled, long long num_vectors, long long vectors_per_head, int sign_sets, int parts, int dim, int num_hash, int hash_code_len) {
   __shared__ unsigned words_of_warp[WARPS][ENTRIES + 1];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -88,12 +89,16 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
   unsigned* words = words_of_warp[warp];
 
   ACC x[ENTRIES], largest = 0;
+  bool finite = true;
 #pragma unroll
   for (int e = 0; e < ENTRIES; ++e) {
     const int i = e * 32 + lane;
     x[e] = i < dim ? widen(vectors[vector * dim + i]) : ACC(0);
     largest = larger(largest, ACC(fabs(x[e])));
+    finite = finite && is_finite(x[e]);
   }
+  finite = __all_sync(FULL_WARP, finite);
+  if (spoiled != nullptr && lane == 0) spoiled[vector] = !finite;
   for (int stride = 16; stride > 0; stride /= 2) largest = larger(largest, __shfl_xor_sync(FULL_WARP, largest, stride));
   const ACC scale = range_scale(largest);
 

@@ -52,8 +52,13 @@ def fast_hash_block_per_part(device: Device, vectors: Array, signs: Array, num_h
     return codes
 
 
-def fast_hash_warp_per_vector(device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -> Array:
-    """One warp for each vector, all parts in turn: `warp_per_vector`."""
+def fast_hash_warp_per_vector(
+    device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, spoiled: Array | None = None
+) -> Array:
+    """One warp for each vector, all parts in turn: `warp_per_vector`.
+
+    ``spoiled``: uint8 with an entry for each vector, set to 1 for one that is not finite and to 0 for the others.
+    """
     hashed = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     rows = vectors.shape[:-1]
     codes = device.empty((*rows, num_hash), np.int32)
@@ -65,13 +70,15 @@ def fast_hash_warp_per_vector(device: Device, vectors: Array, signs: Array, num_
         _kernel("warp_per_vector", vectors, hashed.padded_dim),
         (layout.ceil_div(layout.count(rows), _WARPS),),
         (32 * _WARPS,),
-        (flat, sets, codes, np.int64(layout.count(rows)), np.int64(rows[-1]), *numbers),
+        (flat, sets, codes, spoiled, np.int64(layout.count(rows)), np.int64(rows[-1]), *numbers),
     )
     return codes
 
 
-def hyperplane_hash_thread_per_code(device: Device, vectors: Array, planes: Array, num_hash: int, hash_code_len: int) -> Array:
-    """One thread for each code: `thread_per_code`."""
+def hyperplane_hash_thread_per_code(
+    device: Device, vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, spoiled: Array | None = None
+) -> Array:
+    """One thread for each code: `thread_per_code`. ``spoiled`` as in `fast_hash_warp_per_vector`."""
     rows = vectors.shape[:-1]
     codes = device.empty((*rows, num_hash), np.int32)
     if codes.size == 0:
@@ -83,6 +90,6 @@ def hyperplane_hash_thread_per_code(device: Device, vectors: Array, planes: Arra
         CudaKernel("hyperplanes.cu", "thread_per_code", layout.value_define(vectors)),
         (layout.ceil_div(codes.size, _THREADS),),
         (_THREADS,),
-        (flat, sets, codes, np.int64(codes.size), np.int64(rows[-1]), *numbers),
+        (flat, sets, codes, spoiled, np.int64(codes.size), np.int64(rows[-1]), *numbers),
     )
     return codes

@@ -9,9 +9,10 @@ constexpr int MAX_BITS = 30;
 //   A thread makes one code: it walks the vector once and keeps up to 30 dot products in registers. Neighbouring threads make the codes of
 //   one vector from neighbouring planes.
 //   Moves, for each vector, d entries and, from cache, d * m * tau entries of the planes in, and 4 m bytes out. Deterministic.
+//   Where `spoiled` is wanted, the thread of the first code says whether the vector holds an infinity or NaN.
 //   A vector with an entry beyond 2^60 is scaled down by a power of two, as in the Hadamard hash.
 extern "C" __global__ void thread_per_code(const VALUE* __restrict__ vectors, const ACC* __restrict__ planes, int* __restrict__ codes,
-                                           long long num_codes, long long vectors_per_head, int plane_sets, int dim, int num_hash,
+                                           unsigned char* __restrict__ spoiled, long long num_codes, long long vectors_per_head, int plane_sets, int dim, int num_hash,
                                            int hash_code_len) {
   const long long code = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (code >= num_codes) return;
@@ -21,7 +22,12 @@ extern "C" __global__ void thread_per_code(const VALUE* __restrict__ vectors, co
   const VALUE* x = vectors + vector * dim;
 
   ACC largest = 0;
-  for (int i = 0; i < dim; ++i) largest = larger(largest, ACC(fabs(widen(x[i]))));
+  bool finite = true;
+  for (int i = 0; i < dim; ++i) {
+    largest = larger(largest, ACC(fabs(widen(x[i]))));
+    finite = finite && is_finite(widen(x[i]));
+  }
+  if (spoiled != nullptr && hash == 0) spoiled[vector] = !finite;
   const ACC scale = range_scale(largest);
 
   ACC projection[MAX_BITS];

@@ -59,9 +59,10 @@ def pow2_at_least(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
-def grid_slices(count: int) -> list[slice]:
-    """Ranges of at most 65,535, which is as far as the second and third axis of a grid reach."""
-    return [slice(first, min(first + MAX_GRID_YZ, count)) for first in range(0, count, MAX_GRID_YZ)]
+def grid_slices(count: int, at_once: int = MAX_GRID_YZ) -> list[slice]:
+    """Ranges of at most ``at_once``, and never more than 65,535: as far as the second and third axis of a grid reach."""
+    step = max(1, min(at_once, MAX_GRID_YZ))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def part_of(x: Array | None, part: slice) -> Array | None:
