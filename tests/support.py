@@ -7,10 +7,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 import yoso_core
-from yoso_core import reference, truth
+from yoso_core import places, reference, truth
 from yoso_core.reference.arrays import Array
 
 
@@ -160,6 +161,13 @@ def poisoned_allocations() -> Iterator[None]:
 
     with mock.patch.object(np, "empty", poisoned(np.empty)), mock.patch.object(np, "empty_like", poisoned(np.empty_like)):
         yield
+
+
+def need(*wheres: str) -> None:
+    """Skip the test, with the reason, where kernels cannot run at one of these places."""
+    for where in wheres:
+        if reason := places.missing(where):
+            pytest.skip(reason)
 
 
 def on_the_cpu(op: str) -> list[yoso_core.Variant]:

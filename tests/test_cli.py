@@ -25,10 +25,10 @@ def yoso(*args: str) -> Result:
 def test_help_names_every_command() -> None:
     result = yoso("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("info", "compare", "demo", "bench"))
+    assert all(command in result.output for command in ("info", "compare", "kernel", "demo", "bench"))
 
 
-@pytest.mark.parametrize("command", ["info", "compare", "demo", "bench"])
+@pytest.mark.parametrize("command", ["info", "compare", "kernel", "demo", "bench"])
 def test_help_of_a_command(command: str) -> None:
     assert yoso(command, "--help").exit_code == 0
 
@@ -62,6 +62,65 @@ def test_info_json_marks_the_choice_and_the_definition() -> None:
     for op in registry.OPERATIONS:
         assert [row["name"] for row in rows if row["op"] == op and row["automatic"]] == [support.on_the_cpu(op)[0].name]
         assert sum(row["definition"] for row in rows if row["op"] == op) == 1
+
+
+def test_info_says_what_a_gpu_needs() -> None:
+    report = json.loads(yoso("info", "--json").stdout)["environment"]["gpu"]
+    assert report.keys() >= {"GPU", "CuPy", "Numba", "numba-cuda"}
+    assert report["Numba"] != "not installed"
+    reason = places.missing("cupy")
+    assert reason is None or report["GPU"] == reason
+
+
+def test_info_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = places.importlib.util.find_spec
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None if name == "cupy" else find(name))
+    monkeypatch.setattr(places, "missing", places.missing.__wrapped__)
+    result = " ".join(yoso("info").output.split())
+    assert "the package 'cupy' is not installed: pip install 'yoso-core[cuda12]' (or [cuda13]" in result
+    assert "CuPy: not installed" in result
+
+
+def test_kernel_lists_and_prints() -> None:
+    listed = yoso("kernel")
+    assert listed.exit_code == 0
+    assert re.search(r"shared_table +CUDA C\+\+ +cumulation.cu +lsh_cumulation cupy:shared_table", listed.stdout)
+    assert re.search(r"hash_vectors +Numba CUDA +hashing.py +fast_hash numba_cuda:shared_memory", listed.stdout)
+    printed = yoso("kernel", "global_table_scatter").stdout
+    assert printed.startswith("CUDA C++, cumulation.cu line ")
+    assert "// global_table_scatter\n//   A warp takes one key" in printed
+    assert printed.rstrip().endswith("}")
+    assert "global_table_gather" not in printed
+    both = yoso("kernel", "cupy:global_table").stdout
+    assert "// global_table_scatter" in both
+    assert "// global_table_gather" in both
+    assert yoso("kernel", "emulated:global_table").stdout == both
+    assert "@cuda.jit\ndef hash_vectors(" in yoso("kernel", "hash_vectors").stdout
+
+
+def test_compare_emulates_when_asked() -> None:
+    support.need("emulated", "stepped")
+    small = ["--n", "7", "--heads", "1", "--dim", "4", "--num-hash", "2", "--hash-code-len", "3", "--repeats", "1"]
+    assert "emulated:" not in yoso("compare", "lsh_cumulation", *small).output
+    result = yoso("compare", "lsh_cumulation", *small, "--emulate")
+    assert result.exit_code == 0, result.output
+    for variant in (
+        "emulated:shared_table",
+        "emulated:sorted_buckets",
+        "emulated:global_table",
+        "stepped:shared_table",
+        "stepped:global_table",
+    ):
+        assert re.search(rf"{variant} +agrees", result.output)
+
+
+def test_compare_says_what_does_not_fit() -> None:
+    support.need("emulated")
+    sizes = ["--n", "7", "--heads", "1", "--dim", "4", "--num-hash", "2", "--hash-code-len", "20", "--repeats", "1"]
+    result = yoso("compare", "lsh_cumulation", *sizes, "--variants", "emulated:shared_table,emulated:sorted_buckets")
+    assert result.exit_code == 0, "it is no fault"
+    assert re.search(r"emulated:shared_table +cannot run", result.output)
+    assert "one column of 1048576 buckets takes 4,194,308 bytes of shared memory" in " ".join(result.output.split())
 
 
 def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +169,7 @@ def test_compare_exits_1_when_a_variant_is_wrong(monkeypatch: pytest.MonkeyPatch
         (["compare", "fast_hash", "--repeats", "0"], "yoso compare: --repeats: need an integer at least 1"),
         (["compare", "fast_hash", "--plot", "/no/such/folder/x.png"], "yoso compare: --plot: the folder /no/such/folder does not exist"),
         (["compare", "fast_hash", "--plot", "x.docx"], "yoso compare: --plot: need a file name such as x.png, got x.docx"),
+        (["kernel", "nope"], "yoso kernel: NAME: no kernel or CUDA variant 'nope'; `yoso kernel` lists them"),
         (["info", "--dim", "0"], "yoso info: --dim: need an integer at least 1, got 0"),
         (["demo", "--text", "/no/such/file"], "yoso demo: --text: cannot read /no/such/file"),
         (["demo", "--output", "/no/such/folder/x.png"], "yoso demo: --output: the folder /no/such/folder does not exist"),

@@ -10,7 +10,7 @@ import support
 from support import Case, build, check_variant
 
 import yoso_core
-from yoso_core import gpu, places, registry
+from yoso_core import gpu, registry
 from yoso_core.gpu.catalog import NUMBA_FOLDER, catalog
 from yoso_core.gpu.cupy_kernels import source
 
@@ -170,9 +170,7 @@ NUMBA = (
 
 @pytest.fixture(autouse=True)
 def needs_the_emulators() -> None:
-    for where in ("emulated", "stepped"):
-        if reason := places.missing(where):
-            pytest.skip(reason)
+    support.need("emulated", "stepped")
 
 
 def test_every_kernel_has_a_fault() -> None:

@@ -10,7 +10,7 @@ import pytest
 import support
 from support import Case, check_variant, definition_of
 
-from yoso_core import places, reference, registry
+from yoso_core import reference, registry
 from yoso_core.gpu import emulator
 from yoso_core.gpu.device import DoesNotFit
 from yoso_core.reference.arrays import Array, full_mask
@@ -130,8 +130,7 @@ def every_check() -> list[Any]:
 
 @pytest.mark.parametrize(("kernel", "case", "orders"), every_check())
 def test_variant_does_what_its_definition_does(kernel: registry.Kernel, case: Case, orders: tuple[Any, ...]) -> None:
-    if reason := places.missing(kernel.where):
-        pytest.skip(reason)
+    support.need(kernel.where)
     for order in orders if kernel.where in ("emulated", "stepped") else orders[:1]:
         with run_in(kernel.where, order), expecting_room(kernel, case):
             check_variant(kernel.op, kernel.name, case)

@@ -79,8 +79,7 @@ def stand_in() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def with_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if reason := places.missing("emulated"):
-        pytest.skip(reason)
+    support.need("emulated")
     found = {where: places.missing(where) for where in places.PLACES} | {"cupy": None, "numba_cuda": "not in this test"}
     monkeypatch.setattr(places, "missing", found.get)
     monkeypatch.setitem(sys.modules, "cupy", stand_in())

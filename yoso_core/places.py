@@ -209,7 +209,7 @@ def _missing_numba_cuda() -> str | None:
         return reason
     from numba import config, cuda
 
-    if config.ENABLE_CUDASIM:
+    if getattr(config, "ENABLE_CUDASIM", False):
         return "Numba simulates CUDA here (NUMBA_ENABLE_CUDASIM): unset it, or take the stepped variants"
     return None if cuda.is_available() else "Numba finds no CUDA (`numba -s` says why): pip install 'yoso-core[cuda12]' (or [cuda13])"
 
