@@ -43,6 +43,8 @@ def check_use(wheel: Path) -> None:
         run("pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), str(wheel))
         run("python", "-c", USE)
         run("yoso", "--help")
+        run("yoso", "kernel", "shared_table")
+        run("yoso", "compare", "lsh_cumulation", "--emulate", "--n", "33", "--dim", "8", "--num-hash", "3", "--repeats", "1")
 
 
 if __name__ == "__main__":

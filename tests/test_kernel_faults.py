@@ -57,8 +57,8 @@ CUDA = (
         "transpose_codes",
         "lsh_cumulation",
         "emulated:sorted_buckets",
-        "sorted_code[to] = valid ? code : capacity;",
-        "sorted_code[to] = code;",
+        "kept(mask, head * n + row) && in_range(code, capacity) ? code : capacity;",
+        "code;",
     ),
     Fault(
         "sort_codes",

@@ -7,6 +7,7 @@ from yoso_core.gpu.device import Array, CudaKernel, Device
 
 _THREADS = 256
 _DIGIT_BITS = 4
+_TILE = 32
 
 
 def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Array | None) -> tuple[Array, Array]:
@@ -30,8 +31,8 @@ def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Arra
     for part in layout.grid_slices(heads):
         device.launch(
             CudaKernel("sort.cu", "transpose_codes"),
-            (layout.ceil_div(n, _THREADS), num_hash, part.stop - part.start),
-            (_THREADS,),
+            (layout.ceil_div(n, _TILE), layout.ceil_div(num_hash, _TILE), part.stop - part.start),
+            (_TILE, 8),
             (codes[part], None if mask is None else mask[part], code[part], order[part], *numbers),
         )
     code_out, order_out = (device.empty(shape, np.int32) for _ in range(2))
