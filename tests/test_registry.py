@@ -132,19 +132,8 @@ def every_check() -> list[Any]:
 def test_variant_does_what_its_definition_does(kernel: registry.Kernel, case: Case, orders: tuple[Any, ...]) -> None:
     support.need(kernel.where)
     for order in orders if kernel.where in ("emulated", "stepped") else orders[:1]:
-        with run_in(kernel.where, order), expecting_room(kernel, case):
+        with emulator.order(order), expecting_room(kernel, case):
             check_variant(kernel.op, kernel.name, case)
-
-
-def run_in(where: str, order: Any) -> AbstractContextManager[Any]:
-    """The order of threads, where it can be chosen."""
-    if where == "emulated":
-        return emulator.order(order)
-    if where == "stepped":
-        from yoso_core.gpu.emulator import stepper
-
-        return stepper.order(order)
-    return nullcontext()
 
 
 def max_shared(where: str) -> int:

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(D < 32 ? 32 : D)
 block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
                long long vectors_per_head, int sign_sets, int dim, int num_hash, int hash_code_len) {
   __shared__ ACC buffer[D < 32 ? 32 : D];
-  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and one word that may be read but does not matter
+  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and a zero: a code is cut from two neighbours
   __shared__ ACC largest_of_warp[32];
 
   const int i = threadIdx.x, lane = i % 32, part = blockIdx.y, parts = gridDim.y;
@@ -57,6 +57,7 @@ block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict_
   }
   const unsigned word = __ballot_sync(FULL_WARP, x > ACC(0));
   if (lane == 0) words[i / 32] = word;
+  if (i == 0) words[blockDim.x / 32] = 0;
   __syncthreads();
   const int per = D / hash_code_len, hash = part * per + i;
   if (i < per && hash < num_hash) {
@@ -87,6 +88,7 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
   const signed char* diagonals = signs + static_cast<long long>(set) * 3 * parts * D;
   int* code = codes + vector * num_hash;
   unsigned* words = words_of_warp[warp];
+  if (lane == 0) words[ENTRIES] = 0;  // a code is cut from two neighbours
 
   ACC x[ENTRIES], largest = 0;
   bool finite = true;

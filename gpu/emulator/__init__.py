@@ -22,7 +22,7 @@ one operation at different lines; deadlocks; too much shared memory, and launche
 integer division by zero, null pointers and other accesses that the operating system stops. Shared memory begins every block as NaN
 (integers: -1).
 
-**What takes a special build**, about ten times slower:
+**What takes a special build**, up to fifty times slower where a kernel does little but move data:
 
 - `checked`: any access outside every array, to the byte; vectors at addresses that are no multiple of their size; reads of shared memory
   that nobody has written; races in shared and global memory, whether or not the order of turns lets them show. `__syncthreads` orders the
@@ -36,7 +36,8 @@ device's compiler fuses. `__activemask`, inline PTX, textures, cooperative group
 uses them does not compile. Two barriers in one line count as one place. A thread that spins until another has done something never ends,
 and a kernel that writes outside every array, where nothing stops it, may spoil the process: that is what `checked` is for.
 
-It needs Linux or macOS and a C++17 compiler (``$CXX``, g++ or clang++); `missing` says what is not there. Tested are Linux and g++.
+It needs Linux or macOS and a C++17 compiler (``$CXX``, g++ or clang++); `missing` says what is not there. The special builds need Linux and
+g++, which is also what the tests run on.
 Libraries are kept in ``$YOSO_CORE_CACHE``, or ``~/.cache/yoso_core``; the folder may be deleted at any time. One launch runs at a time.
 """
 

@@ -27,6 +27,9 @@ FLAVOURS = ("plain", "counted", "address", "thread")
 _SHARED = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?\b__shared__\b(?P<declaration>[^;{}]*);', re.DOTALL)
 _TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _NAME = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
+_BOUNDED = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+__launch_bounds__\s*\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<space>\s*)(?P<name>\w+)'
+)
 _ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
 
 
@@ -54,6 +57,8 @@ class Function:
     name: str
     call: int
     """Address of the function that the runtime calls in every thread."""
+    max_threads: int
+    """What its ``__launch_bounds__`` allow a block; 0 where it has none."""
     parameters: tuple[Parameter, ...]
     parameter_names: tuple[str, ...]
 
@@ -101,6 +106,22 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
+@cache
+def _is_clang(command: tuple[str, ...]) -> bool:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return "clang" in done.stdout
+
+
+def missing_for_counting() -> str | None:
+    """Why `count_traffic` and `checked` cannot work here; ``None`` if they can.
+
+    clang takes vectors apart before it reports an access, so that what it reports is not what a GPU would do.
+    """
+    if missing() or (sys.platform == "linux" and not _is_clang(compiler().command)):
+        return missing()
+    return f"count_traffic and checked need Linux and g++: this is {sys.platform} with {compiler().command[0]}; name g++ in CXX"
+
+
 def compiler() -> Compiler:
     """Raises ``RuntimeError`` with what `missing` says."""
     found = _found()
@@ -130,6 +151,16 @@ def _split(declaration: str) -> list[str]:
             parts.append(declaration[start:i])
             start = i + 1
     return [*parts, declaration[start:]]
+
+
+def rewrite_bounds(text: str) -> str:
+    """The ``__launch_bounds__`` of kernels as constants, for the check of launches. Lines stay where they stood."""
+
+    def replace(found: re.Match[str]) -> str:
+        constant = f"namespace cuda_emulator_bounds {{ constexpr int {found['name']} = cuda_emulator::first_of({found['bounds']}); }}"
+        return f'{constant} extern "C" __global__ void{found["space"]}{found["name"]}'
+
+    return _BOUNDED.sub(replace, text)
 
 
 def rewrite_shared(text: str) -> str:
@@ -251,7 +282,7 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
             '#include "cuda.hpp"',
             *(f"#define {name} {value or '1'}" for name, _, value in defines),
             f'#line 1 "{file}"',
-            rewrite_shared(text),
+            rewrite_bounds(rewrite_shared(text)),
             f'#line 1 "{CALLS}"',
             *(f"CUDA_EMULATOR_KERNEL({name})" for name in kernels),
             "",
@@ -270,5 +301,6 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
         call = ctypes.cast(getattr(library, f"cuda_emulator_call_{name}"), ctypes.c_void_p).value
         assert call is not None
         found = tuple(Parameter.from_buffer_copy(parameters[i]) for i in range(count.value))
-        functions[name] = Function(name, call, found, _parameter_names(text, name))
+        bound = getattr(library, f"cuda_emulator_bound_{name}")()
+        functions[name] = Function(name, call, bound, found, _parameter_names(text, name))
     return Library(path, library, functions)

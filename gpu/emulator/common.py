@@ -69,8 +69,13 @@ def order_here(otherwise: Order) -> Order:
     return otherwise if chosen is None else chosen
 
 
-def launch_sizes(kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, max_shared: int) -> tuple[Shape, Shape]:
-    """Grid and block with three sizes each. Raises `KernelFault` for a launch that a GPU would refuse."""
+def launch_sizes(
+    kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, max_shared: int, max_threads: int = MAX_THREADS
+) -> tuple[Shape, Shape]:
+    """Grid and block with three sizes each. Raises `KernelFault` for a launch that a GPU would refuse.
+
+    ``max_threads`` is what the kernel itself allows a block, by its ``__launch_bounds__``.
+    """
     whole = []
     for name, sizes, most in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
         given = tuple(int(size) for size in sizes)
@@ -79,8 +84,10 @@ def launch_sizes(kernel: str, grid: Sequence[int], block: Sequence[int], shared:
             raise KernelFault(kernel, f"invalid launch: {name} {given}, where each size must be from 1 to {most}")
         whole.append(three)
     threads = whole[1][0] * whole[1][1] * whole[1][2]
-    if threads > MAX_THREADS:
-        raise KernelFault(kernel, f"invalid launch: a block of {whole[1]} has {threads} threads, {MAX_THREADS} is the most")
+    if threads > max_threads:
+        raise KernelFault(
+            kernel, f"invalid launch: a block of {whole[1]} has {threads} threads, {max_threads} is the most that the kernel allows"
+        )
     if not 0 <= shared <= max_shared:
         raise KernelFault(kernel, f"invalid launch: {shared} bytes of dynamic shared memory, a block here has {max_shared}")
     return whole[0], whole[1]

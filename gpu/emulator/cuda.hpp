@@ -8,7 +8,6 @@
 #define __constant__ static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 using cuda_emulator::blockDim;
@@ -60,6 +59,9 @@ template <class To, class From> inline To low_bits_as(From from) {
   __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
+
+// `__launch_bounds__(threads, blocks)` of a kernel is rewritten as a constant with this value.
+template <class... Rest> constexpr int first_of(int first, Rest...) { return first; }
 
 // `__shared__ T a[4], b;` is rewritten as a struct of these members and a reference to each.
 template <class Members> inline Members& shared(const char* names, CUDA_EMULATOR_SITE) {
@@ -311,9 +313,9 @@ inline double min(double x, float y) { return fmin(x, static_cast<double>(y)); }
 inline double max(float x, double y) { return fmax(static_cast<double>(x), y); }
 inline double max(double x, float y) { return fmax(x, static_cast<double>(y)); }
 
-// A kernel that calls nothing of the runtime is linked to it all the same.
-extern "C" const void* cuda_emulator_launch(const void*);
-__attribute__((used)) static const auto cuda_emulator_runtime = &cuda_emulator_launch;
+// So that every library is linked to the runtime, even if its kernels call nothing there.
+extern "C" const void* cuda_emulator_launch(const void* request);
+extern "C" __attribute__((visibility("default"))) const void* cuda_emulator_run(const void* request) { return cuda_emulator_launch(request); }
 
 // The call of a kernel, and what its parameters are.
 
@@ -377,13 +379,16 @@ inline const Parameter* parameters(Absent, int*) { return nullptr; }
 
 }  // namespace cuda_emulator
 
-// The global `name`, where there is one, hides that of a namespace which is only used.
+// The global `name`, where there is one, hides that of a namespace which is only used; and so does the bound of a kernel that has one.
 #define CUDA_EMULATOR_KERNEL(name)                                                                                                \
   namespace cuda_emulator_absent { constexpr cuda_emulator::Absent name{}; }                                                      \
   using namespace cuda_emulator_absent;                                                                                           \
+  namespace cuda_emulator_boundless { constexpr int name = 0; }                                                                   \
+  namespace cuda_emulator_bounds { using namespace cuda_emulator_boundless; }                                                     \
   extern "C" __attribute__((visibility("default"))) CUDA_EMULATOR_UNSEEN void cuda_emulator_call_##name(void** args) {            \
     cuda_emulator::call(::name, args);                                                                                            \
   }                                                                                                                               \
   extern "C" __attribute__((visibility("default"))) const cuda_emulator::Parameter* cuda_emulator_parameters_##name(int* count) { \
     return cuda_emulator::parameters(::name, count);                                                                              \
-  }
+  }                                                                                                                               \
+  extern "C" __attribute__((visibility("default"))) int cuda_emulator_bound_##name() { return cuda_emulator_bounds::name; }

@@ -1,7 +1,6 @@
 """The emulator as a device: what launchers hand their arrays and kernels to."""
 
 import ctypes
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy as np
 from yoso_core.gpu.cupy_kernels import source
 from yoso_core.gpu.device import Array, CudaKernel, Launch, Shape, record
 from yoso_core.gpu.emulator import build
-from yoso_core.gpu.emulator.common import KernelFault, Order, checked_order, launch_sizes, order_here
+from yoso_core.gpu.emulator.common import MAX_THREADS, KernelFault, Order, checked_order, launch_sizes, order_here
 from yoso_core.gpu.emulator.places import places
 from yoso_core.gpu.emulator.traffic import checks, is_counted, log_traffic, tallies
 
@@ -131,11 +130,12 @@ class Emulator:
         if is_counted():
             if flavour != "plain":
                 raise RuntimeError(f"count_traffic and checked do not work in a run for the {flavour} sanitizer")
-            if sys.platform != "linux":
-                raise RuntimeError(f"count_traffic and checked need Linux, this is {sys.platform}")
+            reason = build.missing_for_counting()
+            if reason:
+                raise RuntimeError(reason)
             flavour = "counted"
         function, library = _function(kernel, flavour)
-        sizes = launch_sizes(function.name, grid, block, shared, self.max_shared)
+        sizes = launch_sizes(function.name, grid, block, shared, self.max_shared, function.max_threads or MAX_THREADS)
         arguments = _Arguments(function, args)
         chosen = order_here(self.order)
         request = _Request(
@@ -151,7 +151,7 @@ class Emulator:
             num_ranges=len(arguments.ranges),
             checked=checks(),
         )
-        run = library.loaded.cuda_emulator_launch
+        run = library.loaded.cuda_emulator_run
         run.restype = ctypes.POINTER(_Fault)
         record(Launch("emulated", function.name, sizes[0], sizes[1], shared))
         with _running:

@@ -2,6 +2,11 @@
 // operation of its warp. The order in which the fibers take turns is chosen; nothing else differs from run to run.
 //
 // This file is never instrumented. In the builds for a sanitizer it tells the sanitizer about the fibers.
+#if defined(__APPLE__)  // ucontext.h and mmap of macOS ask for these
+#define _XOPEN_SOURCE 700
+#define _DARWIN_C_SOURCE
+#endif
+
 #include "runtime.hpp"
 
 #include <dlfcn.h>
@@ -95,7 +100,7 @@ enum Order { FORWARD, REVERSE, SEEDED };
 
 // Contexts: what a fiber is when it does not run.
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_EMULATOR_UCONTEXT)
 struct Context { void* stack_pointer; };
 // swapcontext() would make a system call for the signal mask. The System V ABI lets a callee change all but these six registers.
 __attribute__((naked, noinline, used)) void switch_context(Context*, Context*) {
@@ -123,6 +128,11 @@ void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
 }
 #endif
 
+struct Stack {
+  char* memory;
+  void* owner;  // in the eyes of ThreadSanitizer
+};
+
 enum class State : char { fresh, ready, at_barrier, in_warp_operation, finished };
 
 struct Fiber {
@@ -130,7 +140,7 @@ struct Fiber {
   uint3 index;
   unsigned number;
   Context context;
-  char* stack;
+  Stack stack;
   Site site;           // of the barrier or operation it waits in
   Barrier barrier;
   WarpOperation operation;
@@ -138,8 +148,8 @@ struct Fiber {
   unsigned mask;
   int source;
   unsigned long long value, result;
-  void* sanitizer;     // ThreadSanitizer's fiber, or AddressSanitizer's fake stack
-  void* meeting;       // what ThreadSanitizer sees the waiting threads synchronise on
+  void* fake_stack;    // AddressSanitizer's
+  void* meeting;
 };
 
 struct Random {
@@ -159,7 +169,7 @@ const Request* request;
 Fault fault;
 bool failed;
 std::vector<Fiber> fibers;
-std::vector<char*> free_stacks;
+std::deque<Stack> free_stacks;
 Fiber* current;
 Context hub;
 Random generator;
@@ -168,14 +178,14 @@ char* arena;
 char* next_place;  // of static shared memory
 unsigned static_shared;
 
-// What threads that wait for each other synchronise on, for ThreadSanitizer: addresses at the end of the arena.
-constexpr unsigned MEETINGS = 4096;
+// What threads synchronise on, for ThreadSanitizer: a page of addresses, which it forgets with every block.
+constexpr unsigned MEETINGS = PAGE / 8;
+char* meetings;
 unsigned next_meeting;
 void* barrier_meeting;
+char whole_launch, whole_block;
 #if defined(CUDA_EMULATOR_THREAD)
 void* hub_fiber;
-char whole_launch;
-std::deque<void*> ended;  // fibers, kept for a while: a report can name the lines of those only
 #endif
 #if defined(CUDA_EMULATOR_ADDRESS)
 void* hub_fake_stack;
@@ -213,7 +223,7 @@ void locate(const void* pc) {
 void to_hub();
 
 // From a fiber: the launch ends here.
-__attribute__((format(printf, 2, 3))) [[noreturn]] void fail(Site site, const char* format, ...) {
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail(Site site, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   describe(current, site, format, arguments);
@@ -266,7 +276,7 @@ Text place_of(const char* address) {
 }
 
 // From a fiber that is about to make an access: the launch ends here.
-__attribute__((format(printf, 2, 3))) [[noreturn, maybe_unused]] void fail_at(const void* return_address, const char* format, ...) {
+[[noreturn, maybe_unused]] __attribute__((format(printf, 2, 3))) void fail_at(const void* return_address, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   describe(current, {nullptr, 0}, format, arguments);
@@ -275,63 +285,104 @@ __attribute__((format(printf, 2, 3))) [[noreturn, maybe_unused]] void fail_at(co
   for (;;) to_hub();
 }
 
-// Fibers
-
 bool at_same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
 
-char* make_stack() {
-  char* made = static_cast<char*>(mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+char* map(void* where, size_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (where ? MAP_FIXED : 0);
+  void* made = mmap(where, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (made == MAP_FAILED) abort();
-  mprotect(made, PAGE, PROT_NONE);  // an overflow is a fault at once
+  return static_cast<char*>(made);
+}
+
+// What the sanitizers are told, and nothing in the other builds.
+
+#if defined(CUDA_EMULATOR_THREAD)
+void release(void* meeting) { __tsan_release(meeting); }
+void acquire(void* meeting) { __tsan_acquire(meeting); }
+void forget(char* memory, size_t bytes) {
+  munmap(memory, bytes);
+  map(memory, bytes);
+}
+// A stack stands for one thread after another, all of one owner, between which no race is seen. So its turn comes again only after many
+// others. Making one for each thread would take far longer.
+constexpr size_t STACKS_BETWEEN = 2048;
+#else
+void release(void*) {}
+void acquire(void*) {}
+void forget(char*, size_t) {}
+constexpr size_t STACKS_BETWEEN = 0;
+#endif
+
+void about_to_switch(Fiber& fiber, bool to_fiber) {
+#if defined(CUDA_EMULATOR_THREAD)
+  __tsan_switch_to_fiber(to_fiber ? fiber.stack.owner : hub_fiber, 1);  // 1: taking turns orders nothing
+#elif defined(CUDA_EMULATOR_ADDRESS)
+  if (to_fiber) __sanitizer_start_switch_fiber(&hub_fake_stack, fiber.stack.memory, STACK_BYTES);
+  else __sanitizer_start_switch_fiber(fiber.state == State::finished ? nullptr : &fiber.fake_stack, hub_stack, hub_stack_bytes);
+#else
+  (void)fiber, (void)to_fiber;
+#endif
+}
+
+void has_switched(Fiber* to_fiber, bool is_new = false) {
+#if defined(CUDA_EMULATOR_ADDRESS)
+  if (is_new) __sanitizer_finish_switch_fiber(nullptr, &hub_stack, &hub_stack_bytes);
+  else __sanitizer_finish_switch_fiber(to_fiber ? to_fiber->fake_stack : hub_fake_stack, nullptr, nullptr);
+#else
+  (void)to_fiber, (void)is_new;
+#endif
+}
+
+// Stacks
+
+Stack take_stack() {
+  if (free_stacks.size() > STACKS_BETWEEN) {
+    const Stack stack = STACKS_BETWEEN ? free_stacks.front() : free_stacks.back();
+    if (STACKS_BETWEEN) free_stacks.pop_front();
+    else free_stacks.pop_back();  // the one last used is in the cache
+    return stack;
+  }
+  Stack made{map(nullptr, STACK_BYTES), nullptr};
+  mprotect(made.memory, PAGE, PROT_NONE);  // an overflow is a fault at once
+#if defined(CUDA_EMULATOR_THREAD)
+  made.owner = __tsan_create_fiber(0);
+#endif
   return made;
 }
 
-char* take_stack() {
-  if (free_stacks.empty()) return make_stack();
-  char* stack = free_stacks.back();
-  free_stacks.pop_back();
-  return stack;
-}
-
 void give_back_stack(Fiber& fiber) {
-#if defined(CUDA_EMULATOR_THREAD)
-  munmap(fiber.stack, STACK_BYTES);  // ThreadSanitizer forgets what was on it
-  ended.push_back(fiber.sanitizer);
-  if (ended.size() > 2048) {
-    __tsan_destroy_fiber(ended.front());
-    ended.pop_front();
-  }
-#else
 #if defined(CUDA_EMULATOR_ADDRESS)
-  __asan_unpoison_memory_region(fiber.stack + PAGE, STACK_BYTES - PAGE);
+  __asan_unpoison_memory_region(fiber.stack.memory + PAGE, STACK_BYTES - PAGE);
 #endif
   free_stacks.push_back(fiber.stack);
-#endif
-  fiber.stack = nullptr;
+  fiber.stack = {};
 }
+
+// Of a thread that has been cut short.
+void drop_stack(Fiber& fiber) {
+#if defined(CUDA_EMULATOR_THREAD)
+  __tsan_destroy_fiber(fiber.stack.owner);
+  munmap(fiber.stack.memory, STACK_BYTES);
+  fiber.stack = {};
+#else
+  give_back_stack(fiber);
+#endif
+}
+
+// Fibers
 
 void to_hub() {
   Fiber* me = current;
-#if defined(CUDA_EMULATOR_THREAD)
-  __tsan_switch_to_fiber(hub_fiber, 1);
-#endif
-#if defined(CUDA_EMULATOR_ADDRESS)
-  __sanitizer_start_switch_fiber(me->state == State::finished ? nullptr : &me->sanitizer, hub_stack, hub_stack_bytes);
-#endif
+  about_to_switch(*me, false);
   switch_context(&me->context, &hub);
-#if defined(CUDA_EMULATOR_ADDRESS)
-  __sanitizer_finish_switch_fiber(me->sanitizer, nullptr, nullptr);
-#endif
+  has_switched(me);
 }
 
 void run_fiber() {
-#if defined(CUDA_EMULATOR_ADDRESS)
-  __sanitizer_finish_switch_fiber(nullptr, &hub_stack, &hub_stack_bytes);
-#endif
+  has_switched(current, true);
+  acquire(&whole_block);
   request->call(request->args);
-#if defined(CUDA_EMULATOR_THREAD)
-  __tsan_release(&whole_launch);
-#endif
+  release(&whole_launch);
   current->state = State::finished;
   to_hub();
 }
@@ -340,24 +391,14 @@ void resume(Fiber& fiber) {
   if (fiber.state == State::fresh) {
     fiber.stack = take_stack();
     // Stacks whose tops differ in their last bits do not compete for the same lines of the cache.
-    prepare(fiber.context, fiber.stack + PAGE, STACK_BYTES - PAGE - fiber.number % 64 * 192, run_fiber);
-#if defined(CUDA_EMULATOR_THREAD)
-    fiber.sanitizer = __tsan_create_fiber(0);
-#endif
+    prepare(fiber.context, fiber.stack.memory + PAGE, STACK_BYTES - PAGE - fiber.number % 64 * 192, run_fiber);
   }
   fiber.state = State::ready;
   current = &fiber;
   threadIdx = fiber.index;
-#if defined(CUDA_EMULATOR_THREAD)
-  __tsan_switch_to_fiber(fiber.sanitizer, 1);  // 1: no thread is ordered after another by taking turns
-#endif
-#if defined(CUDA_EMULATOR_ADDRESS)
-  __sanitizer_start_switch_fiber(&hub_fake_stack, fiber.stack, STACK_BYTES);
-#endif
+  about_to_switch(fiber, true);
   switch_context(&hub, &fiber.context);
-#if defined(CUDA_EMULATOR_ADDRESS)
-  __sanitizer_finish_switch_fiber(hub_fake_stack, nullptr, nullptr);
-#endif
+  has_switched(nullptr);
   current = nullptr;
   if (fiber.state == State::finished) give_back_stack(fiber);
 }
@@ -365,13 +406,9 @@ void resume(Fiber& fiber) {
 void wait(State state, void* meeting) {
   current->state = state;
   current->meeting = meeting;
-#if defined(CUDA_EMULATOR_THREAD)
-  if (meeting) __tsan_release(meeting);
-#endif
+  if (meeting) release(meeting);
   to_hub();
-#if defined(CUDA_EMULATOR_THREAD)
-  if (meeting) __tsan_acquire(meeting);
-#endif
+  if (meeting) acquire(meeting);
 }
 
 #if defined(CUDA_EMULATOR_COUNTED)
@@ -398,7 +435,7 @@ Warp warp_of(unsigned number) {
   return {first, left < 32 ? left : 32};
 }
 
-void* new_meeting() { return arena + ARENA_BYTES - 8 * (1 + next_meeting++ % MEETINGS); }
+void* new_meeting() { return meetings + 8 * (next_meeting++ % MEETINGS); }
 
 // The threads of one __syncwarp meet at one address; two under way at once, of different masks, do not. The other operations order
 // nothing that the lanes do to memory.
@@ -562,16 +599,9 @@ char* aligned_up(char* p, size_t alignment) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + alignment - 1) / alignment * alignment);
 }
 
-void map_arena() {
-  // At the same address every time. ThreadSanitizer forgets what was there.
-  if (arena) munmap(arena, ARENA_BYTES);
-  arena = static_cast<char*>(mmap(arena, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (arena ? MAP_FIXED : 0), -1, 0));
-  if (arena == MAP_FAILED) abort();
-}
-
 // Shared memory of a launch: red zone, dynamic, red zone, and the static declarations, each with a red zone behind it.
 void lay_out_shared() {
-  if (!arena) map_arena();
+  if (!arena) arena = map(nullptr, ARENA_BYTES), meetings = map(nullptr, PAGE);
 #if defined(CUDA_EMULATOR_ADDRESS)
   __asan_unpoison_memory_region(arena, ARENA_BYTES);
 #endif
@@ -590,10 +620,11 @@ void run_block(unsigned long long number) {
   blockIdx.x = static_cast<unsigned>(number % gridDim.x);
   blockIdx.y = static_cast<unsigned>(number / gridDim.x % gridDim.y);
   blockIdx.z = static_cast<unsigned>(number / gridDim.x / gridDim.y);
-#if defined(CUDA_EMULATOR_THREAD)
-  map_arena();
+  if (request->shared || static_shared) forget(arena, static_cast<size_t>(next_place - arena) / PAGE * PAGE + PAGE);
+  if (next_meeting > 1) forget(meetings, PAGE);
+  next_meeting = 0;
   barrier_meeting = new_meeting();
-#endif
+  release(&whole_block);
   fill(arena, next_place);
   observe_block();
   for (Fiber& fiber : fibers) fiber.state = State::fresh;
@@ -620,7 +651,7 @@ void on_signal(int number, siginfo_t* info, void* context) {
     report(current, {nullptr, 0}, "integer division by zero, or the least integer by -1");
   } else if (number == SIGILL || number == SIGABRT) {
     report(current, {nullptr, 0}, "the kernel ran into code that cannot be reached");
-  } else if (current->stack && address >= current->stack && address < current->stack + PAGE) {
+  } else if (address >= current->stack.memory && address < current->stack.memory + PAGE) {
     report(current, {nullptr, 0}, "local memory overflows: the emulator has %zu KiB for each thread", STACK_BYTES >> 10);
   } else {
     report(current, {nullptr, 0}, "invalid access %s", place_of(address).text);
@@ -688,6 +719,7 @@ char* place_shared(Slot& slot, unsigned bytes, unsigned alignment, const char* n
   }
   slot.place = aligned_up(next_place, alignment < 16 ? 16 : alignment);
   next_place = aligned_up(slot.place + bytes + RED_ZONE, 128);
+  if (next_place > arena + ARENA_BYTES) fail(site, "so many declarations of shared memory that the emulator has no room for them");
   slot.launch = launch_number;
   fill(slot.place - reinterpret_cast<uintptr_t>(slot.place) % 8, next_place);
 #if defined(CUDA_EMULATOR_ADDRESS)
@@ -738,7 +770,7 @@ extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cu
   fibers.resize(blockDim.x * blockDim.y * blockDim.z);
   for (unsigned i = 0; i < fibers.size(); ++i) {
     fibers[i].number = i;
-    fibers[i].stack = nullptr;
+    fibers[i].stack = {};
     fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   lay_out_shared();
@@ -748,10 +780,8 @@ extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cu
 #endif
   run_launch();
   for (Fiber& fiber : fibers) {
-    if (fiber.stack) give_back_stack(fiber);  // of threads that a fault has cut short
+    if (fiber.stack.memory) drop_stack(fiber);
   }
-#if defined(CUDA_EMULATOR_THREAD)
-  __tsan_acquire(&whole_launch);
-#endif
+  acquire(&whole_launch);
   return failed ? &fault : nullptr;
 }

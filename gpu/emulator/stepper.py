@@ -23,8 +23,6 @@ import itertools
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import CellType, CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
@@ -34,15 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yoso_core.gpu.device import Launch, Shape, record
+from yoso_core.gpu.emulator.common import KernelFault, launch_sizes, order_here
 
 T = TypeVar("T")
-
-Order = str | int
-"""``"forward"``, ``"reverse"``, or the seed of an order that is drawn anew for the blocks, and in a block after every barrier."""
-
-_order: ContextVar[Order] = ContextVar("order", default="forward")
-
-_MAX_GRID, _MAX_BLOCK, _MAX_THREADS = (2**31 - 1, 65_535, 65_535), (1024, 1024, 64), 1024
 
 _STOPS = frozenset({"syncthreads", "syncthreads_count", "syncthreads_and", "syncthreads_or", "cas", "compare_and_swap"})
 """Where a thread may have to wait for others. A kernel that names none of them needs no greenlets."""
@@ -59,20 +51,8 @@ def missing() -> str | None:
     return None
 
 
-@contextmanager
-def order(chosen: Order) -> Iterator[None]:
-    """The order of threads and blocks for every launch in the body: ``"forward"``, ``"reverse"``, or an int, the seed of a random one."""
-    if chosen not in ("forward", "reverse") and not isinstance(chosen, int):
-        raise ValueError(f"order: need 'forward', 'reverse' or an int, the seed of a random order, got {chosen!r}")
-    token = _order.set(chosen)
-    try:
-        yield
-    finally:
-        _order.reset(token)
-
-
-class KernelFault(RuntimeError):
-    """A kernel did what it must not do on a GPU. The message names kernel, block, thread and line."""
+class _Fault(RuntimeError):
+    """What a thread did wrong, before it is known where."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +90,7 @@ class Stepper:
         return np.zeros(shape, dtype)
 
     def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
-        """Run a kernel to its end. Raises `KernelFault` for what it does wrong, ``ValueError`` for a launch that a GPU would refuse."""
+        """Run a kernel to its end. Raises `KernelFault` for what it does wrong, and for a launch that a GPU would refuse."""
         self._run(kernel, grid, block, args, shared, None)
 
     def trace(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> list[Step]:
@@ -122,19 +102,11 @@ class Stepper:
     def _run(
         self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int, steps: list[Step] | None
     ) -> None:
-        grid_dim, block_dim = _dims("grid", grid, _MAX_GRID), _dims("block", block, _MAX_BLOCK)
+        name = getattr(kernel, "py_func", kernel).__name__
+        grid_dim, block_dim = launch_sizes(name, grid, block, shared, self.max_shared)
         running = _RunningKernel(kernel, grid_dim, block_dim, args, shared, self.max_shared, steps)
         record(Launch("stepped", running.name, tuple(grid), tuple(block), shared))
         running.run()
-
-
-def _dims(name: str, dims: Sequence[int], most: Shape) -> Shape:
-    x, y, z = (*(int(n) for n in dims), 1, 1)[:3]
-    if len(dims) > 3 or not all(1 <= n <= limit for n, limit in zip((x, y, z), most, strict=True)):
-        raise ValueError(f"{name}: need one to three numbers, of 1 to {most}, got {tuple(dims)}")
-    if name == "block" and x * y * z > _MAX_THREADS:
-        raise ValueError(f"block: {x} x {y} x {z} threads are more than the {_MAX_THREADS} that a block may have")
-    return x, y, z
 
 
 def _poisoned(shape: Any, dtype: Any) -> NDArray[Any]:
@@ -356,16 +328,14 @@ class _RunningKernel:
         names = self.function.__code__.co_varnames[: self.function.__code__.co_argcount]
         if len(args) != len(names):
             raise TypeError(f"args: {self.name} takes {len(names)} arguments, got {len(args)}")
-        if shared > max_shared:
-            raise ValueError(f"shared: {self.name} needs {shared:,} bytes of shared memory, a block here has {max_shared:,}")
         self.args = [_argument(x, name) for x, name in zip(args, names, strict=True)]
         self.blocks = [Dim3(x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(grid)))]
         self.threads = [Dim3(x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(block)))]
         self.shared, self.max_shared = shared, max_shared
         self.steps = steps
-        chosen = _order.get()
+        chosen = order_here("forward")
         self.reverse = chosen == "reverse"
-        self.random = np.random.default_rng(chosen) if isinstance(chosen, int) else None
+        self.random = np.random.default_rng(chosen) if not isinstance(chosen, str) else None
 
     # What a kernel names (the module numba.cuda, device functions) it finds in its globals, or in the cells of a function around it. They
     # are put in place in a copy of the function, so that neither another launch nor anybody else sees it.
@@ -403,7 +373,7 @@ class _RunningKernel:
             self.static[place] = _checked(_poisoned(shape, dtype), f"the shared array of line {frame.f_lineno}")
             taken = self.shared + sum(x.data.nbytes for x in self.static.values())
             if taken > self.max_shared:
-                raise KernelFault(f"{taken:,} bytes of shared memory are needed, a block here has {self.max_shared:,}")
+                raise _Fault(f"{taken:,} bytes of shared memory are needed, a block here has {self.max_shared:,}")
         return self.static[place]
 
     # Whose turn it is.
@@ -460,7 +430,7 @@ class _RunningKernel:
                     return
                 if self.arrived < len(turns):
                     self.cuda.threadIdx = next(thread for thread, turn in zip(self.threads, turns, strict=True) if turn.dead)
-                    raise KernelFault(f"has ended, while {self.first_here()}: a barrier needs every thread of the block")
+                    raise _Fault(f"has ended, while {self.first_here()}: a barrier needs every thread of the block")
                 self.ballot, self.votes = self.votes, []
                 if self.steps is not None:
                     self.tell_barrier()
@@ -481,7 +451,7 @@ class _RunningKernel:
             if not turns:
                 return
         others = f", while {self.first_here()}" if self.arrived else ""
-        raise KernelFault(f"waits for ever, its compare-and-swap at line {self.retry_line} never succeeds{others}")
+        raise _Fault(f"waits for ever, its compare-and-swap at line {self.retry_line} never succeeds{others}")
 
     def syncthreads(self) -> None:
         self.arrive(sys._getframe(1))
@@ -497,7 +467,7 @@ class _RunningKernel:
         if self.arrived == 0:
             self.place, self.first = (frame.f_code, frame.f_lasti), (thread, frame)
         elif (frame.f_code, frame.f_lasti) != self.place:
-            raise KernelFault(f"waits at a barrier here, while {self.first_here()}: every thread of a block must meet the same barrier")
+            raise _Fault(f"waits at a barrier here, while {self.first_here()}: every thread of a block must meet the same barrier")
         self.arrived += 1
         next(self.queue, self.hub).switch()
         self.cuda.threadIdx = thread
@@ -520,14 +490,15 @@ class _RunningKernel:
 
     def fault(self, error: Exception) -> KernelFault:
         """The error with the place where it happened: the innermost line of the kernel, or of a device function."""
-        place, trace = "", error.__traceback__
+        file, line, trace = None, None, error.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code
             if code in self.codes:
-                place = f", {Path(code.co_filename).name} line {trace.tb_lineno}"
+                file, line = Path(code.co_filename).name, trace.tb_lineno
             trace = trace.tb_next
-        what = str(error) if isinstance(error, KernelFault) else f"{type(error).__name__}: {error}"
-        return KernelFault(f"{self.name}, block {tuple(self.cuda.blockIdx)}, thread {tuple(self.cuda.threadIdx)}{place}: {what}")
+        what = str(error) if isinstance(error, _Fault) else f"{type(error).__name__}: {error}"
+        block, thread = tuple(self.cuda.blockIdx), tuple(self.cuda.threadIdx)
+        return KernelFault(self.name, what, block=block, thread=thread, file=file, line=line)
 
     def on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self.on_line if frame.f_code in self.codes else None

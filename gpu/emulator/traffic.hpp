@@ -326,7 +326,7 @@ void access_shared(const char* address, unsigned bytes, Access access, const voi
 void about_to_access(const void* where, unsigned bytes, Access access, const void* pc, bool whole) {
   if (!current) return;  // not in a kernel
   const char* address = static_cast<const char*>(where);
-  if (address >= current->stack && address < current->stack + STACK_BYTES) return;  // local memory, or a register
+  if (address >= current->stack.memory && address < current->stack.memory + STACK_BYTES) return;  // local memory, or a register
   for (const auto& image : images) {
     if (address >= image.first && address < image.second) return;  // constants
   }

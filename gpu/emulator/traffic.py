@@ -175,7 +175,7 @@ _checked: ContextVar[int] = ContextVar("checked", default=_NOT)
 def count_traffic() -> Iterator[TrafficLog]:
     """Count what the launches in the body move, of any emulator.
 
-    An access outside every array raises `KernelFault` here, where a plain launch may miss it. Works on Linux.
+    An access outside every array raises `KernelFault` here, where a plain launch may miss it. It takes Linux and g++.
     """
     log = TrafficLog()
     token = _logs.set((*_logs.get(), log))
@@ -187,7 +187,7 @@ def count_traffic() -> Iterator[TrafficLog]:
 
 @contextmanager
 def checked(*, uninitialised: bool = True) -> Iterator[None]:
-    """Check every access of the launches in the body, and raise `KernelFault` for the first that must not be. Works on Linux.
+    """Check every access of the launches in the body, and raise `KernelFault` for the first that must not be. It takes Linux and g++.
 
     These are: one outside every array; a vector at an address that is no multiple of its size; two accesses by different threads, one of
     them a write, not both atomic, with no barrier in between; and, unless told otherwise, a read of shared memory that no thread of the
