@@ -180,13 +180,17 @@ def definition_of(op: str) -> yoso_core.Variant:
     return definition
 
 
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    """The outputs of an operation: gradients come in threes."""
+    return result if isinstance(result, tuple) else (result,)
+
+
 def check_variant(op: str, name: str, case: Case) -> None:
     """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly; sums within the derived tolerance."""
     inputs = {k: as_dtype(x, case.dtype) for k, x in build(op, case).items()}
 
     def outputs(variant: str) -> tuple[Any, ...]:
-        result = getattr(yoso_core, op)(**inputs, variant=variant)
-        return result if isinstance(result, tuple) else (result,)
+        return as_tuple(getattr(yoso_core, op)(**inputs, variant=variant))
 
     got = outputs(name)
     with poisoned_allocations():  # after a first call, since a compiler does not know the replacement

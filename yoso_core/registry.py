@@ -184,6 +184,12 @@ KERNELS: tuple[Kernel, ...] = (
         "one query at a time",
         definition=True,
     ),
+    *_cuda(
+        "expectation_attention_backward",
+        "blocked",
+        "tiles of rows by tiles of others, once by query and once by key",
+        "normalize_rows pull_rows through_normalization",
+    ),
     Kernel(
         "lsh_attention_backward",
         "cpu:buckets",
@@ -196,6 +202,13 @@ KERNELS: tuple[Kernel, ...] = (
         "yoso_core.reference:lsh_attention_backward",
         "every pair of codes",
         definition=True,
+    ),
+    *_cuda(
+        "lsh_attention_backward",
+        "outer_products",
+        "lower bound: cumulations by outer products; exact: all pairs, blocked",
+        "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
+        "note_spoiled_heads pull_rows through_normalization",
     ),
     Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalise tile by tile, codes never stored"),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalise", definition=True),

@@ -1,7 +1,8 @@
 """CUDA C++ kernels and their launchers.
 
 The `.cu` files hold the kernels: `hashing` and `hyperplanes` the two hashes, `cumulation` and `weighted` the two cumulations, `sort` what
-the sorted ones share, `expectation` the exact weights, `attention` what stands around them. A launcher in the `.py` file of the same name
+the sorted ones share, `expectation` the exact weights, `gradients` those of both kinds of attention,
+`attention` what stands around them. A launcher in the `.py` file of the same name
 takes the device first, then the arguments of the reference. `source` makes one text of a file and its headers, `cuda` launches it on a GPU
 through CuPy; `yoso_core.gpu.emulator` runs the same text on the CPU.
 """
@@ -13,6 +14,7 @@ from yoso_core.gpu.cupy_kernels.cumulation import (
     lsh_cumulation_sorted_buckets,
 )
 from yoso_core.gpu.cupy_kernels.expectation import expectation_attention_blocked
+from yoso_core.gpu.cupy_kernels.gradients import expectation_attention_backward_blocked, lsh_attention_backward_outer_products
 from yoso_core.gpu.cupy_kernels.hashing import (
     fast_hash_block_per_part,
     fast_hash_warp_per_vector,
@@ -25,10 +27,12 @@ from yoso_core.gpu.cupy_kernels.weighted import (
 )
 
 __all__ = [
+    "expectation_attention_backward_blocked",
     "expectation_attention_blocked",
     "fast_hash_block_per_part",
     "fast_hash_warp_per_vector",
     "hyperplane_hash_thread_per_code",
+    "lsh_attention_backward_outer_products",
     "lsh_cumulation_global_table",
     "lsh_cumulation_shared_table",
     "lsh_cumulation_sorted_buckets",

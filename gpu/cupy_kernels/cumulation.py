@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from yoso_core.gpu.cupy_kernels import layout
-from yoso_core.gpu.cupy_kernels.sorting import sort_codes
+from yoso_core.gpu.cupy_kernels.sorting import SortedCodes, sort_codes
 from yoso_core.gpu.device import Array, CudaKernel, Device, DoesNotFit
 
 _WARP = 32
@@ -172,12 +172,16 @@ def lsh_cumulation_sorted_buckets(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     out_dtype: Any = None,
+    sorted_codes: SortedCodes | None = None,
 ) -> Array:
-    """Keys sorted by code, buckets summed as runs of neighbours, found again by bisection: any capacity, no float atomics."""
+    """Keys sorted by code, buckets summed as runs of neighbours, found again by bisection: any capacity, no float atomics.
+
+    ``sorted_codes``: those of the keys, as `sort_codes` gives them, where the caller has them.
+    """
     call = _Call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
     if call.trivial:
         return call.out
-    sorted_code, order = sort_codes(device, call.key_code, call.capacity, call.key_mask)
+    sorted_code, order = sorted_codes or sort_codes(device, call.key_code, call.capacity, call.key_mask)
     row_bytes = call.n_k * call.value_dim * np.dtype(call.accumulator).itemsize
     budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of sums of one head and hash
     together = max(1, min(call.num_hash, budget))

@@ -12,7 +12,7 @@ _QUERIES = 64
 _THREADS = 256
 
 
-def _unit_rows(device: Device, vectors: Array) -> Array:
+def unit_rows(device: Device, vectors: Array) -> Array:
     """Rows scaled to unit length, as contiguous ``(heads, n, d)`` of the accumulator's dtype; NaN where a row is not finite."""
     flat = layout.heads(device, vectors)
     unit = device.empty(flat.shape, layout.accumulator(flat))
@@ -45,7 +45,7 @@ def expectation_attention_blocked(
     out = device.empty((*query.shape[:-1], value.shape[-1]), value.dtype if out_dtype is None else out_dtype)
     if out.size == 0:
         return out
-    unit_query, unit_key, values = _unit_rows(device, query), _unit_rows(device, key), layout.heads(device, value)
+    unit_query, unit_key, values = unit_rows(device, query), unit_rows(device, key), layout.heads(device, value)
     keep_query, keep_key = layout.mask_bytes(device, query_mask, query.shape[:-1]), layout.mask_bytes(device, key_mask, key.shape[:-1])
     (heads, n_q, dim), (n_k, value_dim) = unit_query.shape, values.shape[1:]
     flat_out = out.reshape(heads, n_q, value_dim)

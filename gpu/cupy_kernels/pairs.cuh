@@ -28,7 +28,9 @@ __device__ inline Place my_place() {
   return {static_cast<int>(threadIdx.x % 32), warp % (ACROSS / 8) * 8, warp / (ACROSS / 8) * 4};
 }
 
-template <int STRIDE> __device__ inline ACC& entry(Four (*tile)[STRIDE], int row, int column) { return tile[row][column / 4].at[column % 4]; }
+template <int STRIDE> __device__ inline ACC& entry(Four (*tile)[STRIDE], int row, int column) {
+  return tile[row][column / 4].at[column % 4];
+}
 
 // Rows first_row ... of a head, WIDTH of their entries from first_dim on, go to a tile. Rows that are masked, and what lies beyond the
 // matrix, are zeros: nothing of a masked row is read.

@@ -10,7 +10,11 @@ _DIGIT_BITS = 4
 _TILE = 32
 
 
-def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Array | None) -> tuple[Array, Array]:
+SortedCodes = tuple[Array, Array]
+"""What `sort_codes` returns."""
+
+
+def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Array | None) -> SortedCodes:
     """Codes in ascending order for each head and hash, and the row that each came from; equal codes keep the order of their rows.
 
     Parameters

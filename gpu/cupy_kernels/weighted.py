@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from yoso_core.gpu.cupy_kernels import layout
-from yoso_core.gpu.cupy_kernels.sorting import sort_codes
+from yoso_core.gpu.cupy_kernels.sorting import SortedCodes, sort_codes
 from yoso_core.gpu.device import Array, CudaKernel, Device
 
 _WARP = 32
@@ -203,11 +203,12 @@ def lsh_weighted_cumulation_outer_products(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     out_dtype: Any = None,
+    sorted_codes: tuple[SortedCodes, SortedCodes] | None = None,
 ) -> Array:
     """Keys and queries sorted by code; a bucket's keys become one matrix, which its queries are multiplied with.
 
     Any capacity, repeatable bit by bit, and linear in ``n_q + n_k`` however the codes are spread. ``out_dtype``: that of the result, if
-    not that of ``value``.
+    not that of ``value``; ``sorted_codes``: those of the queries and of the keys, as `sort_codes` gives them, where the caller has them.
     """
     call = _Call(
         device, query_hash_code, query_weight, key_hash_code, key_weight, value, hashtable_capacity, query_mask, key_mask, out_dtype
@@ -216,8 +217,10 @@ def lsh_weighted_cumulation_outer_products(
         return call.out
     sums = call.zero_sums()
     if call.n_k:
-        query_side = sort_codes(device, call.query_code, call.capacity, call.query_mask)
-        key_side = sort_codes(device, call.key_code, call.capacity, call.key_mask)
+        query_side, key_side = sorted_codes or (
+            sort_codes(device, call.query_code, call.capacity, call.query_mask),
+            sort_codes(device, call.key_code, call.capacity, call.key_mask),
+        )
         columns = 32 if call.accumulator == np.float64 else 64
         head_bytes = sum(x[0].nbytes for x in (call.query_weight, call.key_weight, call.value, sums))
         for part in layout.grid_slices(call.heads, _CACHE_BYTES // max(head_bytes, 1)):
