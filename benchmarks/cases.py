@@ -6,7 +6,7 @@ A new suite is a new entry of `SUITES`; a new thing to run is a new entry of `yo
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Measure = Literal["speedup", "cost", "bandwidth", "memory"]
+Measure = Literal["speedup", "cost", "bandwidth", "memory", "overhead"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Case:
     ``"cost"``: time of ``ours`` over ``share`` times that of ``beside``, at most ``limit``.
     ``"bandwidth"``: time to move inputs and output once, at the rate of large copies, over time of ``ours``, at least ``limit``.
     ``"memory"``: what ``ours`` allocates beyond inputs and output, in MB, at most ``limit``.
+    ``"overhead"``: time of ``ours`` less that of ``beside``, in microseconds, at most ``limit``.
     """
     ours: Workload
     beside: Workload | None = None
@@ -114,6 +115,57 @@ def _memory(ours: Workload, beside: Workload | None = None, headline: bool = Fal
     )
 
 
+def _training(n: int, limit: float | None = None, aim: float | None = None, hash_code_len: int = 8) -> Case:
+    ours = Workload("yoso_training", n, hash_code_len=hash_code_len)
+    return Case(
+        suite="cpu",
+        name=f"sampled forward + backward, n = {n:,}{f', tau = {hash_code_len}' if hash_code_len != 8 else ''}, beside SDPA",
+        measure="speedup",
+        ours=ours,
+        beside=replace(ours, run="sdpa_training"),
+        limit=limit,
+        aim=aim,
+        headline=aim is not None,
+        quick=n <= 1024,
+    )
+
+
+_TINY = Workload("cumulation_operator", 16, heads=1)
+
+TRAINING: tuple[Case, ...] = (
+    _training(1024),
+    _training(4096, limit=3, aim=8),
+    _training(16384, limit=6, aim=30),
+    # tau = log2(n): the paper's choice for long inputs.
+    _training(16384, limit=8, hash_code_len=14),
+    Case(
+        suite="cpu",
+        name="exact expectation forward + backward, n = 4,096, beside transformers",
+        measure="speedup",
+        ours=Workload("yoso_expectation_training", 4096),
+        beside=Workload("transformers_expectation_training", 4096),
+        limit=6,
+        headline=True,
+    ),
+    Case(
+        suite="cpu",
+        name="sampled forward + backward, n = 65,536: memory beyond inputs, output and gradients",
+        measure="memory",
+        ours=Workload("yoso_training", 65536),
+        limit=256,
+        headline=True,
+    ),
+    Case(
+        suite="cpu",
+        name="lsh_cumulation of 16 tokens: overhead of the torch operator over the bare kernel",
+        measure="overhead",
+        ours=_TINY,
+        beside=replace(_TINY, run="cumulation_kernel"),
+        limit=50,
+        quick=True,
+    ),
+)
+
 _EXPECTATION = Workload("yoso_expectation", 4096), Workload("transformers_expectation", 4096)
 
 CPU: tuple[Case, ...] = (
@@ -146,6 +198,7 @@ CPU: tuple[Case, ...] = (
     _memory(Workload("yoso", 262_144), headline=True),
     _memory(Workload("yoso_expectation", 512), Workload("transformers_expectation", 512)),
     _memory(*_EXPECTATION, headline=True),
+    *TRAINING,
 )
 
 GPU_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)

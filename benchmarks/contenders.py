@@ -10,8 +10,10 @@ import numpy as np
 import yoso_core
 from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.machines import MACHINES
+from yoso_core.reference import l2_normalize_backward
+from yoso_core.reference.normalize import TINY_NORM
 from yoso_core.registry import automatic
-from yoso_core.truth import tolerance, truth
+from yoso_core.truth import call, definition_of, outputs_of, tolerance, truth
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Any]
@@ -26,11 +28,18 @@ class Check:
     """Error by what is allowed, the largest over all entries compared: green up to 1."""
     largest_error: float
     rows: int
-    """Query rows compared, all of the last head."""
+    """Query rows compared, all of the last head; of gradients, rows of query and of key."""
 
     @property
     def green(self) -> bool:
         return self.tolerance_used <= 1  # NaN is red
+
+    @classmethod
+    def of(cls, result: Array, exact: Array, allowed: Array, rows: int) -> "Check":
+        error = np.abs(result - exact)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            used = np.where(error == 0, 0, error / allowed)
+        return cls(float(np.max(used, initial=0)), float(np.max(error, initial=0)), rows)
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,21 @@ class Ours:
         """The whole call, of which rows spread over the last head are compared: a slip in a stride of heads or rows shows there."""
         rows, exact, allowed = _right(self.op, self.arguments, self.rows, replace(workload, run="", variant=None))
         out = self.bind(workload, tensors(workload))()
-        error = np.abs(out[-1:, -1:, rows].double().cpu().numpy() - exact)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            used = np.where(error == 0, 0, error / allowed)
-        return Check(float(np.max(used, initial=0)), float(np.max(error, initial=0)), len(rows))
+        return Check.of(out[-1:, -1:, rows].double().cpu().numpy(), exact, allowed, len(rows))
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """What has to be computed."""
+        return (self.op,)
+
+
+def _spread(n: int, most: int) -> Array:
+    """At most so many of ``n`` rows, from the first to the last."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
+
+
+def _last_head(workload: Workload) -> Tensors:
+    return {name: (x[-1:] if name == "signs" else x[-1:, -1:]).cpu() for name, x in tensors(workload).items()}
 
 
 @lru_cache(maxsize=16)
@@ -69,8 +89,7 @@ def _right(
     op: str, arguments: Callable[[Workload, Tensors], dict[str, Any]], most_rows: int, workload: Workload
 ) -> tuple[Array, Array, Array]:
     """The rows to compare, what is right there, and how far a result may be from it. Kept, since variants share it."""
-    rows = np.unique(np.linspace(0, workload.n - 1, min(workload.n, most_rows)).astype(int))
-    last_head = {name: (x[-1:] if name == "signs" else x[-1:, -1:]).cpu() for name, x in tensors(workload).items()}
+    rows, last_head = _spread(workload.n, most_rows), _last_head(workload)
     given = arguments(workload, {**last_head, "query": last_head["query"][:, :, rows]})
     (exact,) = truth(op, (), given)
     (allowed,) = tolerance(op, (), given, true=(exact,))
@@ -101,6 +120,89 @@ class Composed(Ours):
 
 
 @dataclass(frozen=True)
+class Operator(Ours):
+    """The same as an operator of torch."""
+
+    def bind(self, workload: Workload, given: Tensors) -> Callable[[], Any]:
+        import torch
+
+        import yoso_core.model  # noqa: F401  # registers them
+
+        return partial(getattr(torch.ops.yoso_core, self.op), **self.arguments(workload, given), variant=workload.variant)
+
+
+@dataclass(frozen=True)
+class Training(Ours):
+    """Forward and backward pass: returns the output and the gradients of query, key and value."""
+
+    backward: str = "lsh_attention_backward"
+    """The operation whose definition the gradients have."""
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return (self.op, self.backward)
+
+    def bind(self, workload: Workload, given: Tensors) -> Callable[[], Any]:
+        from yoso_core import model
+
+        attend = model.yoso_attention if self.op == "yoso_attention" else getattr(model.ops, self.op)
+        leaves = _leaves(given)
+        arguments = self.arguments(workload, {**given, **leaves})
+        return _there_and_back(partial(attend, **arguments, variant=workload.variant), leaves, grad_out(workload))
+
+    def steps(self, workload: Workload) -> tuple[tuple[str, str | None], ...]:
+        chosen = automatic(self.backward, workload.device)
+        return (*super().steps(workload), (self.backward, chosen.name if chosen else None))
+
+    def check(self, workload: Workload) -> Check:
+        """Output and gradients of the whole call, of which rows spread over the last head are compared."""
+        shapes = replace(workload, run="", variant=None)
+        rows, exact, allowed = _right(self.op, self.arguments, self.rows, shapes)
+        found = self.bind(workload, tensors(workload))()
+        compared = [x.detach()[-1:, -1:, rows].double().cpu().numpy() for x in found]
+        right = ((exact, allowed), *_right_gradients(self, shapes))
+        checks = [Check.of(x, exact, allowed, len(rows)) for x, (exact, allowed) in zip(compared, right, strict=True)]
+        used, error = (np.max([getattr(check, name) for check in checks]) for name in ("tolerance_used", "largest_error"))
+        return Check(float(used), float(error), len(rows))
+
+
+@lru_cache(maxsize=16)
+def _right_gradients(training: Training, workload: Workload) -> tuple[tuple[Array, Array], ...]:
+    """For query, key and value: what is right in the rows that are compared, and how far from it a result may be.
+
+    Query rows from all keys, key and value rows from all queries, each a small problem of the definition in float64. Where outputs
+    are scaled to unit length, the gradient comes through that first, for every query. The error allowed is as everywhere: twice what
+    the definition loses in the caller's dtype, here from the first sum of the forward pass to the last of the backward pass, plus 4 ulp.
+    """
+    rows = _spread(workload.n, training.rows)
+    given = {name: x.numpy() for name, x in _last_head(workload).items()}
+    wide = own = grad_out(workload)[-1:, -1:].cpu().numpy()
+    if training.op == "yoso_attention":
+        wide, own = _before_scaling(training, workload, given, own)
+    of_query, of_key = {"query": given["query"]}, {"key": given["key"], "value": given["value"]}
+    if training.backward == "lsh_attention_backward":
+        for side, name in ((of_query, "query"), (of_key, "key")):
+            hashed = (given[name], given["signs"], workload.num_hash, workload.hash_code_len)
+            (side[f"{name}_hash_code"],) = truth("fast_hash", hashed, {})
+    found: list[tuple[Array, Array]] = []
+    for few, many, outputs in ((of_query, of_key, slice(1)), (of_key, of_query, slice(1, 3))):
+        problem = {**{name: x[:, :, rows] for name, x in few.items()}, **many, "hash_code_len": workload.hash_code_len}
+        wide_here, own_here = (g[:, :, rows] if few is of_query else g for g in (wide, own))
+        exact = truth(training.backward, (), {**problem, "grad_out": wide_here})
+        allowed = tolerance(training.backward, (), {**problem, "grad_out": own_here}, true=exact)
+        found += list(zip(exact, allowed, strict=True))[outputs]
+    return tuple(found)
+
+
+def _before_scaling(training: Training, workload: Workload, given: Tensors, grad: Array) -> tuple[Array, Array]:
+    """``grad`` taken back through the scaling to unit length, for every row: in float64, and by the definition in the caller's dtype."""
+    sums = {**training.arguments(workload, given), "normalize_output": False}
+    (wide,) = truth("yoso_attention", (), sums)
+    (own,) = outputs_of(call("yoso_attention", sums, definition_of("yoso_attention").name))
+    return l2_normalize_backward(grad.astype(np.float64), wide, TINY_NORM), l2_normalize_backward(grad, own, TINY_NORM)
+
+
+@dataclass(frozen=True)
 class Peer:
     """What a reader would use instead."""
 
@@ -120,6 +222,31 @@ def tensors(workload: Workload) -> Tensors:
     drawn = {name: torch.randn(shape, generator=generator, device=device).to(dtype) for name in ("query", "key", "value")}
     signs = yoso_core.sample_signs(workload.num_hash, workload.hash_code_len, workload.dim, batch_shape=(workload.heads,), rng=0)
     return {**drawn, "signs": torch.from_numpy(signs).to(device)}
+
+
+def grad_out(workload: Workload) -> Any:
+    """The gradient that comes back to the output: the same for every contender, and on every run."""
+    import torch
+
+    device = MACHINES[workload.device].torch
+    generator = torch.Generator(device).manual_seed(1)
+    drawn = torch.randn((workload.batch, workload.heads, workload.n, workload.dim), generator=generator, device=device)
+    return drawn.to(getattr(torch, workload.dtype))
+
+
+def _leaves(given: Tensors) -> Tensors:
+    """Query, key and value, on the same memory, as tensors that want a gradient."""
+    return {name: given[name].detach().requires_grad_() for name in ("query", "key", "value")}
+
+
+def _there_and_back(attend: Callable[[], Any], leaves: Tensors, grad: Any) -> Callable[[], Any]:
+    import torch
+
+    def call() -> Any:
+        out = attend()
+        return out, *torch.autograd.grad(out, list(leaves.values()), grad)
+
+    return call
 
 
 def _sampled(workload: Workload, given: Tensors) -> dict[str, Any]:
@@ -163,6 +290,11 @@ def _sdpa(workload: Workload, given: Tensors) -> Callable[[], Any]:
     return partial(torch.nn.functional.scaled_dot_product_attention, given["query"], given["key"], given["value"])
 
 
+def _sdpa_training(workload: Workload, given: Tensors) -> Callable[[], Any]:
+    leaves = _leaves(given)
+    return _there_and_back(_sdpa(workload, leaves), leaves, grad_out(workload))
+
+
 def _flash(workload: Workload, given: Tensors) -> Callable[[], Any]:
     """Flash attention or nothing: torch may not choose another kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -176,21 +308,46 @@ def _flash(workload: Workload, given: Tensors) -> Callable[[], Any]:
     return call
 
 
-def _transformers_expectation(workload: Workload, given: Tensors) -> Callable[[], Any]:
-    """As its YosoSelfAttention calls it: heads folded into the batch, masks of ones. Unit vectors are made outside the timed call."""
+def _folded(given: Tensors) -> Tensors:
+    """Heads folded into the batch, query and key as unit vectors."""
+    from torch.nn.functional import normalize
+
+    folded = {name: given[name].flatten(0, 1) for name in ("query", "key", "value")}
+    return {name: x if name == "value" else normalize(x, dim=-1) for name, x in folded.items()}
+
+
+def _yoso_cumulation(workload: Workload, folded: Tensors) -> Callable[[], Any]:
+    """As its YosoSelfAttention calls it: masks of ones."""
     import torch
     from transformers.models.yoso.modeling_yoso import YosoCumulation
 
-    query, key, value = (given[name].flatten(0, 1) for name in ("query", "key", "value"))
-    query, key = torch.nn.functional.normalize(query, dim=-1), torch.nn.functional.normalize(key, dim=-1)
-    mask = torch.ones(query.shape[:2], dtype=torch.int32, device=query.device)
+    mask = torch.ones(folded["query"].shape[:2], dtype=torch.int32, device=folded["query"].device)
     config = {"hash_code_len": workload.hash_code_len}
+    return partial(YosoCumulation.apply, mask, mask, *folded.values(), config)
 
-    def call() -> Any:
-        with torch.no_grad():
-            return YosoCumulation.apply(mask, mask, query, key, value, config)  # type: ignore[no-untyped-call]
 
-    return call
+def _transformers_expectation(workload: Workload, given: Tensors) -> Callable[[], Any]:
+    """Unit vectors are made outside the timed call."""
+    import torch
+
+    return torch.no_grad()(_yoso_cumulation(workload, _folded(given)))
+
+
+def _transformers_expectation_training(workload: Workload, given: Tensors) -> Callable[[], Any]:
+    """Unit vectors are made outside the timed call, and the gradient ends at them."""
+    leaves = _leaves(_folded(given))
+    return _there_and_back(_yoso_cumulation(workload, leaves), leaves, grad_out(workload).flatten(0, 1))
+
+
+def _cumulation_kernel(workload: Workload, given: Tensors) -> Callable[[], Any]:
+    """The function that the operator ends in, on NumPy arrays, by itself."""
+    chosen = automatic("lsh_cumulation", workload.device)
+    if chosen is None:
+        raise RuntimeError(f"lsh_cumulation: no variant runs on {workload.device}")
+    arguments = _cumulated(workload, given)
+    del arguments["validate"]
+    arrays = {name: x if isinstance(x, int) else x.numpy() for name, x in arguments.items()}
+    return partial(chosen.kernel.load(), **arrays)
 
 
 CONTENDERS: dict[str, Ours | Peer] = {
@@ -218,4 +375,18 @@ CONTENDERS: dict[str, Ours | Peer] = {
     "sdpa": Peer("torch scaled_dot_product_attention", ("torch",), _sdpa),
     "flash": Peer("torch flash attention", ("torch",), _flash),
     "transformers_expectation": Peer("transformers YosoCumulation", ("torch", "transformers"), _transformers_expectation),
+    "yoso_training": Training("YOSO, sampled, forward + backward", "yoso_attention", _sampled, rows=64),
+    "yoso_expectation_training": Training(
+        "YOSO, exact expectation, forward + backward",
+        "expectation_attention",
+        _expected,
+        rows=64,
+        backward="expectation_attention_backward",
+    ),
+    "sdpa_training": Peer("torch scaled_dot_product_attention, forward + backward", ("torch",), _sdpa_training),
+    "transformers_expectation_training": Peer(
+        "transformers YosoCumulation, forward + backward", ("torch", "transformers"), _transformers_expectation_training
+    ),
+    "cumulation_operator": Operator("lsh_cumulation as a torch operator", "lsh_cumulation", _cumulated, rows=256),
+    "cumulation_kernel": Peer("the kernel of lsh_cumulation alone", ("torch",), _cumulation_kernel),
 }

@@ -97,24 +97,30 @@ def _torch_product(device: str, side: int) -> float:
         torch.set_float32_matmul_precision(precision)
 
 
-def operation(workload: Workload) -> str:
-    """The operation of ours that a workload asks for."""
+def operations_of(workload: Workload) -> tuple[str, ...]:
+    """The operations of ours that a workload asks for."""
     contender = CONTENDERS[workload.run]
     if not isinstance(contender, Ours):
         raise ValueError(f"run: {workload.run} is no operation of this library")
-    return contender.op
+    return contender.ops
 
 
 def operations(workload: Workload) -> int:
-    """Additions or multiply-adds that the operation cannot do without.
+    """Additions or multiply-adds that the workload cannot do without."""
+    return sum(_operations(op, workload) for op in operations_of(workload))
+
+
+def _operations(op: str, workload: Workload) -> int:
+    """Those of one operation.
 
     Hashing: three Hadamard transforms of every part, ``3 D log2 D`` additions a vector. Cumulation: those into and out of the tables,
     ``m d`` each. Weighted: pairs or outer products, whichever is less where codes are spread evenly. Exact expectation: its two matrix
-    products.
+    products. Backward, what the forward pass has not made already: ``g . v``, which queries and keys share, and the three sums.
     """
-    op, dim = operation(workload), workload.dim
+    dim = workload.dim
     rows = workload.batch * workload.heads * workload.n
     layout = hash_layout(workload.num_hash, workload.hash_code_len, dim)
+    pairs = rows * workload.num_hash * workload.n >> workload.hash_code_len
     transforms = 3 * layout.padded_dim * round(log2(layout.padded_dim)) * layout.parts
     if op == "expectation_attention":
         return rows * workload.n * 2 * dim
@@ -123,24 +129,32 @@ def operations(workload: Workload) -> int:
     if op == "lsh_cumulation":
         return rows * 2 * workload.num_hash * dim
     if op == "lsh_weighted_cumulation":
-        return min(2 * rows * workload.num_hash * dim**2, (rows * workload.num_hash * workload.n >> workload.hash_code_len) * 2 * dim)
+        return min(2 * rows * workload.num_hash * dim**2, pairs * 2 * dim)
+    if op == "lsh_attention_backward":
+        return min(4 * rows * workload.num_hash * dim**2, pairs * 3 * dim) + rows * 2 * workload.num_hash * dim
+    if op == "expectation_attention_backward":
+        return rows * workload.n * 4 * dim
     return rows * 2 * (transforms + workload.num_hash * dim)
 
 
 def least_bytes(workload: Workload) -> int:
-    """Every input of the operation and its output, each moved once; the signs, which are few, do not count.
+    """Every input of the workload and its output, each moved once; the signs, which are few, do not count.
 
-    Vectors are ``(n, d)``, of queries, keys, values, weights and output alike; codes take four bytes.
+    Vectors are ``(n, d)``, of queries, keys, values, weights and output alike; codes take four bytes. A backward pass adds the gradient
+    that comes in and the three that go out.
     """
     rows = workload.batch * workload.heads * workload.n
     vectors, codes = rows * workload.dim * ITEM_SIZE[workload.dtype], 4 * rows * workload.num_hash
-    return {
+    least = {
         "fast_hash": vectors + codes,
         "lsh_cumulation": 2 * codes + 2 * vectors,
         "lsh_weighted_cumulation": 2 * codes + 4 * vectors,
         "expectation_attention": 4 * vectors,
         "yoso_attention": 4 * vectors,
-    }[operation(workload)]
+        "lsh_attention_backward": 4 * vectors,
+        "expectation_attention_backward": 4 * vectors,
+    }
+    return sum(least[op] for op in operations_of(workload))
 
 
 def floor(workload: Workload, rates: Rates) -> Floor:

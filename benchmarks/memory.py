@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
@@ -49,7 +50,12 @@ def measure(workload: Workload) -> int:
         clear.write("5")
     before = _status("VmRSS")
     out = call()
-    return max(0, _status("VmHWM") - before - out.nbytes)
+    return max(0, _status("VmHWM") - before - _bytes(out))
+
+
+def _bytes(out: Any) -> int:
+    """Of an output, or of an output and the gradients."""
+    return sum(int(x.nbytes) for x in (out if isinstance(out, tuple) else (out,)))
 
 
 def measure_on_gpu(workload: Workload) -> int:
@@ -66,7 +72,7 @@ def measure_on_gpu(workload: Workload) -> int:
     before = torch.cuda.memory_allocated()
     out = call()
     wait()
-    return max(0, int(torch.cuda.max_memory_allocated()) - int(before) - int(out.nbytes))
+    return max(0, int(torch.cuda.max_memory_allocated()) - int(before) - _bytes(out))
 
 
 if __name__ == "__main__":

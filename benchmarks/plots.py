@@ -1,4 +1,4 @@
-"""One picture of a suite: time and memory against the length of the input, both axes logarithmic."""
+"""One picture of a suite: time and memory of the forward pass against the length of the input, both axes logarithmic."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,10 @@ def curves(run: Result, quantity: str) -> dict[Line, Curve]:
     return found
 
 
+def _drawn(side: Result) -> bool:
+    return any(line.fits(side) for line in LINES)
+
+
 def _sides(run: Result) -> list[Result]:
     return [side for case in run["cases"] for side in (case["ours"], case["beside"], *case.get("also", [])) if side]
 
@@ -85,7 +89,7 @@ def plot_suite(run: Result, path: Path) -> None:
         axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    for limit in {case["limit"] for case in run["cases"] if case["measure"] == "memory" and case["limit"]}:
+    for limit in {case["limit"] for case in run["cases"] if case["measure"] == "memory" and case["limit"] and _drawn(case["ours"])}:
         right.axhline(limit, color="#555555", linewidth=1, linestyle=":")
         right.annotate(
             f"promised of ours: {limit:g} MB", (0.99, limit), xycoords=right.get_yaxis_transform(), ha="right", va="bottom", fontsize=8

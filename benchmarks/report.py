@@ -85,7 +85,9 @@ def row(case: Result, columns: Sequence[str] = _COLUMNS) -> tuple[str, ...]:
 
 def _result(case: Result) -> dict[str, str]:
     """The number that a case is about, and the one it should reach."""
-    sign, unit = {"speedup": ("≥", "x"), "cost": ("≤", "x"), "bandwidth": ("≥", "%"), "memory": ("≤", " MB")}[case["measure"]]
+    sign, unit = {"speedup": ("≥", "x"), "cost": ("≤", "x"), "bandwidth": ("≥", "%"), "memory": ("≤", " MB"), "overhead": ("≤", " µs")}[
+        case["measure"]
+    ]
     scale = 100 if case["measure"] == "bandwidth" else 1
     value, limit, aim = case.get("value"), case["limit"], case["aim"]
     target = "" if limit is None else f"{sign} {limit * scale:g}{unit if unit != 'x' else ''}"

@@ -303,6 +303,9 @@ def _compare(case: Case, result: Result) -> Result:
     def ratio(t_ours: float, t_beside: float) -> float:
         return t_beside / t_ours if case.measure == "speedup" else t_ours / (case.share * t_beside)
 
+    if case.measure == "overhead":
+        apart = (ours["median"] - beside["median"]) * 1e6
+        return {"value": apart, "verdict": _verdict(case, apart)}
     pairs = [ratio(a, b) for a, b in zip(ours["seconds"], beside["seconds"], strict=True)]
     value = ratio(ours["median"], beside["median"])
     return {"value": value, "pairs": {"median": median(pairs), "min": min(pairs), "max": max(pairs)}, "verdict": _verdict(case, value)}

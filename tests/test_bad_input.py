@@ -207,7 +207,7 @@ def as_tensors(call: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in call.items()}
 
 
-@pytest.mark.parametrize("function", COMPUTE)
+@pytest.mark.parametrize("function", [function for function in COMPUTE if function != "yoso_attention"])
 def test_a_tensor_that_wants_gradients_is_refused(function: str) -> None:
     call = as_tensors(good(function))
     name = first_array(good(function))

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import yoso_core
-from yoso_core import places, registry
+from yoso_core import model, places, reference, registry
 from yoso_core.benchmarks import bias, cases, contenders, floor, machines, memory, plots, report, runner, traffic
 from yoso_core.benchmarks.cases import Case, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, Composed, Ours, Peer
@@ -179,7 +179,29 @@ def test_the_cpu_suite_holds_the_numbers_to_reach() -> None:
         case.ours.n: (case.limit, case.aim) for case in suite if case.beside and case.beside.run == "sdpa" and case.measure == "speedup"
     }
     assert [speeds[n] for n in (512, 4096, 16384)] == [(1.5, 3), (12, 20), (40, 80)]
-    assert all(case.limit == 64 for case in suite if case.measure == "memory")
+    assert all(case.limit == (256 if case.ours.run == "yoso_training" else 64) for case in suite if case.measure == "memory")
+
+
+def test_the_cpu_suite_holds_the_numbers_to_reach_in_training() -> None:
+    found = {
+        (case.ours.run, case.beside and case.beside.run, case.ours.n, case.ours.hash_code_len): (case.measure, case.limit, case.aim)
+        for case in cases.TRAINING
+    }
+    assert found == {
+        ("yoso_training", "sdpa_training", 1024, 8): ("speedup", None, None),
+        ("yoso_training", "sdpa_training", 4096, 8): ("speedup", 3, 8),
+        ("yoso_training", "sdpa_training", 16384, 8): ("speedup", 6, 30),
+        ("yoso_training", "sdpa_training", 16384, 14): ("speedup", 8, None),
+        ("yoso_expectation_training", "transformers_expectation_training", 4096, 8): ("speedup", 6, None),
+        ("yoso_training", None, 65536, 8): ("memory", 256, None),
+        ("cumulation_operator", "cumulation_kernel", 16, 8): ("overhead", 50, None),
+    }
+    assert {(case.ours.n, case.ours.hash_code_len, case.measure) for case in cases.TRAINING if case.headline} == {
+        (4096, 8, "speedup"),
+        (16384, 8, "speedup"),
+        (65536, 8, "memory"),
+    }
+    assert set(cases.TRAINING) <= set(cases.SUITES["cpu"])
 
 
 def test_the_floor_counts_the_additions_of_the_transforms() -> None:
@@ -198,6 +220,14 @@ def test_memory_is_what_a_call_takes_beyond_its_output(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(CONTENDERS, "hungry", Peer("hungry", (), bind))
     assert 39e6 < memory.measure(Workload("hungry", 65, heads=1, dim=1)) < 45e6
+
+
+def test_gradients_are_no_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(workload: Workload, given: contenders.Tensors) -> Any:
+        return lambda: tuple(torch.ones(10_000_000 if workload.n > 64 else 8, dtype=torch.uint8) for _ in range(4))
+
+    monkeypatch.setitem(CONTENDERS, "hungry", Peer("hungry", (), bind))
+    assert memory.measure(Workload("hungry", 65, heads=1, dim=1)) < 5e6
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
@@ -255,6 +285,133 @@ def test_committed_biases_keep_the_bound() -> None:
     cells = json.loads((ROOT / report.RESULTS / "hadamard_bias.json").read_text())["cells"]
     assert {(cell["dim"], cell["hash_code_len"]) for cell in cells} == {(dim, tau) for dim in bias.DIMS for tau in bias.CODE_LENS}
     assert all(cell["largest"] < bias.BOUND for cell in cells if cell["dim"] >= 64)
+
+
+# Training: forward and backward
+
+
+TRAINED = replace(TINY, run="yoso_training", variant=None)
+SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scaled": lambda g: g * 1.001,
+    "first row": lambda g: torch.cat([g[..., :1, :].roll(1, dims=-1), g[..., 1:, :]], dim=-2),
+    "last row": lambda g: torch.cat([g[..., :-1, :], g[..., -1:, :].roll(1, dims=-1)], dim=-2),
+    "not a number": lambda g: g * float("nan"),
+    "zero": torch.zeros_like,
+}
+
+
+def training(run_name: str) -> tuple[contenders.Training, Any, str]:
+    """The contender, and where its differentiable function stands."""
+    contender = CONTENDERS[run_name]
+    assert isinstance(contender, contenders.Training)
+    return contender, model if contender.op == "yoso_attention" else model.ops, contender.op
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("run_name", ["yoso_training", "yoso_expectation_training"])
+def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str, name: str, how: str) -> None:
+    contender, module, function = training(run_name)
+    right = getattr(module, function)
+
+    def wrong(**given: Any) -> torch.Tensor:
+        through = given[name] * 1
+        through.register_hook(SPOILT[how])
+        return right(**{**given, name: through})
+
+    workload = replace(TRAINED, run=run_name)
+    assert contender.check(workload).green
+    monkeypatch.setattr(module, function, wrong)
+    assert not contender.check(workload).green
+
+
+def test_a_gradient_that_misses_the_scaling_to_unit_length_is_red(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = model.yoso_attention
+
+    def wrong(**given: Any) -> torch.Tensor:
+        sums = right(**given, normalize_output=False)
+        return sums / torch.linalg.vector_norm(sums, dim=-1, keepdim=True).clamp_min(1e-12).detach()
+
+    monkeypatch.setattr(model, "yoso_attention", wrong)
+    assert torch.allclose(
+        CONTENDERS["yoso_training"].bind(TRAINED, contenders.tensors(TRAINED))()[0],
+        CONTENDERS["yoso"].bind(TINY, contenders.tensors(TINY))(),
+        atol=1e-6,
+    )
+    case = Case("fake", "doomed", "speedup", TRAINED, replace(TRAINED, run="sdpa_training"), limit=1e-9)
+    (found,) = run_red(monkeypatch, tmp_path, case)["cases"]
+    assert "differs from the definition" in found["why"]
+    assert not NUMBERS & (found.keys() | found["ours"].keys() | found["beside"].keys())
+
+
+def test_a_wrong_output_is_red_though_its_gradients_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender, module, function = training("yoso_training")
+    right = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda **given: right(**given) + 1e-3)
+    assert not contender.check(TRAINED).green
+
+
+@pytest.mark.parametrize("n", [1, 70])
+def test_the_rows_compared_are_those_of_the_whole_definition(n: int) -> None:
+    """Of 70 rows 64 are compared; the definition on the whole head says the same of them as on the parts."""
+    contender, _, _ = training("yoso_training")
+    workload = replace(TRAINED, n=n, run="")
+    rows = contenders._spread(n, 64)
+    q, k, v, signs = (contenders._last_head(workload)[name].double().numpy() for name in ("query", "key", "value", "signs"))
+    codes = [reference.fast_hash(x.astype(np.float32), signs.astype(np.int8), 4, 4) for x in (q, k)]
+    sums = reference.lsh_cumulation_tables(*codes, v, 16)
+    grad = reference.l2_normalize_backward(contenders.grad_out(workload)[-1:, -1:].double().numpy(), sums, 1e-12)
+    whole = reference.lsh_attention_backward(grad, q, k, v, *codes, 4)
+    for (exact, allowed), expected in zip(contenders._right_gradients(contender, workload), whole, strict=True):
+        assert np.allclose(exact, expected[:, :, rows], rtol=1e-12, atol=1e-14)
+        assert allowed.shape == exact.shape == (1, 1, len(rows), 16)
+
+
+def test_in_training_all_get_the_same_gradient_and_do_the_same() -> None:
+    pytest.importorskip("transformers")
+
+    def values_of(run_name: str, workload: Workload) -> list[torch.Tensor]:
+        workload = replace(workload, run=run_name)
+        found = CONTENDERS[run_name].bind(workload, contenders.tensors(workload))()
+        return [x.reshape(workload.heads, workload.n, workload.dim) for x in found]
+
+    ours = values_of("yoso_expectation_training", TRAINED)
+    theirs = values_of("transformers_expectation_training", TRAINED)
+    assert len(ours) == len(theirs) == len(values_of("sdpa_training", TRAINED)) == 4
+    for i in (0, 3):  # theirs ends at unit vectors, so the gradients of query and key differ by their scaling
+        assert torch.allclose(ours[i], theirs[i], atol=1e-5)
+
+
+def test_an_overhead_is_a_difference_in_microseconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case,) = (case for case in cases.TRAINING if case.measure == "overhead")
+    (found,) = run(monkeypatch, tmp_path, replace(case, suite="fake", limit=0.0), repeats=1)["cases"]
+    assert found["value"] == pytest.approx(1e6 * (found["ours"]["median"] - found["beside"]["median"]))
+    assert found["ours"]["variant"] == "cpu:tables"
+    found["value"] = 12.345
+    assert report.row(found)[3:5] == ("12.3 µs", "≤ 0 µs")
+    assert runner._verdict(replace(case, limit=50), 49.9) == "reached"
+    assert runner._verdict(replace(case, limit=50), 50.1) == "missed"
+
+
+def test_the_kernel_alone_does_what_the_operator_does() -> None:
+    workload = replace(TINY, run="cumulation_operator", variant=None)
+    operator, kernel = (
+        CONTENDERS[name].bind(workload, contenders.tensors(workload)) for name in ("cumulation_operator", "cumulation_kernel")
+    )
+    assert np.array_equal(operator().numpy(), kernel())
+
+
+def test_the_picture_is_of_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peer = replace(TRAINED, run="sdpa_training")
+    suite = (Case("fake", "time", "speedup", TRAINED, peer), Case("fake", "memory", "memory", TRAINED, limit=256.0), speedup("sound", None))
+    result = run(monkeypatch, tmp_path, *suite, repeats=1)
+    assert {line.run for quantity in ("median", "working_bytes") for line in plots.curves(result, quantity)} <= {"yoso", "sdpa"}
+    assert not plots._drawn(result["cases"][1]["ours"]), "nor is what it promises"
+    assert len(result["cases"][0]["ours"]["variant"].split(" + ")) == 2, "forward and backward"
 
 
 # The suite for GPUs, without one: on a machine that says it is one, and by hand.
@@ -526,6 +683,7 @@ def test_the_least_bytes_by_hand() -> None:
     assert least_bytes(replace(FEW, run="weighted")) == 2 * 48 + 4 * 32
     assert least_bytes(replace(FEW, run="yoso")) == least_bytes(replace(FEW, run="paper")) == 4 * 32
     assert least_bytes(replace(FEW, run="yoso_expectation", dtype="float16", batch=3)) == 3 * 4 * 16
+    assert least_bytes(replace(FEW, run="yoso_training")) == 8 * 32
     with pytest.raises(ValueError, match="sdpa is no operation of this library"):
         least_bytes(replace(FEW, run="sdpa"))
 
@@ -538,6 +696,9 @@ def test_the_operations_by_hand() -> None:
     # 3 hashes, each with 4 * 4 / 4 pairs that meet: 12 pairs of 4 multiply-adds; by outer products it would be 2 * 12 * 4.
     assert operations(replace(FEW, run="weighted")) == 12 * 4
     assert operations(replace(FEW, run="yoso_expectation")) == 16 * 4
+    # Backward: what each of 12 pairs gives the other, and the gradient of the values; four more products of 16 * 2.
+    assert operations(replace(FEW, run="yoso_training")) == operations(replace(FEW, run="yoso")) + 12 * 3 * 2 + 4 * 2 * 3 * 2
+    assert operations(replace(FEW, run="yoso_expectation_training")) == 16 * 4 + 16 * 8
 
 
 def moved(op: str, variant: str, workload: Workload, limits: Limits = H100) -> dict[str, tuple[int, int, int]]:

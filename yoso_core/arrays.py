@@ -53,7 +53,11 @@ class Caller:
             return x.get()
         torch = sys.modules["torch"]
         x = x.detach()
-        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.resolve_neg()).cpu().numpy()
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()
+        elif x.is_neg():
+            x = x.resolve_neg()
+        return x.numpy() if self.device == "cpu" else x.cpu().numpy()
 
     def from_numpy(self, result: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         """A fresh NumPy result as the caller's kind of array on the caller's device, in the dtype of ``like`` if one is given."""

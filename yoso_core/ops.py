@@ -3,6 +3,7 @@
 The mathematics stands in `yoso_core.reference`, whose docstrings give the equations.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -453,7 +454,7 @@ def yoso_attention(
     normalize_output: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``.
+    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``; differentiable on torch tensors.
 
     ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into one bucket, which costs time linear in
     ``n``; or, with ``use_expectation``, its expected value ``(1 - arccos(q_i . k_j) / pi)**tau``.
@@ -477,8 +478,29 @@ def yoso_attention(
     ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row, a kept key that is not finite
     gives NaN in every row of its head, a kept value that is not finite in every row that meets it.
 
+    Torch tensors that require gradients, while gradients are enabled, go to `yoso_core.model.yoso_attention`, which draws from torch's own
+    generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which gradient it is.
+
     Source: Zeng et al. 2021 (arXiv 2111.09714).
     """
+    if _wants_gradients(query, key, value):
+        from yoso_core.model import yoso_attention as differentiable
+
+        return differentiable(
+            query,
+            key,
+            value,
+            num_hash=num_hash,
+            hash_code_len=hash_code_len,
+            use_expectation=use_expectation,
+            signs=signs,
+            planes=planes,
+            rng=rng,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            normalize_output=normalize_output,
+            variant=variant,
+        )
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller(
         {
@@ -512,3 +534,8 @@ def yoso_attention(
         "normalize_output": bool(normalize_output),
     }
     return run("yoso_attention", variant, caller, (value,), (query, key, value), options)
+
+
+def _wants_gradients(*arrays: Array) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arrays)

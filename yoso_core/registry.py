@@ -264,14 +264,25 @@ def variants(op: str | Callable[..., Any]) -> list[Variant]:
     >>> [v.name for v in variants("fast_hash") if v.definition]
     ['numpy:formula']
     """
-    found, name = [], op_name(op)
-    for kernel in KERNELS:
-        if kernel.op == name:
-            reason = places.missing(kernel.where)
-            found.append(
-                Variant(kernel.op, kernel.name, reason is None, reason, kernel.summary, kernel.deterministic, kernel.definition, kernel)
-            )
-    return found
+    return list(_listed(op_name(op)))
+
+
+# Every call of an operation asks, so the answer is kept, for as long as the table is the same.
+_kept: dict[str, tuple[object, object, tuple[Variant, ...]]] = {}
+
+
+def _listed(op: str) -> tuple[Variant, ...]:
+    kept = _kept.get(op)
+    if kept is None or kept[0] is not KERNELS or kept[1] is not places.missing:
+        found = []
+        for kernel in KERNELS:
+            if kernel.op == op:
+                reason = places.missing(kernel.where)
+                found.append(
+                    Variant(op, kernel.name, reason is None, reason, kernel.summary, kernel.deterministic, kernel.definition, kernel)
+                )
+        kept = _kept[op] = KERNELS, places.missing, tuple(found)
+    return kept[2]
 
 
 @cache
@@ -290,10 +301,14 @@ def run(
     """
     if variant is not None:
         return _named(op, variant, caller).run(caller, likes, args, options)
-    automatic = [v for v in variants(op) if v.kernel.place.automatic and v.kernel.place.device == caller.kind]
-    refused = [f"{v.name}: {v.reason}" for v in automatic if not v.available]
-    for candidate in automatic:
-        if candidate.available:
+    refused: list[str] = []
+    for candidate in _listed(op):
+        place = candidate.kernel.place
+        if not place.automatic or place.device != caller.kind:
+            continue
+        if not candidate.available:
+            refused.append(f"{candidate.name}: {candidate.reason}")
+        else:
             try:
                 result = candidate.kernel.run(caller, likes, args, options)
             except DoesNotFit as error:
