@@ -1,13 +1,13 @@
 """Gradients of both kinds of attention, without a matrix of weights anywhere.
 
-For unit vectors all three have one form: 32 rows ``x`` with companions ``p`` walk over all rows ``y`` with companions ``r``::
+For unit vectors, with ``C_ij`` the weight and ``w_ij`` its factor::
 
-    first_i = sum_j C_ij w_ij (p_i . r_j) y_j        second_i = sum_j C_ij r_j
+    pull_ij = C_ij w_ij (g_i . v_j)      dq_i = sum_j pull_ij k_j      dk_j = sum_i pull_ij q_i      dv_j = sum_i C_ij g_i
 
-With queries and output gradients as ``x, p`` and keys and values as ``y, r``, ``first`` is the gradient of the query. With the roles
-exchanged it is that of the key, and ``second`` that of the value. So one kernel, called twice, does it all, and one task writes each row.
+All three come from one walk over tiles of 64 queries by 64 keys: two products make a tile of cosines and one of ``g . v``, which become
+``C`` and ``pull`` in place, and three products add them up.
 
-Sampled attention with the lower bound needs no pairs: its gradients are cumulations, in time linear in ``n``.
+Sampled attention with the lower bound needs no pairs: see `yoso_core.cpu.sampled_gradients`.
 """
 
 from functools import cache
@@ -16,28 +16,26 @@ from typing import Any
 import numpy as np
 from numba import from_dtype, types
 
-from yoso_core.cpu.buckets import lsh_weighted_cumulation
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.cumulation import load_codes, lsh_cumulation
+from yoso_core.cpu.cumulation import clear
 from yoso_core.cpu.expectation import (
-    KEY_BLOCK,
-    KEYS_AT_ONCE,
     POLYNOMIAL,
-    QUERY_TILE,
     STEEP_FOR_GRADIENTS,
-    add_rows,
+    TILE,
     all_products,
     chance_and_sine,
-    drop_missing,
+    find_places,
     list_kept,
-    load_two_tiles,
     power,
-    unit_rows,
+    weigh,
 )
 from yoso_core.cpu.lanes import LANES, count_where_equal, fill, load, store, to_float, where_less
+from yoso_core.cpu.products import product
+from yoso_core.cpu.rows import leave_normalisation, packed_rows, ramp, store_row, turn_rows, unit_rows, width_of
+from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned
-from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
+from yoso_core.cpu.views import Array, aligned_empty, heads, input_array, kept, output_array, rows, working_dtype
 from yoso_core.reference.expectation import Grad
 
 Gradients = tuple[Array, Array, Array]
@@ -45,137 +43,250 @@ Gradients = tuple[Array, Array, Array]
 SMALLEST = 1e-3
 """Both factors of the exact derivative's denominator are held at this at least."""
 
+ENOUGH_TASKS = 16
+"""Where there are fewer heads, the queries of a head are dealt to several tasks, each with sums of its own for all keys."""
+
 
 @helper
-def collision_rate(code_tile, other_code, b, h, j, like):
+def collision_rate(code_tile, at, other_code, b, h, j, like):
     """The share of hashes in which 16 rows and row ``j`` have the same code."""
     num_hash = other_code.shape[3]
     count = fill(types.int32(0))
     for c in range(num_hash):
-        count = count_where_equal(count, load(code_tile, c * LANES), other_code[b, h, j, c])
+        count = count_where_equal(count, load(code_tile, c * TILE + at), other_code[b, h, j, c])
     return to_float(count, like.dtype.type(0)) * fill(like.dtype.type(1 / num_hash))
 
 
 @helper
-def weight_and_pull(cosine, product, tile, code_tile, unit_y, other_code, b, h, j, polynomial, tau, exact, sampled, scratch):
-    """``C`` and ``C w p.r`` for 16 rows and row ``j``. Constants: ``exact``, which ``w``; ``sampled``, ``C`` is a collision rate."""
-    chance, sine = chance_and_sine(cosine, tile, unit_y, b, h, j, polynomial, STEEP_FOR_GRADIENTS, exact, scratch)
-    weight = collision_rate(code_tile, other_code, b, h, j, tile) if sampled else power(chance, tau)
-    if exact:
-        smallest = fill(tile.dtype.type(SMALLEST))
-        left = chance * fill(tile.dtype.type(np.pi))
-        left, sine = where_less(left, smallest, smallest, left), where_less(sine, smallest, smallest, sine)
-        return weight, weight * product * fill(tile.dtype.type(tau)) / (left * sine)
-    return weight, weight * product * fill(tile.dtype.type(tau / 2))
+def weigh_exactly(
+    weights, pulls, tile, codes, num_queries, unit_key, places, key_code, b, h, keys, block, count, d, polynomial, tau, sampled, scratch
+):
+    """A tile of cosines to weights and one of ``g . v`` to pulls, in place, with the factor of the exact gradient."""
+    smallest, pi = fill(weights.dtype.type(SMALLEST)), fill(weights.dtype.type(np.pi))
+    for u in range(count):
+        for t in range(0, num_queries, LANES):
+            at = u * TILE + t
+            cosine = load(weights, at)
+            chance, sine = chance_and_sine(cosine, tile, t, unit_key, places[u], d, polynomial, STEEP_FOR_GRADIENTS, True, scratch)
+            weight = collision_rate(codes, t, key_code, b, h, keys[block + u], weights) if sampled else power(chance, tau)
+            left = chance * pi
+            left, sine = where_less(left, smallest, smallest, left), where_less(sine, smallest, smallest, sine)
+            store(weights, at, weight)
+            store(pulls, at, weight * load(pulls, at) * fill(weights.dtype.type(tau)) / (left * sine))
 
 
 @cache
 def _pull_kernel(dtype: Any, polynomial: tuple[float, ...], exact: bool, sampled: bool) -> Any:
-    """``first`` and ``second`` of the module's equation for 32 rows ``x`` in each task, which walks over all kept rows ``y``, four at once.
+    """A task takes a piece of the queries of a head, 64 at a time, past all keys. It finishes the gradients of its queries, and adds up
+    those of the keys (by unit keys) and values in rows of its own, ``parts`` to a head.
 
-    For every 128 pairs it does ``128 (2 d + d_v)`` multiply-adds, and ``128 d_v`` more if ``second`` is wanted. ``first`` leaves through
-    the normalisation of ``x``: ``(f - (f . u) u) / |x|`` for the unit row ``u``; rows of length zero, and masked ones, get zeros.
+    For ``64 * 64`` pairs ``64 * 64 (3 d + 2 d_v)`` multiply-adds. ``exact``: which ``w``; ``sampled``: ``C`` is a collision rate.
     """
 
     @kernel(
         types.void(
             types.intp,
             types.intp,
-            input_array(dtype, 4),
-            input_array(dtype, 3),
-            input_array(dtype, 4),
-            input_array(types.int32, 4),
-            input_array(types.uint8, 3),
-            input_array(dtype, 4),
-            input_array(dtype, 4),
-            input_array(types.int32, 4),
-            input_array(types.uint8, 3),
-            output_array(dtype, 4),
-            output_array(dtype, 4),
             types.intp,
-            types.boolean,
+            input_array(dtype, 1),
+            input_array(dtype, 3),
+            input_array(dtype, 1),
+            input_array(types.int32, 4),
+            input_array(types.uint8, 3),
+            input_array(dtype, 1),
+            input_array(dtype, 1),
+            input_array(types.int32, 4),
+            input_array(types.uint8, 3),
+            output_array(dtype, 4),
+            output_array(dtype, 1),
+            output_array(dtype, 1),
+            types.intp,
+            types.intp,
         )
     )
     def pull(
-        task0,
-        task1,
-        unit_x,
-        length_x,
-        companion_x,
-        code_x,
-        keep_x,
-        unit_y,
-        companion_y,
-        code_y,
-        keep_y,
         first,
-        second,
+        last,
+        parts,
+        unit_query,
+        query_length,
+        grad_out,
+        query_code,
+        keep_query,
+        unit_key,
+        value,
+        key_code,
+        keep_key,
+        grad_query,
+        key_sums,
+        value_sums,
+        d_v,
         tau,
-        want_second,
     ):
-        n, d, d_v = unit_x.shape[2], unit_x.shape[3], companion_x.shape[3]
-        tile0, tile1 = aligned(d * LANES, first.dtype), aligned(d * LANES, first.dtype)
-        companion0, companion1 = aligned(d_v * LANES, first.dtype), aligned(d_v * LANES, first.dtype)
-        codes0, codes1 = aligned(code_x.shape[3] * LANES, np.int32), aligned(code_x.shape[3] * LANES, np.int32)
-        first_block, first_sum = aligned(d * QUERY_TILE, first.dtype), aligned(d * QUERY_TILE, first.dtype)
-        second_block, second_sum = aligned(d_v * QUERY_TILE, first.dtype), aligned(d_v * QUERY_TILE, first.dtype)
-        scratch = aligned(5 * LANES, first.dtype)
-        chosen = np.empty(unit_y.shape[2] + KEYS_AT_ONCE, np.intp)
-        listed, num_kept = -1, 0
-        tasks_per_head = (n + QUERY_TILE - 1) // QUERY_TILE
-        for task in range(task0, task1):
-            head, turn = divmod(task, tasks_per_head)
-            b, h = divmod(head, unit_x.shape[1])
-            if head != listed:
-                listed, num_kept = head, list_kept(chosen, keep_y, b, h)
-            i = turn * QUERY_TILE
-            load_two_tiles(tile0, tile1, unit_x, b, h, i)
-            load_two_tiles(companion0, companion1, companion_x, b, h, i)
-            if sampled:
-                load_codes(codes0, code_x, b, h, i, 0, code_x.shape[3], n)
-                load_codes(codes1, code_x, b, h, i + LANES, 0, code_x.shape[3], n)
-            first_sum[:] = 0
-            second_sum[:] = 0
-            for block in range(0, num_kept, KEY_BLOCK):
-                first_block[:] = 0
-                second_block[:] = 0
-                for group in range(block, min(block + KEY_BLOCK, num_kept), KEYS_AT_ONCE):
-                    j0, j1, j2, j3 = chosen[group], chosen[group + 1], chosen[group + 2], chosen[group + 3]
-                    a0, a1, a2, a3, b0, b1, b2, b3 = all_products(tile0, tile1, unit_y, b, h, j0, j1, j2, j3)
-                    p0, p1, p2, p3, q0, q1, q2, q3 = all_products(companion0, companion1, companion_y, b, h, j0, j1, j2, j3)
-                    with_0 = (tile0, codes0, unit_y, code_y, b, h)
-                    with_1 = (tile1, codes1, unit_y, code_y, b, h)
-                    how = (polynomial, tau, exact, sampled, scratch)
-                    a0, p0 = weight_and_pull(a0, p0, *with_0, j0, *how)
-                    a1, p1 = weight_and_pull(a1, p1, *with_0, j1, *how)
-                    a2, p2 = weight_and_pull(a2, p2, *with_0, j2, *how)
-                    a3, p3 = weight_and_pull(a3, p3, *with_0, j3, *how)
-                    b0, q0 = weight_and_pull(b0, q0, *with_1, j0, *how)
-                    b1, q1 = weight_and_pull(b1, q1, *with_1, j1, *how)
-                    b2, q2 = weight_and_pull(b2, q2, *with_1, j2, *how)
-                    b3, q3 = weight_and_pull(b3, q3, *with_1, j3, *how)
-                    p0, p1, p2, p3, q0, q1, q2, q3 = drop_missing(num_kept - group, first, p0, p1, p2, p3, q0, q1, q2, q3)
-                    add_rows(first_block, unit_y, b, h, j0, j1, j2, j3, p0, p1, p2, p3, q0, q1, q2, q3)
-                    if want_second:
-                        a0, a1, a2, a3, b0, b1, b2, b3 = drop_missing(num_kept - group, first, a0, a1, a2, a3, b0, b1, b2, b3)
-                        add_rows(second_block, companion_y, b, h, j0, j1, j2, j3, a0, a1, a2, a3, b0, b1, b2, b3)
-                for c in range(0, d * QUERY_TILE, LANES):
-                    store(first_sum, c, load(first_sum, c) + load(first_block, c))
-                for c in range(0, d_v * QUERY_TILE, LANES):
-                    store(second_sum, c, load(second_sum, c) + load(second_block, c))
-            for t in range(min(QUERY_TILE, n - i)):
-                zero_row = not keep_x[b, h, i + t] or length_x[b, h, i + t] == 0
-                along = first.dtype.type(0)
-                for c in range(d):
-                    along += first_sum[c * QUERY_TILE + t] * unit_x[b, h, i + t, c]
-                for c in range(d):
-                    across = first_sum[c * QUERY_TILE + t] - along * unit_x[b, h, i + t, c]
-                    first[b, h, i + t, c] = 0 if zero_row else across / length_x[b, h, i + t]
-                if want_second:
-                    for c in range(d_v):
-                        second[b, h, i + t, c] = second_sum[c * QUERY_TILE + t] if keep_x[b, h, i + t] else 0
+        n_q, n_k, d, num_hash = keep_query.shape[2], keep_key.shape[2], grad_query.shape[3], query_code.shape[3]
+        width, width_v = (d + LANES - 1) // LANES * LANES, (d_v + LANES - 1) // LANES * LANES
+        query_tile, grad_tile = aligned(width * TILE, grad_query.dtype), aligned(width_v * TILE, grad_query.dtype)
+        weights, pulls = aligned(TILE * TILE, grad_query.dtype), aligned(TILE * TILE, grad_query.dtype)
+        query_sums, scratch = aligned(TILE * width, grad_query.dtype), aligned(5 * LANES, grad_query.dtype)
+        codes = aligned(num_hash * TILE, np.int32)
+        queries, keys = np.empty(TILE, np.intp), np.empty(n_k, np.intp)
+        query_places, grad_places = np.empty(TILE, np.intp), np.empty(TILE, np.intp)
+        key_places, value_places = np.empty(TILE, np.intp), np.empty(TILE, np.intp)
+        key_sum_places, value_sum_places = np.empty(TILE, np.intp), np.empty(TILE, np.intp)
+        longest = max(width, width_v, TILE)
+        singles, tile_places, query_sum_places = ramp(longest, 1), ramp(longest, TILE), ramp(TILE, width)
+        half = fill(grad_query.dtype.type(tau / 2))
+        tiles = (n_q + TILE - 1) // TILE
+        for task in range(first, last):
+            head, part = divmod(task, parts)
+            b, h = divmod(head, keep_query.shape[1])
+            num_keys = list_kept(keys, keep_key, b, h, 0, n_k)
+            clear(key_sums, task * n_k * width, n_k * width)
+            clear(value_sums, task * n_k * width_v, n_k * width_v)
+            for turn in range(tiles * part // parts, tiles * (part + 1) // parts):
+                i, stop = turn * TILE, min((turn + 1) * TILE, n_q)
+                num_queries = list_kept(queries, keep_query, b, h, i, stop)
+                for t in range(i, stop):
+                    if not keep_query[b, h, t]:
+                        grad_query[b, h, t, :] = 0
+                if num_queries == 0:
+                    continue
+                find_places(query_places, queries, 0, num_queries, head * n_q, width)
+                find_places(grad_places, queries, 0, num_queries, head * n_q, width_v)
+                turn_rows(query_tile, TILE, unit_query, query_places, 0, num_queries, width)
+                turn_rows(grad_tile, TILE, grad_out, grad_places, 0, num_queries, width_v)
+                if sampled:
+                    for t in range(num_queries):
+                        for c in range(num_hash):
+                            codes[c * TILE + t] = query_code[b, h, queries[t], c]
+                clear(query_sums, 0, num_queries * width)
+                for block in range(0, num_keys, TILE):
+                    count = min(TILE, num_keys - block)
+                    find_places(key_places, keys, block, count, head * n_k, width)
+                    find_places(value_places, keys, block, count, head * n_k, width_v)
+                    find_places(key_sum_places, keys, block, count, task * n_k, width)
+                    find_places(value_sum_places, keys, block, count, task * n_k, width_v)
+                    all_products(weights, query_tile, tile_places, unit_key, key_places, singles, d, count)
+                    all_products(pulls, grad_tile, tile_places, value, value_places, singles, d_v, count)
+                    if exact:
+                        weigh_exactly(
+                            weights,
+                            pulls,
+                            query_tile,
+                            codes,
+                            num_queries,
+                            unit_key,
+                            key_places,
+                            key_code,
+                            b,
+                            h,
+                            keys,
+                            block,
+                            count,
+                            d,
+                            polynomial,
+                            tau,
+                            sampled,
+                            scratch,
+                        )
+                    else:
+                        weigh(
+                            weights, query_tile, num_queries, unit_key, key_places, count, d, polynomial, STEEP_FOR_GRADIENTS, tau, scratch
+                        )
+                        for u in range(count):
+                            for at in range(u * TILE, u * TILE + num_queries, LANES):
+                                store(pulls, at, load(weights, at) * load(pulls, at) * half)
+                    product(
+                        query_sums,
+                        query_sum_places,
+                        0,
+                        pulls,
+                        singles,
+                        tile_places,
+                        unit_key,
+                        key_places,
+                        0,
+                        num_queries,
+                        count,
+                        width,
+                        False,
+                    )
+                    product(
+                        key_sums,
+                        key_sum_places,
+                        0,
+                        pulls,
+                        tile_places,
+                        singles,
+                        unit_query,
+                        query_places,
+                        0,
+                        count,
+                        num_queries,
+                        width,
+                        False,
+                    )
+                    product(
+                        value_sums,
+                        value_sum_places,
+                        0,
+                        weights,
+                        tile_places,
+                        singles,
+                        grad_out,
+                        grad_places,
+                        0,
+                        count,
+                        num_queries,
+                        width_v,
+                        False,
+                    )
+                for t in range(num_queries):
+                    at, length = query_sum_places[t], query_length[b, h, queries[t]]
+                    leave_normalisation(query_sums, at, unit_query, query_places[t], width, length, False)
+                    store_row(grad_query, b, h, queries[t], query_sums, at)
 
     return pull
+
+
+@cache
+def _finish_kernel(dtype: Any) -> Any:
+    """Gradients of keys and values from the sums of the parts, in order. A task is a row of a head."""
+
+    @kernel(
+        types.void(
+            types.intp,
+            types.intp,
+            types.intp,
+            output_array(dtype, 1),
+            output_array(dtype, 1),
+            input_array(dtype, 1),
+            input_array(dtype, 3),
+            input_array(types.uint8, 3),
+            output_array(dtype, 4),
+            output_array(dtype, 4),
+        )
+    )
+    def finish(first, last, parts, key_sums, value_sums, unit_key, key_length, keep_key, grad_key, grad_value):
+        n, d, d_v = keep_key.shape[2], grad_key.shape[3], grad_value.shape[3]
+        width, width_v = (d + LANES - 1) // LANES * LANES, (d_v + LANES - 1) // LANES * LANES
+        for task in range(first, last):
+            head, j = divmod(task, n)
+            b, h = divmod(head, keep_key.shape[1])
+            row = head * parts * n + j
+            for part in range(1, parts):
+                for c in range(0, width, LANES):
+                    at = row * width + c
+                    store(key_sums, at, load(key_sums, at) + load(key_sums, at + part * n * width))
+                for c in range(0, width_v, LANES):
+                    at = row * width_v + c
+                    store(value_sums, at, load(value_sums, at) + load(value_sums, at + part * n * width_v))
+            length = key_length[b, h, j] if keep_key[b, h, j] else key_length.dtype.type(0)
+            leave_normalisation(key_sums, row * width, unit_key, task * width, width, length, False)
+            store_row(grad_key, b, h, j, key_sums, row * width)
+            store_row(grad_value, b, h, j, value_sums, row * width_v)
+
+    return finish
 
 
 def _by_pairs(
@@ -192,27 +303,33 @@ def _by_pairs(
 ) -> Gradients:
     """All three gradients from all pairs, with the expectation as weights, or the collisions of ``codes``."""
     dtype = np.promote_types(working_dtype(query), working_dtype(value))
-    (unit_q, length_q, _), (unit_k, length_k, _) = (unit_rows(rows(x, dtype), num_threads) for x in (query, key))
-    g, v = rows(grad_out, dtype), rows(value, dtype)
+    q, k, v, g = (rows(x, dtype) for x in (query, key, value, grad_out))
+    (unit_q, length_q, _), (unit_k, length_k, _) = (unit_rows(x, num_threads) for x in (q, k))
+    packed_v, packed_g = packed_rows(v, num_threads), packed_rows(g, num_threads)
     keep_q, keep_k = kept(query_mask, query.shape[:-1]), kept(key_mask, key.shape[:-1])
     code_q, code_k = (np.empty((1, 1, 1, 0), np.int32),) * 2 if codes is None else map(heads, codes)
-    grad_q, grad_k, grad_v = np.empty_like(unit_q), np.empty_like(unit_k), np.empty(v.shape, dtype)
-    nothing = np.empty((0, 0, 0, 0), dtype)
+    batch, num_heads, n_q, d = q.shape
+    n_k, d_v = v.shape[2:]
+    heads_in_all = batch * num_heads
+    parts = max(1, min(-(-n_q // TILE), -(-ENOUGH_TASKS // max(heads_in_all, 1))))
+    grad_q, grad_k, grad_v = np.empty(q.shape, dtype), np.empty(k.shape, dtype), np.empty(v.shape, dtype)
+    key_sums, value_sums = (aligned_empty(heads_in_all * parts * n_k * width_of(dim), dtype) for dim in (d, d_v))
     numba_type = from_dtype(np.dtype(dtype))
     run = _pull_kernel(numba_type, POLYNOMIAL[numba_type], grad == "exact", codes is not None)
-    batch, num_heads, n_q, d = unit_q.shape
-    n_k, d_v = v.shape[2:]
-    queries, keys = (unit_q, length_q, g, code_q, keep_q), (unit_k, length_k, v, code_k, keep_k)
-    for x, y, first, second in ((queries, keys, grad_q, nothing), (keys, queries, grad_k, grad_v)):
-        unit_y, _, companion_y, code_y, keep_y = y
-        share(
-            batch * num_heads * -(-x[0].shape[2] // QUERY_TILE),
-            lambda task0, task1, x=x, y=(unit_y, companion_y, code_y, keep_y), first=first, second=second: run(  # type: ignore[misc]
-                task0, task1, *x, *y, first, second, hash_code_len, second.size > 0
-            ),
-            num_threads=num_threads,
-            cost=2.0 * batch * num_heads * n_q * n_k * (d + d_v),
-        )
+    queries, keys = (unit_q, length_q, packed_g, code_q, keep_q), (unit_k, packed_v, code_k, keep_k)
+    share(
+        heads_in_all * parts,
+        lambda first, last: run(first, last, parts, *queries, *keys, grad_q, key_sums, value_sums, d_v, hash_code_len),
+        num_threads=num_threads,
+        cost=2.0 * heads_in_all * n_q * n_k * (d + d_v),
+    )
+    finish = _finish_kernel(numba_type)
+    share(
+        heads_in_all * n_k,
+        lambda first, last: finish(first, last, parts, key_sums, value_sums, unit_k, length_k, keep_k, grad_k, grad_v),
+        num_threads=num_threads,
+        cost=float(key_sums.size + value_sums.size),
+    )
     return (
         grad_q.reshape(query.shape).astype(query.dtype, copy=False),
         grad_k.reshape(key.shape).astype(key.dtype, copy=False),
@@ -232,7 +349,10 @@ def expectation_attention_backward(
     key_mask: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
-    """See `yoso_core.reference.expectation_attention_backward`. Working memory: unit copies of query and key."""
+    """See `yoso_core.reference.expectation_attention_backward`.
+
+    Working memory: unit copies of query and key, and sums for the gradients of key and value (several, for fewer than 16 heads).
+    """
     return _by_pairs(grad_out, query, key, value, None, hash_code_len, grad, query_mask, key_mask, num_threads)
 
 
@@ -252,55 +372,10 @@ def lsh_attention_backward(
 ) -> Gradients:
     """See `yoso_core.reference.lsh_attention_backward`.
 
-    With ``grad="lower_bound"`` two weighted cumulations and a plain one, in time linear in ``n``; with ``grad="exact"`` over all pairs.
+    With ``grad="lower_bound"`` bucket by bucket, in time linear in ``n``; with ``grad="exact"`` over all pairs.
     """
     if grad == "exact":
         codes = (query_hash_code, key_hash_code)
         return _by_pairs(grad_out, query, key, value, codes, hash_code_len, grad, query_mask, key_mask, num_threads)
-    dtype = np.promote_types(working_dtype(query), working_dtype(value))
-    (unit_q, length_q, _), (unit_k, length_k, _) = (unit_rows(rows(x, dtype), num_threads) for x in (query, key))
-    g, v = rows(grad_out, dtype), rows(value, dtype)
-    codes_q, codes_k, capacity = heads(query_hash_code), heads(key_hash_code), 1 << hash_code_len
-    forth = {"query_mask": kept(query_mask, query.shape[:-1]), "key_mask": kept(key_mask, key.shape[:-1])}
-    back = {"query_mask": forth["key_mask"], "key_mask": forth["query_mask"]}
-    pull_q = lsh_weighted_cumulation(codes_q, g, codes_k, v, unit_k, capacity, **forth, num_threads=num_threads)
-    pull_k = lsh_weighted_cumulation(codes_k, v, codes_q, g, unit_q, capacity, **back, num_threads=num_threads)
-    grad_v = lsh_cumulation(codes_k, codes_q, g, capacity, **back, num_threads=num_threads)
-    return (
-        _through_normalisation(pull_q, hash_code_len / 2, unit_q, length_q, num_threads)
-        .reshape(query.shape)
-        .astype(query.dtype, copy=False),
-        _through_normalisation(pull_k, hash_code_len / 2, unit_k, length_k, num_threads).reshape(key.shape).astype(key.dtype, copy=False),
-        grad_v.reshape(value.shape).astype(value.dtype, copy=False),
-    )
-
-
-@cache
-def _normalisation_kernel(dtype: Any) -> Any:
-    """The chain through the normalisation, in place: ``factor (f - (f . u) u) / |x|``. A task is one row.
-
-    Rows of length zero get zeros; rows that are zero stay so, even where ``u`` is NaN.
-    """
-
-    @kernel(types.void(types.intp, types.intp, output_array(dtype, 4), input_array(dtype, 4), input_array(dtype, 3), types.float64))
-    def chain(first, last, pull, unit, lengths, factor):
-        n, d = pull.shape[2], pull.shape[3]
-        for task in range(first, last):
-            head, i = divmod(task, n)
-            b, h = divmod(head, pull.shape[1])
-            along, any_pull = pull.dtype.type(0), False
-            for c in range(d):
-                along += pull[b, h, i, c] * unit[b, h, i, c]
-                any_pull = any_pull or pull[b, h, i, c] != 0
-            scale = pull.dtype.type(factor) / lengths[b, h, i] if lengths[b, h, i] != 0 else pull.dtype.type(0)
-            for c in range(d):
-                across = (pull[b, h, i, c] - along * unit[b, h, i, c]) * scale
-                pull[b, h, i, c] = across if any_pull and lengths[b, h, i] != 0 else 0
-
-    return chain
-
-
-def _through_normalisation(pull: Array, factor: float, unit: Array, lengths: Array, num_threads: int | None) -> Array:
-    run = _normalisation_kernel(from_dtype(pull.dtype))
-    share(lengths.size, lambda first, last: run(first, last, pull, unit, lengths, factor), num_threads=num_threads, cost=5.0 * pull.size)
-    return pull
+    arrays = (grad_out, query, key, value, query_hash_code, key_hash_code)
+    return lsh_lower_bound_backward(*arrays, hash_code_len, query_mask, key_mask, num_threads)

@@ -175,7 +175,7 @@ KERNELS: tuple[Kernel, ...] = (
         "expectation_attention_backward",
         "cpu:blocked",
         "yoso_core.cpu:expectation_attention_backward",
-        "32 rows by 4 in registers, once by query and once by key",
+        "tiles of 64 by 64 pairs, all three gradients in one walk",
     ),
     Kernel(
         "expectation_attention_backward",
@@ -194,7 +194,7 @@ KERNELS: tuple[Kernel, ...] = (
         "lsh_attention_backward",
         "cpu:buckets",
         "yoso_core.cpu:lsh_attention_backward",
-        "lower bound: weighted cumulations; exact: all pairs, blocked",
+        "lower bound: bucket by bucket, all three gradients at one visit; exact: all pairs, blocked",
     ),
     Kernel(
         "lsh_attention_backward",
