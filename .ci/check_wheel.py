@@ -1,4 +1,6 @@
-"""Install a wheel into a fresh virtual environment and use it from another folder: ``python .ci/check_wheel.py FILE.whl``."""
+"""Install a wheel into a fresh virtual environment and use it from another folder:
+``python .ci/check_wheel.py FILE.whl``.
+"""
 
 import subprocess
 import sys
@@ -21,7 +23,7 @@ print("yoso_core", yoso_core.__version__, "works from", yoso_core.__path__[0])
 
 
 def check_files(wheel: Path) -> None:
-    """The wheel holds one top-level package, its type marker and its licence."""
+    """The wheel holds one top-level package, its type marker and its license."""
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     if top != {"yoso_core"}:
@@ -32,7 +34,9 @@ def check_files(wheel: Path) -> None:
 
 
 def check_use(wheel: Path) -> None:
-    """The wheel and the packages that it asks for, no extra among them, suffice to compute and to run the command."""
+    """The wheel and the packages that it asks for, no extra among them, suffice to compute and to
+    run the command.
+    """
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         bin_folder = Path(folder, "bin")

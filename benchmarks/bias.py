@@ -1,7 +1,8 @@
 """How far the Hadamard hash is from its ideal: the suite ``bias``.
 
-Gaussian hyperplanes make codes collide with probability ``(1 - theta / pi)**tau`` exactly. Three rounds of random signs and a Hadamard
-transform do so only in the limit of a large dimension ``D``; this measures the difference.
+Gaussian hyperplanes make codes collide with probability ``(1 - theta / pi)**tau`` exactly. Three
+rounds of random signs and a Hadamard transform do so only in the limit of a large dimension ``D``;
+this measures the difference.
 """
 
 import json
@@ -23,15 +24,21 @@ ANGLES = 15
 """Angles pi/16, 2 pi/16, ... 15 pi/16. In one dimension there are only two, 0 and pi."""
 NUM_HASH = 32
 BOUND = 0.01
-"""No difference is larger where D >= 64 and tau <= 9, for vectors in random directions: what the tests hold."""
+"""No difference is larger where D >= 64 and tau <= 9, for vectors in random directions: what the
+tests hold.
+"""
 DRAWS = 4096
-"""Independent draws of the signs. Their spread gives the standard error, since codes of one draw depend on each other."""
+"""Independent draws of the signs. Their spread gives the standard error, since codes of one draw
+depend on each other.
+"""
 PAIRS = 4
 """Pairs of vectors, in random directions, at every angle for every draw."""
 
 
 def pairs_at_angles(dim: int, rng: np.random.Generator, draws: int, pairs: int) -> tuple[Array, Array]:
-    """Angles ``(a,)`` and unit vectors ``(draws, pairs, 1 + a, dim)``: the first of every row, and one at each angle from it."""
+    """Angles ``(a,)`` and unit vectors ``(draws, pairs, 1 + a, dim)``: the first of every row, and
+    one at each angle from it.
+    """
     if dim == 1:
         first = rng.choice([-1.0, 1.0], size=(draws, pairs, 1, 1))
         return np.array([0.0, np.pi]), np.concatenate([first, first, -first], axis=2).astype(np.float32)
@@ -46,7 +53,9 @@ def pairs_at_angles(dim: int, rng: np.random.Generator, draws: int, pairs: int) 
 
 
 def measure(dim: int, hash_code_len: int, *, draws: int = DRAWS, pairs: int = PAIRS, variant: str | None = None) -> Result:
-    """The largest difference over the angles between the measured probability of a collision and its ideal, with its standard error."""
+    """The largest difference over the angles between the measured probability of a collision and
+    its ideal, with its standard error.
+    """
     rng = np.random.default_rng([dim, hash_code_len])
     theta, vectors = pairs_at_angles(dim, rng, draws, pairs)
     signs = yoso_core.sample_signs(NUM_HASH, hash_code_len, dim, batch_shape=(draws,), rng=rng)
@@ -69,7 +78,9 @@ def measure(dim: int, hash_code_len: int, *, draws: int = DRAWS, pairs: int = PA
 
 
 def run(output: Path, *, progress: bool = True) -> Path:
-    """Measure every dimension and code length, always from the same seeds, and write ``hadamard_bias.json``."""
+    """Measure every dimension and code length, always from the same seeds, and write
+    ``hadamard_bias.json``.
+    """
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import track
@@ -88,7 +99,9 @@ def run(output: Path, *, progress: bool = True) -> Path:
 
 
 def bias_table(table: Result) -> str:
-    """Markdown: a row for every D, a column for every tau, the largest difference with its standard error."""
+    """Markdown: a row for every D, a column for every tau, the largest difference with its standard
+    error.
+    """
     cells = {(cell["dim"], cell["hash_code_len"]): cell for cell in table["cells"]}
     taus = sorted({tau for _, tau in cells})
     lines = [["D", *(f"tau = {tau}" for tau in taus)], ["---:"] * (1 + len(taus))]

@@ -1,6 +1,7 @@
 """What is measured, as data: one registry for every suite.
 
-A new suite is a new entry of `SUITES`; a new thing to run is a new entry of `yoso_core.benchmarks.contenders.CONTENDERS`.
+A new suite is a new entry of `SUITES`; a new thing to run is a new entry of
+`yoso_core.benchmarks.contenders.CONTENDERS`.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,9 @@ Measure = Literal["speedup", "cost", "bandwidth", "memory", "memory share", "ove
 
 @dataclass(frozen=True)
 class Workload:
-    """One call: who runs, and on what shapes. The same shapes always mean the same numbers, standard normal."""
+    """One call: who runs, and on what shapes. The same shapes always mean the same numbers,
+    standard normal.
+    """
 
     run: str
     """A key of `CONTENDERS`."""
@@ -36,17 +39,19 @@ class Case:
     suite: str
     name: str
     measure: Measure
-    """
-    ``"speedup"``: time of ``beside`` over time of ``ours``, at least ``limit``.
-    ``"cost"``: time of ``ours`` over ``share`` times that of ``beside``, at most ``limit``.
-    ``"bandwidth"``: time to move inputs and output once, at the rate of large copies, over time of ``ours``, at least ``limit``.
-    ``"memory"``: what ``ours`` allocates beyond inputs and output, in MB, at most ``limit``.
-    ``"memory share"``: what ``ours`` allocates beyond inputs and output over what ``beside`` does, at most ``limit``.
-    ``"overhead"``: time of ``ours`` less that of ``beside``, in microseconds, at most ``limit``.
+    """ ``"speedup"``: time of ``beside`` over time of ``ours``, at least ``limit``. ``"cost"``:
+    time of ``ours`` over ``share`` times that of ``beside``, at most ``limit``. ``"bandwidth"``:
+    time to move inputs and output once, at the rate of large copies, over time of ``ours``, at
+    least ``limit``. ``"memory"``: what ``ours`` allocates beyond inputs and output, in MB, at most
+    ``limit``. ``"memory share"``: what ``ours`` allocates beyond inputs and output over what
+    ``beside`` does, at most ``limit``. ``"overhead"``: time of ``ours`` less that of ``beside``, in
+    microseconds, at most ``limit``.
     """
     ours: Workload
     beside: Workload | None = None
-    """The peer on the same tensors, or ours at another size or dtype; measured in turns with ``ours``."""
+    """The peer on the same tensors, or ours at another size or dtype; measured in turns with
+    ``ours``.
+    """
     also: tuple[Workload, ...] = ()
     """Others that a reader would ask about: measured in the same turns, held to nothing."""
     limit: float | None = None
@@ -75,7 +80,8 @@ def _speedup(n: int, limit: float | None = None, aim: float | None = None) -> Ca
 
 
 def _per_token(n: int) -> Case:
-    # No peer here: its time grows as n squared, to minutes at the first of these sizes and most of an hour at the second.
+    # No peer here: its time grows as n squared, to minutes at the first of these sizes and most of
+    # an hour at the second.
     return Case(
         suite="cpu",
         name=f"sampled, n = {n:,}: time per token over that at n = 4,096",
@@ -89,7 +95,9 @@ def _per_token(n: int) -> Case:
 
 
 def _relative(name: str, ours: Workload, share: float, quick: bool = False) -> Case:
-    """Another dtype or dimension against float32 at d = 64, each unit of work allowed twice its time."""
+    """Another dtype or dimension against float32 at d = 64, each unit of work allowed twice its
+    time.
+    """
     return Case(
         suite="cpu",
         name=f"sampled, n = 4,096, {name} over {share:g} x float32, d = 64",
@@ -184,7 +192,8 @@ CPU: tuple[Case, ...] = (
         for ours, theirs in [(Workload("yoso_expectation", n), Workload("transformers_expectation", n))]
     ),
     Case("cpu", "exact expectation, n = 4,096, beside transformers", "speedup", *_EXPECTATION, limit=8, headline=True),
-    # A float64 has twice the bytes of a float32; half types are computed in float32, so they cost what it costs.
+    # A float64 has twice the bytes of a float32; half types are computed in float32, so they cost
+    # what it costs.
     _relative("float64", Workload("yoso", 4096, dtype="float64"), share=2),
     _relative("float16", Workload("yoso", 4096, dtype="float16"), share=1, quick=True),
     _relative("bfloat16", Workload("yoso", 4096, dtype="bfloat16"), share=1),
@@ -212,7 +221,9 @@ def _on_gpu(run: str, n: int, dtype: str = "float32", variant: str | None = None
 
 
 def _softmax(n: int) -> tuple[Workload, ...]:
-    """torch's attention in float32 and, as flash attention, in float16; the first of them only as far as it takes less than a second."""
+    """torch's attention in float32 and, as flash attention, in float16; the first of them only as
+    far as it takes less than a second.
+    """
     flash = _on_gpu("flash", n, "float16")
     return (_on_gpu("sdpa", n), flash) if n <= 16384 else (flash,)
 

@@ -1,4 +1,6 @@
-"""Who can be measured: how each is called, and how ours are checked before any number of theirs is shown."""
+"""Who can be measured: how each is called, and how ours are checked before any number of theirs is
+shown.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +39,9 @@ class Operation(Ours):
         return ((self.op, chosen.name if chosen else None),)
 
     def check(self, workload: Workload) -> Check:
-        """The whole call, of which rows spread over the last head are compared: a slip in a stride of heads or rows shows there."""
+        """The whole call, of which rows spread over the last head are compared: a slip in a stride
+        of heads or rows shows there.
+        """
         rows, exact, allowed = _right(self.op, self.arguments, self.rows, replace(workload, run="", variant=None))
         out = self.bind(workload, tensors(workload))()
         return Check.of(out[-1:, -1:, rows].double().cpu().numpy(), exact, allowed, len(rows))
@@ -56,7 +60,9 @@ def _last_head(workload: Workload) -> Tensors:
 def _right(
     op: str, arguments: Callable[[Workload, Tensors], dict[str, Any]], most_rows: int, workload: Workload
 ) -> tuple[Array, Array, Array]:
-    """The rows to compare, what is right there, and how far a result may be from it. Kept, since variants share it."""
+    """The rows to compare, what is right there, and how far a result may be from it. Kept, since
+    variants share it.
+    """
     rows, last_head = _spread(workload.n, most_rows), _last_head(workload)
     given = arguments(workload, {**last_head, "query": last_head["query"][:, :, rows]})
     (exact,) = truth(op, (), given)
@@ -66,7 +72,9 @@ def _right(
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Operation):
-    """Sampled attention from its public parts, each by a variant named, as it is without a fused one."""
+    """Sampled attention from its public parts, each by a variant named, as it is without a fused
+    one.
+    """
 
     hash_variant: str | None = None
     cumulation_variant: str | None = None
@@ -123,7 +131,9 @@ class Training(Operation):
         return (*super().steps(workload), (self.backward, chosen.name if chosen else None))
 
     def check(self, workload: Workload) -> Check:
-        """Output and gradients of the whole call, of which rows spread over the last head are compared."""
+        """Output and gradients of the whole call, of which rows spread over the last head are
+        compared.
+        """
         shapes = replace(workload, run="", variant=None)
         rows, exact, allowed = _right(self.op, self.arguments, self.rows, shapes)
         found = self.bind(workload, tensors(workload))()
@@ -136,11 +146,14 @@ class Training(Operation):
 
 @lru_cache(maxsize=16)
 def _right_gradients(training: Training, workload: Workload) -> tuple[tuple[Array, Array], ...]:
-    """For query, key and value: what is right in the rows that are compared, and how far from it a result may be.
+    """For query, key and value: what is right in the rows that are compared, and how far from it a
+    result may be.
 
-    Query rows from all keys, key and value rows from all queries, each a small problem of the definition in float64. Where outputs
-    are scaled to unit length, the gradient comes through that first, for every query. The error allowed is as everywhere: twice what
-    the definition loses in the caller's dtype, here from the first sum of the forward pass to the last of the backward pass, plus 4 ulp.
+    Query rows from all keys, key and value rows from all queries, each a small problem of the
+    definition in float64. Where outputs are scaled to unit length, the gradient comes through that
+    first, for every query. The error allowed is as everywhere: twice what the definition loses in
+    the caller's dtype, here from the first sum of the forward pass to the last of the backward
+    pass, plus 4 ulp.
     """
     rows = _spread(workload.n, training.rows)
     given = {name: x.numpy() for name, x in _last_head(workload).items()}
@@ -163,7 +176,9 @@ def _right_gradients(training: Training, workload: Workload) -> tuple[tuple[Arra
 
 
 def _before_scaling(training: Training, workload: Workload, given: Tensors, grad: Array) -> tuple[Array, Array]:
-    """``grad`` taken back through the scaling to unit length, for every row: in float64, and by the definition in the caller's dtype."""
+    """``grad`` taken back through the scaling to unit length, for every row: in float64, and by the
+    definition in the caller's dtype.
+    """
     sums = {**training.arguments(workload, given), "normalize_output": False}
     (wide,) = truth("yoso_attention", (), sums)
     (own,) = outputs_of(call("yoso_attention", sums, definition_of("yoso_attention").name))
@@ -184,7 +199,9 @@ def tensors(workload: Workload) -> Tensors:
 
 
 def grad_out(workload: Workload) -> Any:
-    """The gradient that comes back to the output: the same for every contender, and on every run."""
+    """The gradient that comes back to the output: the same for every contender, and on every
+    run.
+    """
     import torch
 
     device = MACHINES[workload.device].torch
@@ -226,7 +243,9 @@ def _hashed(workload: Workload, given: Tensors) -> dict[str, Any]:
 
 
 def _cumulated(workload: Workload, given: Tensors) -> dict[str, Any]:
-    """Codes are made outside the timed call, and are right by construction: nothing looks at them again."""
+    """Codes are made outside the timed call, and are right by construction: nothing looks at them
+    again.
+    """
     query_code, key_code = (
         yoso_core.fast_hash(given[name], given["signs"], workload.num_hash, workload.hash_code_len) for name in ("query", "key")
     )

@@ -1,4 +1,6 @@
-"""The physical floor: how fast this machine could do the work if nothing but bytes or arithmetic stood in the way."""
+"""The physical floor: how fast this machine could do the work if nothing but bytes or arithmetic
+stood in the way.
+"""
 
 import os
 import time
@@ -69,7 +71,9 @@ def _cpu_rates() -> Rates:
 
 
 def _torch_rates(device: str, size: int = 1 << 30, side: int = 8192) -> Rates:
-    """By copies of ``size`` bytes, many times what a cache holds, and a product of random matrices in plain float32: no TF32."""
+    """By copies of ``size`` bytes, many times what a cache holds, and a product of random matrices
+    in plain float32: no TF32.
+    """
     return Rates(copy_bytes=_torch_copy(device, size), multiply_adds=_torch_product(device, side))
 
 
@@ -114,10 +118,12 @@ def operations(workload: Workload) -> int:
 def _operations(op: str, workload: Workload) -> int:
     """Those of one operation.
 
-    Hashing: three Hadamard transforms of every part, ``3 D log2 D`` additions a vector. Cumulation: those into and out of the tables,
-    ``m d`` each. Weighted: pairs or outer products, whichever is less where codes are spread evenly. Exact expectation: its two matrix
-    products. Backward, what the forward pass has not made already: ``g . v``, which queries and keys share, and the three sums. The dense
-    part of an encoder layer of hidden size ``h``: ``4 h**2`` around the attention and ``8 h**2`` of the feed-forward network, a token.
+    Hashing: three Hadamard transforms of every part, ``3 D log2 D`` additions a vector. Cumulation:
+    those into and out of the tables, ``m d`` each. Weighted: pairs or outer products, whichever is
+    less where codes are spread evenly. Exact expectation: its two matrix products. Backward, what
+    the forward pass has not made already: ``g . v``, which queries and keys share, and the three
+    sums. The dense part of an encoder layer of hidden size ``h``: ``4 h**2`` around the attention
+    and ``8 h**2`` of the feed-forward network, a token.
     """
     dim = workload.dim
     rows = workload.batch * workload.heads * workload.n
@@ -142,10 +148,11 @@ def _operations(op: str, workload: Workload) -> int:
 
 
 def least_bytes(workload: Workload) -> int:
-    """Every input of the workload and its output, each moved once; the signs, which are few, do not count.
+    """Every input of the workload and its output, each moved once; the signs, which are few, do not
+    count.
 
-    Vectors are ``(n, d)``, of queries, keys, values, weights and output alike; codes take four bytes. A backward pass adds the gradient
-    that comes in and the three that go out.
+    Vectors are ``(n, d)``, of queries, keys, values, weights and output alike; codes take four
+    bytes. A backward pass adds the gradient that comes in and the three that go out.
     """
     rows = workload.batch * workload.heads * workload.n
     dense = 12 * (workload.heads * workload.dim) ** 2 * ITEM_SIZE[workload.dtype]

@@ -1,4 +1,6 @@
-"""Where the tensors of a suite live, and what that changes for measuring: the one place that knows CPU and GPU apart."""
+"""Where the tensors of a suite live, and what that changes for measuring: the one place that knows
+CPU and GPU apart.
+"""
 
 import re
 import subprocess
@@ -32,7 +34,9 @@ class Machine:
     wait: Callable[[], None]
     """Returns when all work that was handed over is done."""
     patience: float
-    """A first call of less than so many seconds tells little about the next, and is made again before repeats are planned."""
+    """A first call of less than so many seconds tells little about the next, and is made again
+    before repeats are planned.
+    """
     about: Callable[[], Result]
     """What to add to the description of the machine in the results."""
     limits: Callable[[], Limits]

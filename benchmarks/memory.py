@@ -1,6 +1,8 @@
-"""How much memory a call takes beyond its inputs and its output: on the CPU in a process of its own, on a GPU by torch's allocator.
+"""How much memory a call takes beyond its inputs and its output: on the CPU in a process of its
+own, on a GPU by torch's allocator.
 
-``python -m yoso_core.benchmarks.memory '{"run": "yoso", "n": 4096}'`` prints the number of bytes on the CPU.
+``python -m yoso_core.benchmarks.memory '{"run": "yoso", "n": 4096}'`` prints the number of bytes on
+the CPU.
 """
 
 import contextlib
@@ -15,12 +17,15 @@ from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
 from yoso_core.benchmarks.machines import MACHINES
 
-# With a fixed threshold, freed blocks go back to the system at once; else glibc keeps some, and a call that reuses them looks free.
+# With a fixed threshold, freed blocks go back to the system at once; else glibc keeps some, and a
+# call that reuses them looks free.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def working_memory(workload: Workload) -> int:
-    """Bytes that one call of ``workload`` takes at its peak, beyond what its inputs and its output hold."""
+    """Bytes that one call of ``workload`` takes at its peak, beyond what its inputs and its output
+    hold.
+    """
     if workload.device != "cpu":
         return measure_on_gpu(workload)
     command = [sys.executable, "-m", "yoso_core.benchmarks.memory", json.dumps(asdict(workload))]
@@ -45,7 +50,8 @@ def measure(workload: Workload) -> int:
     tiny = replace(workload, n=64)
     contender.bind(tiny, tensors(tiny))()
     call = contender.bind(workload, tensors(workload))
-    # The peak starts again from here; where the system forbids that, it is the whole process's, which can only overstate.
+    # The peak starts again from here; where the system forbids that, it is the whole process's,
+    # which can only overstate.
     with contextlib.suppress(PermissionError), open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")
     before = _status("VmRSS")
@@ -59,7 +65,8 @@ def _bytes(out: Any) -> int:
 
 
 def measure_on_gpu(workload: Workload) -> int:
-    """Peak of torch's allocator during one call, less what it held before, less the output. CuPy's arrays come out of it too.
+    """Peak of torch's allocator during one call, less what it held before, less the output. CuPy's
+    arrays come out of it too.
 
     A call at the same shapes comes first, so that no workspace that a library keeps is counted.
     """

@@ -1,4 +1,6 @@
-"""The whole model beside transformers': one layer of the base configuration, same weights, same tokens."""
+"""The whole model beside transformers': one layer of the base configuration, same weights, same
+tokens.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +15,15 @@ from yoso_core.registry import automatic
 from yoso_core.truth import definition_of
 
 TOLERANCE = 1e-5
-"""Of an entry of the output, which LayerNorm has scaled to a size of one; of a gradient, by the largest of its parameter."""
+"""Of an entry of the output, which LayerNorm has scaled to a size of one; of a gradient, by the
+largest of its parameter.
+"""
 
 
 def _config(workload: Workload) -> dict[str, Any]:
-    """The base configuration with one layer; without dropout, so that both sides compute the same."""
+    """The base configuration with one layer; without dropout, so that both sides compute the
+    same.
+    """
     hidden = workload.heads * workload.dim
     return {
         "hidden_size": hidden,
@@ -97,7 +103,9 @@ def _step(model: Any, workload: Workload) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Model(Ours):
-    """Ours. Compared with the definition's attention in its place where it samples, else with transformers'."""
+    """Ours. Compared with the definition's attention in its place where it samples, else with
+    transformers'.
+    """
 
     use_expectation: bool
     training: bool = False

@@ -1,4 +1,6 @@
-"""One picture of a suite: time and memory of the forward pass against the length of the input, both axes logarithmic."""
+"""One picture of a suite: time and memory of the forward pass against the length of the input, both
+axes logarithmic.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,12 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Line:
-    """Whose numbers make one line, and how it looks: Okabe and Ito's colours, which the colour-blind tell apart, and markers for print."""
+    """Whose numbers make one line, and how it looks: Okabe and Ito's colors, which the color-blind
+    tell apart, and markers for print.
+    """
 
     run: str
-    colour: str
+    color: str
     marker: str
     style: str = "-"
     device: str = "cpu"
@@ -48,7 +52,9 @@ LINES = (
 
 
 def curves(run: Result, quantity: str) -> dict[Line, Curve]:
-    """``quantity`` (``"median"`` or ``"working_bytes"``) against n, for every line of which the results have anything."""
+    """``quantity`` (``"median"`` or ``"working_bytes"``) against n, for every line of which the
+    results have anything.
+    """
     found: dict[Line, Curve] = {}
     for side in _sides(run):
         for line in LINES:
@@ -79,7 +85,7 @@ def plot_suite(run: Result, path: Path) -> None:
     ):
         for line, curve in curves(run, quantity).items():
             n = sorted(curve)
-            style = {"color": line.colour, "marker": line.marker, "linestyle": line.style}
+            style = {"color": line.color, "marker": line.marker, "linestyle": line.style}
             (drawn[line.label or labels[line.run]],) = axes.plot(n, [curve[i] / unit for i in n], **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

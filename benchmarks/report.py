@@ -1,7 +1,8 @@
 """Tables from results: for the terminal, and for the README files, which are never typed by hand.
 
-``python -m yoso_core.benchmarks.report``, from the root of the repository, rewrites every block between ``<!-- bench:NAME -->`` and
-``<!-- /bench -->`` in README.md and benchmarks/README.md from the committed JSON.
+``python -m yoso_core.benchmarks.report``, from the root of the repository, rewrites every block
+between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` in README.md and benchmarks/README.md from
+the committed JSON.
 """
 
 import json
@@ -106,7 +107,9 @@ def _result(case: Result) -> dict[str, str]:
 
 
 def columns_of(run: Result) -> tuple[str, ...]:
-    """Where results have them, two more: the bandwidth that a variant uses, and others on the same inputs."""
+    """Where results have them, two more: the bandwidth that a variant uses, and others on the same
+    inputs.
+    """
     by_design = any("by_design" in case.get("floor", {}) for case in run["cases"])
     also = any(case.get("also") for case in run["cases"])
     return (*_COLUMNS, *(["by design / time"] if by_design else []), *(["also"] if also else []))
@@ -215,7 +218,9 @@ REFERENCE = 4096
 
 
 def bytes_block(results: Path) -> str:
-    """What each CUDA variant moves at the setting of the suite ``gpu``, in float32, by the formulas of `traffic`."""
+    """What each CUDA variant moves at the setting of the suite ``gpu``, in float32, by the formulas
+    of `traffic`.
+    """
     shapes = next(w for w in (case.ours for case in SUITES["gpu"]) if w.n == REFERENCE and w.dtype == "float32")
     rows = []
     for op, variant in FORMULAS:

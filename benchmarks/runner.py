@@ -40,7 +40,9 @@ MEMORY = ("memory", "memory share")
 
 
 class RedComparison(RuntimeError):
-    """A result differs from the definition, or a call raised: said once the table is printed and the results are written."""
+    """A result differs from the definition, or a call raised: said once the table is printed and
+    the results are written.
+    """
 
 
 def run_suite(
@@ -48,14 +50,14 @@ def run_suite(
 ) -> Path:
     """Measure a suite, print its table, and write every repeat to ``output``.
 
-    Of every case the results are compared with the definition first, at the same shapes. Where that fails, or the call raises, the case is
-    red: nothing of it is timed and no number of it is shown. What cannot run at a size, for want of memory or of a package, is shown as
-    such.
+    Of every case the results are compared with the definition first, at the same shapes. Where that
+    fails, or the call raises, the case is red: nothing of it is timed and no number of it is shown.
+    What cannot run at a size, for want of memory or of a package, is shown as such.
 
     Parameters
     ----------
-    name : ``"cpu"``; ``"gpu"``, on CUDA; ``"model"``, the whole model beside transformers'; or ``"bias"`` for the table of how far the
-        Hadamard hash is from its ideal.
+    name : ``"cpu"``; ``"gpu"``, on CUDA; ``"model"``, the whole model beside transformers'; or
+        ``"bias"`` for the table of how far the Hadamard hash is from its ideal.
     repeats : timed samples per side, in turns; slow cases get fewer, but three at least.
     quick : only the cases that are marked quick: whether the benchmark works, on small inputs.
     output : a folder, made where it does not exist.
@@ -206,7 +208,9 @@ def _unavailable(workload: Workload) -> str | None:
 
 @contextmanager
 def _cannot_run(workload: Workload, side: Result) -> Iterator[None]:
-    """What the machine has no room for goes into the description of a side, and so does whatever a peer raises; the rest is a fault."""
+    """What the machine has no room for goes into the description of a side, and so does whatever a
+    peer raises; the rest is a fault.
+    """
     try:
         yield
     except Exception as error:
@@ -265,9 +269,11 @@ def _times(sides: Mapping[Workload, Result], repeats: int) -> None:
 def in_turns(
     calls: Sequence[Callable[[], Any]], repeats: int, *, machine: Machine = MACHINES["cpu"], first: Sequence[float] | None = None
 ) -> list[list[float]]:
-    """Seconds per call of every sample: A B A B ..., after a warm-up of each; ``first`` if the first calls have been made and took so long.
+    """Seconds per call of every sample: A B A B ..., after a warm-up of each; ``first`` if the
+    first calls have been made and took so long.
 
-    Every turn of a short call begins with one that is not timed, since the other side's threads may still be spinning.
+    Every turn of a short call begins with one that is not timed, since the other side's threads may
+    still be spinning.
     """
     warm = [_seconds(call, machine=machine) for call in calls] if first is None else first
     warm = [_seconds(call, machine=machine) if t < machine.patience else t for call, t in zip(calls, warm, strict=True)]
@@ -288,7 +294,9 @@ def in_turns(
 
 
 def _seconds(call: Callable[[], Any], number: int = 1, *, machine: Machine) -> float:
-    """Per call, from an idle machine until all of them are done: on a GPU calls queue up behind each other, as they do in use."""
+    """Per call, from an idle machine until all of them are done: on a GPU calls queue up behind
+    each other, as they do in use.
+    """
     machine.wait()
     start = time.perf_counter()
     for _ in range(number):
@@ -298,7 +306,9 @@ def _seconds(call: Callable[[], Any], number: int = 1, *, machine: Machine) -> f
 
 
 def _compare(case: Case, result: Result) -> Result:
-    """The number that the case is about, its spread over the pairs of neighbouring samples, and whether it is reached."""
+    """The number that the case is about, its spread over the pairs of neighboring samples, and
+    whether it is reached.
+    """
     ours, beside = result["ours"], result["beside"]
     if case.measure == "memory":
         megabytes = ours["working_bytes"] / MEGABYTE
@@ -349,5 +359,5 @@ def settings(suite: str, repeats: int, device: str) -> Result:
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "input": "batch x n tokens, evenly drawn" if model else f"batch x heads x n x d, standard normal, torch tensors, device {device}",
-        "sampled": f"the whole forward pass: hash both sides, cumulate, normalise; signs drawn {'inside' if model else 'outside'}",
+        "sampled": f"the whole forward pass: hash both sides, cumulate, normalize; signs drawn {'inside' if model else 'outside'}",
     }

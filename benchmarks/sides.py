@@ -1,4 +1,6 @@
-"""What stands on either side of a comparison: one of ours, which is checked before any number of it is shown, or a peer."""
+"""What stands on either side of a comparison: one of ours, which is checked before any number of it
+is shown, or a peer.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +13,9 @@ from yoso_core.benchmarks.cases import Workload
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Any]
-"""``query``, ``key``, ``value`` ``(batch, heads, n, d)`` and ``signs``, torch tensors on the device of the workload."""
+"""``query``, ``key``, ``value`` ``(batch, heads, n, d)`` and ``signs``, torch tensors on the device
+of the workload.
+"""
 
 
 @dataclass(frozen=True)

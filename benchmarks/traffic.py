@@ -1,11 +1,14 @@
-"""The bytes that each CUDA variant moves by design, kernel by kernel: counted from the kernels, not measured.
+"""The bytes that each CUDA variant moves by design, kernel by kernel: counted from the kernels, not
+measured.
 
-Two counts. *Device memory*: what a launch reads and writes there. Whatever blocks at work on the same head share counts once, since it
-comes from the L2 cache; what is read again once a whole array has gone by counts again, since arrays of this size do not stay. *Cache*:
-what the blocks ask for beyond that, and atomic additions, which the L2 cache carries out.
+Two counts. *Device memory*: what a launch reads and writes there. Whatever blocks at work on the
+same head share counts once, since it comes from the L2 cache; what is read again once a whole array
+has gone by counts again, since arrays of this size do not stay. *Cache*: what the blocks ask for
+beyond that, and atomic additions, which the L2 cache carries out.
 
-The formulas hold for what the suites run: as many queries as keys, no masks, ``d_v = d_w = d``, codes spread evenly over the buckets, and
-a code that fits into one part of the hash (``tau <= D``). Flags and numbers of which there is one for each head do not count.
+The formulas hold for what the suites run: as many queries as keys, no masks, ``d_v = d_w = d``,
+codes spread evenly over the buckets, and a code that fits into one part of the hash (``tau <= D``).
+Flags and numbers of which there is one for each head do not count.
 """
 
 from collections.abc import Callable
@@ -84,7 +87,8 @@ def _warp_per_vector(s: _Sizes) -> list[Traffic]:
 
 
 def _block_per_part(s: _Sizes) -> list[Traffic]:
-    # One part of every vector comes before the next part of any, so the vectors come from memory for each part.
+    # One part of every vector comes before the next part of any, so the vectors come from memory
+    # for each part.
     signs = s.sign_sets * s.signs_of_head
     return [Traffic("block_per_part", 1, s.parts * s.vectors_bytes + signs, s.codes_bytes, s.rows * s.signs_of_head - signs)]
 
@@ -164,7 +168,9 @@ def _global_table(s: _Sizes, out_bytes: int) -> list[Traffic]:
 
 
 def _numba_tables(s: _Sizes) -> tuple[int, int, int]:
-    """Cuts of the heads, cuts of the value dims, and bytes of all tables: as `table_cut` of the launchers has it."""
+    """Cuts of the heads, cuts of the value dims, and bytes of all tables: as `table_cut` of the
+    launchers has it.
+    """
     column = s.num_hash * s.capacity * s.acc
     dims = min(_WARP, s.dim, s.limits.max_table // column)
     passes = _ceil_div(s.dim, dims)
@@ -203,7 +209,8 @@ def _finish_rows(s: _Sizes) -> Traffic:
 def _outer_products(s: _Sizes) -> list[Traffic]:
     from yoso_core.gpu.cupy_kernels import weighted
 
-    # One launch for each hash and group of heads. A group's weights, values and sums stay in the cache from hash to hash, if they fit.
+    # One launch for each hash and group of heads. A group's weights, values and sums stay in the
+    # cache from hash to hash, if they fit.
     padded = _ceil_div(s.dim, 4) * 4
     sums_bytes = s.rows * padded * s.acc
     at_once = weighted._CACHE_BYTES // (s.n * (3 * s.dim * s.item + padded * s.acc))
@@ -310,12 +317,16 @@ FORMULAS: dict[tuple[str, str], Callable[[_Sizes], list[Traffic]]] = {
 
 
 def by_design(op: str, variant: str, workload: Workload, limits: Limits = H100) -> list[Traffic]:
-    """Kernel by kernel, in the order of their launches. ``KeyError`` for a variant that nobody has counted."""
+    """Kernel by kernel, in the order of their launches. ``KeyError`` for a variant that nobody has
+    counted.
+    """
     return FORMULAS[op, variant](_Sizes(workload, limits))
 
 
 def traffic(workload: Workload, limits: Limits = H100) -> list[Traffic] | None:
-    """Everything that one call of a workload moves; ``None`` where it is not all ours, or not on a GPU."""
+    """Everything that one call of a workload moves; ``None`` where it is not all ours, or not on a
+    GPU.
+    """
     contender = CONTENDERS[workload.run]
     if not isinstance(contender, Ours):
         return None

@@ -1,9 +1,11 @@
 """Numba kernels for the CPU: the default on a machine without a GPU.
 
-`lanes` is the vector type they are written in, `tiles` the Hadamard rotation of sixteen vectors at a time, `cumulation` the two rounds over
-hash tables, `attention` the whole of sampled attention in one go, `buckets` the weighted cumulation, `expectation` the exact weights,
-`gradients` those of both kinds of attention by tiles of pairs, `sampled_gradients` the lower bound bucket by bucket; `products` multiplies
-small matrices for them, `rows` packs and scales their rows. `compiling` keeps machine code on disk, `threads` deals out the work.
+`lanes` is the vector type they are written in, `tiles` the Hadamard rotation of sixteen vectors at
+a time, `cumulation` the two rounds over hash tables, `attention` the whole of sampled attention in
+one go, `buckets` the weighted cumulation, `expectation` the exact weights, `gradients` those of
+both kinds of attention by tiles of pairs, `sampled_gradients` the lower bound bucket by bucket;
+`products` multiplies small matrices for them, `rows` packs and scales their rows. `compiling` keeps
+machine code on disk, `threads` deals out the work.
 """
 
 from yoso_core.cpu.attention import yoso_attention

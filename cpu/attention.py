@@ -1,7 +1,8 @@
 """Sampled YOSO attention in one go: hash a tile, use its codes, forget them.
 
-`yoso_core.cpu.cumulation` explains the two rounds. Here their kernels make the codes on the spot: a tile of 16 vectors is rotated for the
-part at hand, its sign bits are packed, and the 16 rows are scattered or gathered while the codes are in registers and first-level cache.
+`yoso_core.cpu.cumulation` explains the two rounds. Here their kernels make the codes on the spot: a
+tile of 16 vectors is rotated for the part at hand, its sign bits are packed, and the 16 rows are
+scattered or gathered while the codes are in registers and first-level cache.
 """
 
 from functools import cache
@@ -34,7 +35,9 @@ from yoso_core.reference.hashing import hash_layout
 
 @helper
 def hash_tile(tile, dim, codes, finite, x, signs, b, h, i, part, count, hash_code_len):
-    """``count`` codes of one part for up to 16 rows of ``x[b, h, i:]``. Returns whether ``finite`` says anything of interest."""
+    """``count`` codes of one part for up to 16 rows of ``x[b, h, i:]``. Returns whether ``finite``
+    says anything of interest.
+    """
     look = load_rotated(tile, dim, finite, x, signs, b, h, i, part)
     pack(tile, codes, count, hash_code_len)
     return look
@@ -42,10 +45,11 @@ def hash_tile(tile, dim, codes, finite, x, signs, b, h, i, part, count, hash_cod
 
 @cache
 def _scatter_kernel(dim: int, dtype: Any) -> Any:
-    """As `cumulation._scatter_kernel`, with codes hashed from the keys. A task is (head, ``together`` parts, piece of the keys).
+    """As `cumulation._scatter_kernel`, with codes hashed from the keys. A task is (head,
+    ``together`` parts, piece of the keys).
 
-    Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds ``n d_v`` entries to a table
-    in cache for every hash.
+    Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds
+    ``n d_v`` entries to a table in cache for every hash.
     """
 
     @kernel(
@@ -107,7 +111,9 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
 
 @cache
 def _gather_kernel(dim: int, dtype: Any) -> Any:
-    """As `cumulation._gather_kernel`, with codes hashed from the queries. A task is (head, block of queries)."""
+    """As `cumulation._gather_kernel`, with codes hashed from the queries. A task is (head, block of
+    queries).
+    """
 
     @kernel(
         types.void(
@@ -184,9 +190,10 @@ def yoso_attention(
 ) -> Array:
     """See `yoso_core.reference.yoso_attention`.
 
-    Working memory: tables of 32 MiB (`TABLE_BYTES`) at most, whatever ``n``. Codes are stored, ``4 m (n_q + n_k)`` bytes a head, with
-    planes, where ``2**tau > 4 n_k`` (then their labels too), where ``tau > D``, and where the tables of one part would pass `TABLE_BYTES`;
-    the table of one hash then takes ``min(2**tau, 4 n_k) d_v`` numbers, eight of them at a time.
+    Working memory: tables of 32 MiB (`TABLE_BYTES`) at most, whatever ``n``. Codes are stored,
+    ``4 m (n_q + n_k)`` bytes a head, with planes, where ``2**tau > 4 n_k`` (then their labels too),
+    where ``tau > D``, and where the tables of one part would pass `TABLE_BYTES`; the table of one
+    hash then takes ``min(2**tau, 4 n_k) d_v`` numbers, eight of them at a time.
     """
     if use_expectation:
         return expectation_attention(

@@ -1,8 +1,10 @@
 """Weighted cumulation, bucket by bucket.
 
-Inside a bucket the weighted sum is linear attention: ``sum_j (a_i . b_j) v_j = (sum_j v_j b_j^T) a_i``. With ``p`` queries and ``r``
-keys in it, going over pairs costs about ``2 p r (d_w + d_v)`` operations and the outer products ``2 (p + r) d_w d_v``. Whichever is less
-is done, so the cost never grows faster than ``n``, however skewed the buckets.
+Inside a bucket the weighted sum is linear attention:
+``sum_j (a_i . b_j) v_j = (sum_j v_j b_j^T) a_i``. With ``p`` queries and ``r`` keys in it, going
+over pairs costs about ``2 p r (d_w + d_v)`` operations and the outer products
+``2 (p + r) d_w d_v``. Whichever is less is done, so the cost never grows faster than ``n``, however
+skewed the buckets.
 """
 
 from functools import cache
@@ -12,19 +14,22 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.cumulation import clear, dense_tables_fit, finish, relabelled
+from yoso_core.cpu.cumulation import clear, dense_tables_fit, finish, relabeled
 from yoso_core.cpu.lanes import LANES, fill, fill_from, load, load_transposed, multiply_add, store
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 
 ENOUGH_TASKS = 16
-"""Where there are fewer heads, the hashes of a head are dealt to several tasks, each with sums of its own."""
+"""Where there are fewer heads, the hashes of a head are dealt to several tasks, each with sums of
+its own.
+"""
 
 
 @helper
 def sort_by_bucket(codes, keep, b, h, c, begins, order):
-    """Counting sort of the kept rows: bucket ``k`` holds ``order[begins[k] : begins[k + 1]]``, in ascending order.
+    """Counting sort of the kept rows: bucket ``k`` holds ``order[begins[k] : begins[k + 1]]``, in
+    ascending order.
 
     Unchecked codes that are out of range stand in no bucket.
     """
@@ -44,7 +49,8 @@ def sort_by_bucket(codes, keep, b, h, c, begins, order):
 
 @helper
 def load_bucket(tile, raw, values, key_weight, value, b, h, keys, start):
-    """Up to 16 keys of a bucket, ``keys[start : start + 16]``: their weights as a tile, coordinate by coordinate, their values row by row.
+    """Up to 16 keys of a bucket, ``keys[start : start + 16]``: their weights as a tile, coordinate
+    by coordinate, their values row by row.
 
     Missing vectors have weights and values of zero.
     """
@@ -70,7 +76,8 @@ def load_bucket(tile, raw, values, key_weight, value, b, h, keys, start):
 
 @helper
 def add_combinations(target, at0, at1, at2, at3, weights, w0, w1, w2, w3, count, vectors, d_v):
-    """Four rows at once: ``target[at_u + c] += sum_t weights[w_u + t] vectors[t * d_v + c]`` for ``t < count``.
+    """Four rows at once: ``target[at_u + c] += sum_t weights[w_u + t] vectors[t * d_v +
+    c]`` for ``t < count``.
 
     The same row may stand in two places: all are read before any is written, so it is counted once.
     """
@@ -119,7 +126,9 @@ def add_combinations(target, at0, at1, at2, at3, weights, w0, w1, w2, w3, count,
 
 @helper
 def multiply_queries(products, query_weight, tile, b, h, i0, i1, i2, i3):
-    """The products of four queries with the 16 keys of a tile, to ``products[u * 16 + t]``: sums over even and over odd coordinates."""
+    """The products of four queries with the 16 keys of a tile, to ``products[u * 16 + t]``: sums
+    over even and over odd coordinates.
+    """
     d_w = query_weight.shape[3]
     zero = fill(products.dtype.type(0))
     a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -145,14 +154,18 @@ def multiply_queries(products, query_weight, tile, b, h, i0, i1, i2, i3):
 
 @helper
 def four_of(rows, first):
-    """Four rows from ``first`` on; past the end the last one again, which `add_combinations` counts once."""
+    """Four rows from ``first`` on; past the end the last one again, which `add_combinations` counts
+    once.
+    """
     last = len(rows) - 1
     return rows[first], rows[min(first + 1, last)], rows[min(first + 2, last)], rows[min(first + 3, last)]
 
 
 @helper
 def add_by_pairs(out, out0, query_weight, key_weight, value, b, h, queries, keys, tile, raw, values, products):
-    """16 keys at a time: their products with four queries at once, then their values on top of the queries' rows."""
+    """16 keys at a time: their products with four queries at once, then their values on top of the
+    queries' rows.
+    """
     d_v = value.shape[3]
     for start in range(0, len(keys), LANES):
         load_bucket(tile, raw, values, key_weight, value, b, h, keys, start)
@@ -166,7 +179,9 @@ def add_by_pairs(out, out0, query_weight, key_weight, value, b, h, queries, keys
 
 @helper
 def add_by_outer_product(out, out0, query_weight, key_weight, value, b, h, queries, keys, tile, raw, values, outer, four_weights):
-    """``outer[r * d_v + c] = sum_j key_weight_jr value_jc``, then for every query its rows, each times a coordinate of the weight."""
+    """``outer[r * d_v + c] = sum_j key_weight_jr value_jc``, then for every query its rows, each
+    times a coordinate of the weight.
+    """
     d_w, d_v = query_weight.shape[3], value.shape[3]
     clear(outer, 0, d_w * d_v)
     for start in range(0, len(keys), LANES):
@@ -200,7 +215,9 @@ def add_by_outer_product(out, out0, query_weight, key_weight, value, b, h, queri
 
 @cache
 def _buckets_kernel(dtype: Any) -> Any:
-    """A task is (head, group of hashes): it sorts queries and keys by bucket, hash after hash, and adds to the output rows of its group."""
+    """A task is (head, group of hashes): it sorts queries and keys by bucket, hash after hash, and
+    adds to the output rows of its group.
+    """
 
     @kernel(
         types.void(
@@ -266,8 +283,8 @@ def lsh_weighted_cumulation(
 ) -> Array:
     """See `yoso_core.reference.lsh_weighted_cumulation_pairs`.
 
-    Working memory: an order of queries and keys for each thread; labels the size of the codes where ``hashtable_capacity > 4 n_k``; and for
-    fewer than 16 heads, up to 16 copies of the output.
+    Working memory: an order of queries and keys for each thread; labels the size of the codes where
+    ``hashtable_capacity > 4 n_k``; and for fewer than 16 heads, up to 16 copies of the output.
     """
     dtype = working_dtype(value)
     query_code, key_code = heads(query_hash_code), heads(key_hash_code)
@@ -276,7 +293,7 @@ def lsh_weighted_cumulation(
     batch, num_heads, n_q, num_hash = query_code.shape
     n_k, d_v = v.shape[2:]
     if not dense_tables_fit(hashtable_capacity, n_k):
-        query_code, key_code = relabelled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
+        query_code, key_code = relabeled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
         hashtable_capacity = n_k + 1
     groups = max(1, min(num_hash, ENOUGH_TASKS // max(batch * num_heads, 1)))
     partial = np.empty((batch, num_heads, groups, n_q, d_v), dtype)

@@ -1,4 +1,6 @@
-"""How the kernels here are compiled: once, ahead of the first call, kept on disk between processes."""
+"""How the kernels here are compiled: once, ahead of the first call, kept on disk between
+processes.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -28,8 +30,9 @@ def source_stamp() -> str:
 def _locator(base: type[Any]) -> type[Any]:
     """Numba's own way to a cache folder, with a stamp that covers helpers in other files.
 
-    Numba throws a compiled kernel away when the file that defines it changes. Ours are built from helpers in several files, so the
-    stamp is that of the whole package: an edit anywhere in it compiles afresh and never serves stale code.
+    Numba throws a compiled kernel away when the file that defines it changes. Ours are built from
+    helpers in several files, so the stamp is that of the whole package: an edit anywhere in it
+    compiles afresh and never serves stale code.
     """
 
     class Locator(base):  # type: ignore[misc]
@@ -52,5 +55,7 @@ def kernel(signature: str | Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def helper(function: Callable[..., Any]) -> Any:
-    """A piece of a kernel: always merged into its caller, so that constants of the caller become constants here."""
+    """A piece of a kernel: always merged into its caller, so that constants of the caller become
+    constants here.
+    """
     return njit(function, forceinline=True, **OPTIONS)

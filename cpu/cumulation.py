@@ -1,11 +1,13 @@
 """Bernoulli cumulation by tables: a table per hash, small enough to stay in cache.
 
-Two rounds. *Scatter*: each task owns the tables of one part (a few hashes) of one head, clears them and adds the
-value of every key to its bucket. *Gather*: each task owns a block of queries of one head and adds up the buckets they fall into. The
-tables are written by one task each and every output row by one task, hash after hash, so nothing depends on which thread does what.
+Two rounds. *Scatter*: each task owns the tables of one part (a few hashes) of one head, clears them
+and adds the value of every key to its bucket. *Gather*: each task owns a block of queries of one
+head and adds up the buckets they fall into. The tables are written by one task each and every
+output row by one task, hash after hash, so nothing depends on which thread does what.
 
-The same two rounds serve stored codes (`lsh_cumulation`) and codes that are made on the fly, a tile at a time, and never stored
-(`yoso_core.cpu.attention`): only the kernels that fetch the codes differ.
+The same two rounds serve stored codes (`lsh_cumulation`) and codes that are made on the fly, a tile
+at a time, and never stored (`yoso_core.cpu.attention`): only the kernels that fetch the codes
+differ.
 """
 
 import math
@@ -25,28 +27,36 @@ from yoso_core.cpu.views import Array, aligned_empty, heads, input_array, kept, 
 from yoso_core.reference.normalize import TINY_NORM
 
 TABLE_BYTES = 32 << 20
-"""Tables that exist at one time, at most; more heads or hashes than fit are done in groups. One part of one head is always held."""
+"""Tables that exist at one time, at most; more heads or hashes than fit are done in groups. One
+part of one head is always held.
+"""
 
 KEY_BLOCK = QUERY_BLOCK = 2048
-"""Keys and queries that one thread takes through all its parts before it goes on: so they are read from memory once, not for every part."""
+"""Keys and queries that one thread takes through all its parts before it goes on: so they are read
+from memory once, not for every part.
+"""
 
 SMALL_QUERY_BLOCK = 512
 """Queries to a gather task where all threads share a head."""
 
 SPLIT_TASKS = 16
 SPLIT_KEYS = 4096
-"""Where there are fewer than so many (head, part) pairs, the keys are split as well, in pieces of at least so many."""
+"""Where there are fewer than so many (head, part) pairs, the keys are split as well, in pieces of
+at least so many.
+"""
 
 PART = 8
-"""Hashes to a part when codes are read from memory: eight tables of 256 buckets by 64 floats fill half of a 1 MiB cache."""
+"""Hashes to a part when codes are read from memory: eight tables of 256 buckets by 64 floats fill
+half of a 1 MiB cache.
+"""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How the work is cut up.
 
-    What touches a sum (hashes to a part, pieces of the keys) follows from shapes alone. The rest, which depends on the number of threads,
-    does not touch any.
+    What touches a sum (hashes to a part, pieces of the keys) follows from shapes alone. The rest,
+    which depends on the number of threads, does not touch any.
     """
 
     parts: int
@@ -57,8 +67,10 @@ class Plan:
     table_size: int
     """Entries of one hash's table."""
     by_head: bool
-    """With heads enough for every thread, one thread scatters and gathers a head, in tables of its own that stay in its cache. Else all
-    threads scatter first, into tables of many heads, and then gather."""
+    """With heads enough for every thread, one thread scatters and gathers a head, in tables of its
+    own that stay in its cache. Else all threads scatter first, into tables of many heads, and then
+    gather.
+    """
     heads_at_once: int
     parts_at_once: int
 
@@ -95,14 +107,18 @@ def clear(tables, start, count):
 
 @helper
 def find_rows(places, start, table_size, codes, count, t, d_v):
-    """Where in the tables the buckets of vector ``t`` begin: code ``c`` is ``codes[c * 16 + t]``."""
+    """Where in the tables the buckets of vector ``t`` begin: code ``c`` is
+    ``codes[c * 16 + t]``.
+    """
     for c in range(count):
         places[c] = start + c * table_size + np.intp(codes[c * LANES + t]) * d_v
 
 
 @helper
 def guard_rows(places, capacity, codes, count, t):
-    """Leave out the hashes whose code is out of range: unchecked codes from outside must not reach beyond a table. How many are left."""
+    """Leave out the hashes whose code is out of range: unchecked codes from outside must not reach
+    beyond a table. How many are left.
+    """
     left = 0
     for c in range(count):
         if 0 <= codes[c * LANES + t] < capacity:
@@ -113,7 +129,8 @@ def guard_rows(places, capacity, codes, count, t):
 
 @helper
 def scatter_tile(tables, start, table_size, codes, places, hashes, guarded, value, keep, b, h, i, stop):
-    """Add up to 16 values, from row ``i`` on, to their buckets in ``hashes`` tables; 64 columns at a time stay in registers.
+    """Add up to 16 values, from row ``i`` on, to their buckets in ``hashes`` tables; 64 columns at
+    a time stay in registers.
 
     ``guarded``, a constant: the codes come from outside and may be out of range.
     """
@@ -145,7 +162,9 @@ def scatter_tile(tables, start, table_size, codes, places, hashes, guarded, valu
 
 @helper
 def gather_tile(tables, start, table_size, codes, places, hashes, guarded, out, keep, fresh, b, h, i):
-    """Add the buckets of up to 16 queries to their output rows (or begin the rows with them, where ``fresh``)."""
+    """Add the buckets of up to 16 queries to their output rows (or begin the rows with them, where
+    ``fresh``).
+    """
     d_v = out.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     zero = fill(out.dtype.type(0))
@@ -182,7 +201,9 @@ def gather_tile(tables, start, table_size, codes, places, hashes, guarded, out, 
 
 @helper
 def finish_row(out, b, h, i, scale):
-    """Times ``scale``; infinities become NaN (``y - y`` is 0 for a finite number and NaN for any other)."""
+    """Times ``scale``; infinities become NaN (``y - y`` is 0 for a finite number and NaN for any
+    other).
+    """
     d_v = out.shape[3]
     full = d_v - d_v % LANES
     for r in range(0, full, LANES):
@@ -195,7 +216,9 @@ def finish_row(out, b, h, i, scale):
 
 @helper
 def normalize_row(out, b, h, i, scale):
-    """Times ``scale``, then to unit length; a row shorter than 1e-12 becomes zeros, one that is not finite NaN."""
+    """Times ``scale``, then to unit length; a row shorter than 1e-12 becomes zeros, one that is not
+    finite NaN.
+    """
     d_v = out.shape[3]
     full = d_v - d_v % LANES
     squares = fill(out.dtype.type(0))
@@ -218,7 +241,9 @@ def normalize_row(out, b, h, i, scale):
 
 @helper
 def normalize_extreme_row(out, b, h, i, scale):
-    """`normalize_row` where squares overflow, vanish or are NaN: divide by the largest entry first."""
+    """`normalize_row` where squares overflow, vanish or are NaN: divide by the largest entry
+    first.
+    """
     d_v = out.shape[3]
     largest = 0.0
     finite = True
@@ -242,7 +267,9 @@ def normalize_extreme_row(out, b, h, i, scale):
 
 @helper
 def finish_rows(out, keep, spoiled, b, h, first, last, scale, normalize):
-    """The last touch to a block of rows: zeros for masked queries, NaN where a key or the query was not finite (``spoiled``)."""
+    """The last touch to a block of rows: zeros for masked queries, NaN where a key or the query was
+    not finite (``spoiled``).
+    """
     for i in range(first, last):
         if not keep[b, h, i]:
             out[b, h, i, :] = 0
@@ -256,7 +283,9 @@ def finish_rows(out, keep, spoiled, b, h, first, last, scale, normalize):
 
 @cache
 def _finish_kernel(dtype: Any) -> Any:
-    """`finish_rows` without normalisation, for results that are summed elsewhere. A task is (head, block of rows)."""
+    """`finish_rows` without normalization, for results that are summed elsewhere. A task is (head,
+    block of rows).
+    """
 
     @kernel(
         types.void(types.intp, types.intp, output_array(dtype, 4), input_array(types.uint8, 3), input_array(types.uint8, 3), types.float64)
@@ -274,7 +303,9 @@ def _finish_kernel(dtype: Any) -> Any:
 
 
 def finish(out: Array, keep: Array, spoiled: Array, scale: float, num_threads: int | None) -> None:
-    """``out (batch, heads, n, d_v)`` times ``scale``, in place; zeros in masked rows, NaN in spoiled ones and for infinities."""
+    """``out (batch, heads, n, d_v)`` times ``scale``, in place; zeros in masked rows, NaN in
+    spoiled ones and for infinities.
+    """
     run = _finish_kernel(from_dtype(out.dtype))
     share(
         out.shape[0] * out.shape[1] * -(-out.shape[2] // SMALL_QUERY_BLOCK),
@@ -286,9 +317,11 @@ def finish(out: Array, keep: Array, spoiled: Array, scale: float, num_threads: i
 
 @cache
 def _scatter_kernel(dtype: Any) -> Any:
-    """Tables of the parts ``part0 ... part0 + parts - 1`` of the heads from ``head0`` on, from stored codes.
+    """Tables of the parts ``part0 ... part0 + parts - 1`` of the heads from ``head0`` on, from
+    stored codes.
 
-    A task is (head, ``together`` parts, piece of the keys). Reads ``n (m code bytes + d_v)`` entries, adds ``n m d_v`` times into cache.
+    A task is (head, ``together`` parts, piece of the keys). Reads ``n (m code bytes + d_v)``
+    entries, adds ``n m d_v`` times into cache.
     """
 
     @kernel(
@@ -334,7 +367,9 @@ def task_of(task, parts, together, splits):
 
 @helper
 def load_codes(codes, stored, b, h, i, hash0, count, stop):
-    """``count`` codes of up to 16 rows, from ``stored (batch, heads, n, m)`` to ``codes[c * 16 + t]``."""
+    """``count`` codes of up to 16 rows, from ``stored (batch, heads, n, m)`` to
+    ``codes[c * 16 + t]``.
+    """
     for t in range(min(LANES, stop - i)):
         for c in range(count):
             codes[c * LANES + t] = stored[b, h, i + t, hash0 + c]
@@ -358,7 +393,9 @@ def _merge_kernel(dtype: Any) -> Any:
 
 @cache
 def _gather_kernel(dtype: Any) -> Any:
-    """Output rows from the tables, from stored codes. A task is (head, block of queries). Reads ``n m d_v`` entries of the tables."""
+    """Output rows from the tables, from stored codes. A task is (head, block of queries). Reads
+    ``n m d_v`` entries of the tables.
+    """
 
     @kernel(
         types.void(
@@ -406,8 +443,9 @@ def accumulate(
 ) -> None:
     """Both rounds, for as many heads and parts at a time as the plan says.
 
-    ``scatter(first, last, tables, head0, part0, parts, together)`` does a range of tasks of one group, ``together`` parts to a task;
-    ``gather(first, last, tables, head0, part0, parts, block)`` likewise, ``block`` queries to a task.
+    ``scatter(first, last, tables, head0, part0, parts, together)`` does a range of tasks of one
+    group, ``together`` parts to a task; ``gather(first, last, tables, head0, part0, parts, block)``
+    likewise, ``block`` queries to a task.
     """
     batch, num_heads, n_q, d_v = out.shape
     heads_in_all = batch * num_heads
@@ -456,16 +494,19 @@ def accumulate(
 
 
 def dense_tables_fit(capacity: int, n_k: int) -> bool:
-    """Whether a table of all buckets costs no more than the keys do; else the occupied buckets are numbered first."""
+    """Whether a table of all buckets costs no more than the keys do; else the occupied buckets are
+    numbered first.
+    """
     return capacity <= 4 * n_k
 
 
 @cache
 def _relabel_kernel() -> Any:
-    """Number the occupied buckets of each (head, hash) from 1 on, in the order in which keys first meet them; 0 is the empty bucket.
+    """Number the occupied buckets of each (head, hash) from 1 on, in the order in which keys first
+    meet them; 0 is the empty bucket.
 
-    A hash map with open addressing, at most half full. ``slots`` holds the code plus one, or 0 for a free place. A code out of range meets
-    nobody.
+    A hash map with open addressing, at most half full. ``slots`` holds the code plus one, or 0 for
+    a free place. A code out of range meets nobody.
     """
 
     @kernel(
@@ -518,8 +559,10 @@ def find_slot(slots, code):
     return place
 
 
-def relabelled(query_code: Array, key_code: Array, keep: Array, capacity: int, num_threads: int | None) -> tuple[Array, Array]:
-    """Codes ``(batch, heads, n, m)`` as labels of occupied buckets, ``0 ... n_k``; nobody is in bucket 0."""
+def relabeled(query_code: Array, key_code: Array, keep: Array, capacity: int, num_threads: int | None) -> tuple[Array, Array]:
+    """Codes ``(batch, heads, n, m)`` as labels of occupied buckets, ``0 ... n_k``; nobody is in
+    bucket 0.
+    """
     query_label, key_label = np.empty(query_code.shape, np.int32), np.empty(key_code.shape, np.int32)
     batch, num_heads, _, num_hash = key_code.shape
     run = _relabel_kernel()
@@ -546,11 +589,13 @@ def lsh_cumulation(
 ) -> Array:
     """See `yoso_core.reference.lsh_cumulation_tables`.
 
-    Working memory: tables of 32 MiB (`TABLE_BYTES`), or the tables of eight hashes, ``8 c d_v`` numbers with
-    ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and labels the size of the codes where ``hashtable_capacity > 4 n_k``.
+    Working memory: tables of 32 MiB (`TABLE_BYTES`), or the tables of eight hashes, ``8 c d_v``
+    numbers with ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and labels the size of
+    the codes where ``hashtable_capacity > 4 n_k``.
 
-    ``spoiled`` and ``normalize`` are for attention: uint8 ``(batch, heads, 1 + n_q)`` that marks a head (at 0) and queries (from 1) whose
-    rows must be NaN, and whether rows are scaled to unit length.
+    ``spoiled`` and ``normalize`` are for attention: uint8 ``(batch, heads, 1 + n_q)`` that marks a
+    head (at 0) and queries (from 1) whose rows must be NaN, and whether rows are scaled to unit
+    length.
     """
     dtype = working_dtype(value)
     query_code, key_code, v = heads(query_hash_code), heads(key_hash_code), rows(value, dtype)
@@ -558,7 +603,7 @@ def lsh_cumulation(
     batch, num_heads, n_q, num_hash = query_code.shape
     n_k, d_v = v.shape[2:]
     if not dense_tables_fit(hashtable_capacity, n_k):
-        query_code, key_code = relabelled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
+        query_code, key_code = relabeled(query_code, key_code, keep_key, hashtable_capacity, num_threads)
         hashtable_capacity = n_k + 1
     if spoiled is None:
         spoiled = np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q))

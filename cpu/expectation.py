@@ -1,8 +1,10 @@
 """Expected attention, blocked: 64 queries by 64 keys at a time, no matrix of weights anywhere.
 
-The weight of a cosine ``c`` is ``(1 - arccos(c) / pi)**tau``. Where all cosines of a key and the queries of a tile are small, as most are,
-the base is ``1/2 + c R(c^2)``; else it comes from ``arccos(c) = sqrt(1 - c) P(c)`` for ``c >= 0`` and ``pi - arccos(-c)`` below. ``P`` and
-``R`` are polynomials. Beyond ``|c| = 0.99`` the cosine no longer determines the angle well, and it is taken from differences instead.
+The weight of a cosine ``c`` is ``(1 - arccos(c) / pi)**tau``. Where all cosines of a key and the
+queries of a tile are small, as most are, the base is ``1/2 + c R(c^2)``; else it comes from
+``arccos(c) = sqrt(1 - c) P(c)`` for ``c >= 0`` and ``pi - arccos(-c)`` below. ``P`` and ``R`` are
+polynomials. Beyond ``|c| = 0.99`` the cosine no longer determines the angle well, and it is taken
+from differences instead.
 """
 
 import math
@@ -33,13 +35,19 @@ from yoso_core.cpu.tiles import aligned
 from yoso_core.cpu.views import Array, input_array, kept, output_array, rows, working_dtype
 
 STEEP, STEEP_FOR_GRADIENTS = 0.99, 0.9
-"""Cosines beyond this are turned into angles by differences of the vectors. Gradients need sines too, which suffer sooner."""
+"""Cosines beyond this are turned into angles by differences of the vectors. Gradients need sines
+too, which suffer sooner.
+"""
 
 TILE = 64
-"""Queries, and keys, to a tile. Keys are added up a tile at a time before they join the total: sums of sums round less."""
+"""Queries, and keys, to a tile. Keys are added up a tile at a time before they join the total: sums
+of sums round less.
+"""
 
 SPAN_BYTES = 512 << 10
-"""What a task keeps of its queries, at most. A tile of keys meets all of them before it leaves the second level of cache."""
+"""What a task keeps of its queries, at most. A tile of keys meets all of them before it leaves the
+second level of cache.
+"""
 
 ENOUGH_TASKS = 64
 """Spans are made shorter rather than have fewer tasks than this."""
@@ -49,7 +57,8 @@ MODERATE = 0.65
 
 
 def arccos_polynomial(degree: int) -> tuple[float, ...]:
-    """``arccos(x) / (pi sqrt(1 - x))`` on [0, 1] as a polynomial in ``2x - 1``, highest power first, interpolated at Chebyshev points.
+    """``arccos(x) / (pi sqrt(1 - x))`` on [0, 1] as a polynomial in ``2x - 1``, highest power
+    first, interpolated at Chebyshev points.
 
     The nearest singularity, ``x = -1``, makes the error shrink 5.8 times with every degree.
     """
@@ -59,7 +68,9 @@ def arccos_polynomial(degree: int) -> tuple[float, ...]:
 
 
 def arcsin_polynomial(degree: int) -> tuple[float, ...]:
-    """``arcsin(c) / (pi c)`` for ``|c| <= MODERATE`` as a polynomial in ``c^2``, highest power first, interpolated at Chebyshev points."""
+    """``arcsin(c) / (pi c)`` for ``|c| <= MODERATE`` as a polynomial in ``c^2``, highest power
+    first, interpolated at Chebyshev points.
+    """
 
     def ratio(square: Array) -> Array:
         c = np.sqrt(square)
@@ -78,15 +89,17 @@ POLYNOMIALS = {
 
 @helper
 def agreement(cosine, polynomial, like):
-    """``1 - arccos(c) / pi`` for lanes of cosines: the chance that one random hyperplane does not separate two vectors."""
+    """``1 - arccos(c) / pi`` for lanes of cosines: the chance that one random hyperplane does not
+    separate two vectors.
+    """
     zero, one = fill(like.dtype.type(0)), fill(like.dtype.type(1))
     magnitude = absolute(cosine)
     rest = one - magnitude
     rest = where_less(rest, zero, zero, rest)
-    centred = magnitude + magnitude - one
+    centerd = magnitude + magnitude - one
     series = zero
     for coefficient in polynomial:
-        series = multiply_add(series, centred, fill(like.dtype.type(coefficient)))
+        series = multiply_add(series, centerd, fill(like.dtype.type(coefficient)))
     angle = square_root(rest) * series
     return where_less(cosine, zero, angle, one - angle)
 
@@ -103,10 +116,12 @@ def agreement_of_moderate(cosine, polynomial, like):
 
 @helper
 def chance_and_sine(cosine, tile, at, unit_key, place, d, polynomial, steep, want_sine, scratch):
-    """``1 - theta / pi`` and, if wanted, ``sin theta`` of 16 queries and the key at ``unit_key[place]``.
+    """``1 - theta / pi`` and, if wanted, ``sin theta`` of 16 queries and the key at
+    ``unit_key[place]``.
 
-    Coordinate ``c`` of the queries is ``tile[c * TILE + at]`` and on. Lanes beyond ``steep`` are done again from differences:
-    ``theta = 2 atan2(|q - k|, |q + k|)``, ``sin theta = |q - k| |q + k| / 2``.
+    Coordinate ``c`` of the queries is ``tile[c * TILE + at]`` and on. Lanes beyond ``steep`` are
+    done again from differences: ``theta = 2 atan2(|q - k|, |q + k|)``,
+    ``sin theta = |q - k| |q + k| / 2``.
     """
     zero, one = fill(tile.dtype.type(0)), fill(tile.dtype.type(1))
     chance = agreement(cosine, polynomial, tile)
@@ -161,7 +176,9 @@ def largest_magnitude(cosines, at, count):
 
 @helper
 def put_weight(weights, pulls, at, chance, hash_code_len):
-    """``C = chance**tau`` in place of a cosine and, unless there are no ``pulls``, ``C tau / 2 (g . v)`` in place of ``g . v``."""
+    """``C = chance**tau`` in place of a cosine and, unless there are no ``pulls``,
+    ``C tau / 2 (g . v)`` in place of ``g . v``.
+    """
     weight = power(chance, hash_code_len)
     store(weights, at, weight)
     if pulls is not None:
@@ -170,7 +187,8 @@ def put_weight(weights, pulls, at, chance, hash_code_len):
 
 @helper
 def weigh(weights, pulls, tile, shift, count, unit_key, places, rows, d, polynomials, steep, hash_code_len, scratch):
-    """A tile of cosines, ``rows`` keys by ``count`` queries, to expected weights, in place; and one of ``g . v`` to pulls, if given.
+    """A tile of cosines, ``rows`` keys by ``count`` queries, to expected weights, in place; and one
+    of ``g . v`` to pulls, if given.
 
     The queries, of which only steep cosines need more, stand crosswise from ``tile[shift]`` on.
     """
@@ -204,14 +222,18 @@ def list_kept(chosen, keep, b, h, first, last):
 
 @helper
 def find_places(places, chosen, first, count, head_row, width):
-    """Where in a flat array of all heads the rows ``chosen[first : first + count]`` of a head begin; ``head_row`` is its first."""
+    """Where in a flat array of all heads the rows ``chosen[first : first + count]`` of a head
+    begin; ``head_row`` is its first.
+    """
     for u in range(count):
         places[u] = (head_row + chosen[first + u]) * width
 
 
 @helper
 def all_products(products, places, tile, shift, num_queries, rows, row_places, singles, d, count):
-    """``products[u * TILE + t] = sum_c rows[row_places[u] + c] tile[shift + c * TILE + t]`` for ``count`` rows and all queries ``t``."""
+    """``products[u * TILE + t] = sum_c rows[row_places[u] + c] tile[shift + c * TILE +
+    t]`` for ``count`` rows and all queries ``t``.
+    """
     lanes = (num_queries + LANES - 1) // LANES * LANES
     product(products, places, 0, rows, row_places, singles, tile, places, shift, count, d, lanes, True)
 
@@ -230,10 +252,12 @@ def tiles_to_span(tiles: int, bytes_of_a_query: int) -> int:
 
 @cache
 def _expectation_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
-    """Output rows of a span of queries for each task, which walks over all kept keys, 64 at a time, and for these over the queries.
+    """Output rows of a span of queries for each task, which walks over all kept keys, 64 at a time,
+    and for these over the queries.
 
-    Held in the second level of cache: the queries of the span crosswise, and their sums. For ``64 * 64`` pairs it does
-    ``64 * 64 (d + d_v)`` multiply-adds in registers; a key and its value are read from memory once to a span.
+    Held in the second level of cache: the queries of the span crosswise, and their sums. For
+    ``64 * 64`` pairs it does ``64 * 64 (d + d_v)`` multiply-adds in registers; a key and its value
+    are read from memory once to a span.
     """
 
     @kernel(
@@ -302,9 +326,11 @@ def expectation_attention(
     normalize: bool = False,
     num_threads: int | None = None,
 ) -> Array:
-    """See `yoso_core.reference.expectation_attention`. ``normalize``: scale the rows of the result to unit length, for attention.
+    """See `yoso_core.reference.expectation_attention`. ``normalize``: scale the rows of the result
+    to unit length, for attention.
 
-    Working memory: unit copies of query and key, and one of the value unless its rows lie next to each other in whole vectors of lanes.
+    Working memory: unit copies of query and key, and one of the value unless its rows lie next to
+    each other in whole vectors of lanes.
     """
     dtype = np.promote_types(working_dtype(query), working_dtype(value))
     q, k, v = (rows(x, dtype) for x in (query, key, value))

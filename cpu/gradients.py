@@ -2,10 +2,12 @@
 
 For unit vectors, with ``C_ij`` the weight and ``w_ij`` its factor::
 
-    pull_ij = C_ij w_ij (g_i . v_j)      dq_i = sum_j pull_ij k_j      dk_j = sum_i pull_ij q_i      dv_j = sum_i C_ij g_i
+    pull_ij = C_ij w_ij (g_i . v_j)
+    dq_i = sum_j pull_ij k_j      dk_j = sum_i pull_ij q_i      dv_j = sum_i C_ij g_i
 
-All three come from one walk over tiles of 64 queries by 64 keys: two products make a tile of cosines and one of ``g . v``, which become
-``C`` and ``pull`` in place, and three products add them up.
+All three come from one walk over tiles of 64 queries by 64 keys: two products make a tile of
+cosines and one of ``g . v``, which become ``C`` and ``pull`` in place, and three products add them
+up.
 
 Sampled attention with the lower bound needs no pairs: see `yoso_core.cpu.sampled_gradients`.
 """
@@ -36,7 +38,7 @@ from yoso_core.cpu.expectation import (
 )
 from yoso_core.cpu.lanes import LANES, all_at_most, count_where_equal, fill, load, square_root, store, to_float, where_less
 from yoso_core.cpu.products import product
-from yoso_core.cpu.rows import leave_normalisation, packed_rows, ramp, store_row, unit_rows, width_of
+from yoso_core.cpu.rows import leave_normalization, packed_rows, ramp, store_row, unit_rows, width_of
 from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import aligned
@@ -49,7 +51,9 @@ SMALLEST = 1e-3
 """Both factors of the exact derivative's denominator are held at this at least."""
 
 ENOUGH_TASKS = 16
-"""Where there are fewer heads, the queries of a head are dealt to several tasks, each with sums of its own for all keys."""
+"""Where there are fewer heads, the queries of a head are dealt to several tasks, each with sums of
+its own for all keys.
+"""
 
 
 @helper
@@ -86,7 +90,9 @@ def weigh_exactly(
     sampled,
     scratch,
 ):
-    """`weigh` with the factor of the exact gradient, and with collision rates for weights if ``sampled``, a constant, says so."""
+    """`weigh` with the factor of the exact gradient, and with collision rates for weights if
+    ``sampled``, a constant, says so.
+    """
     smallest, pi, one = fill(weights.dtype.type(SMALLEST)), fill(weights.dtype.type(np.pi)), fill(weights.dtype.type(1))
     for_moderate, for_all = polynomials
     for u in range(rows):
@@ -107,11 +113,13 @@ def weigh_exactly(
 
 @cache
 def _pull_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, ...]], exact: bool, sampled: bool) -> Any:
-    """A task takes a piece of the queries of a head, a span at a time, past all keys. It finishes the gradients of its queries, and adds up
-    those of the keys (by unit keys) and values in rows of its own, ``parts`` to a head.
+    """A task takes a piece of the queries of a head, a span at a time, past all keys. It finishes
+    the gradients of its queries, and adds up those of the keys (by unit keys) and values in rows of
+    its own, ``parts`` to a head.
 
-    Each tile of 64 keys meets all queries of a span, 64 at a time, and is read from memory and added to once for them all. For ``64 * 64``
-    pairs ``64 * 64 (3 d + 2 d_v)`` multiply-adds. Constants: ``exact``, which ``w``; ``sampled``, whether ``C`` is a collision rate.
+    Each tile of 64 keys meets all queries of a span, 64 at a time, and is read from memory and
+    added to once for them all. For ``64 * 64`` pairs ``64 * 64 (3 d + 2 d_v)`` multiply-adds.
+    Constants: ``exact``, which ``w``; ``sampled``, whether ``C`` is a collision rate.
     """
 
     @kernel(
@@ -290,7 +298,7 @@ def _pull_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, 
                         )
                 for t in range(num_queries):
                     at, length = t * width, query_length[b, h, queries[t]]
-                    leave_normalisation(query_sums, at, unit_query, query_places[t], width, length, False)
+                    leave_normalization(query_sums, at, unit_query, query_places[t], width, length, False)
                     store_row(grad_query, b, h, queries[t], query_sums, at)
 
     return pull
@@ -298,7 +306,9 @@ def _pull_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, 
 
 @cache
 def _finish_kernel(dtype: Any) -> Any:
-    """Gradients of keys and values from the sums of the parts, in order. A task is a row of a head."""
+    """Gradients of keys and values from the sums of the parts, in order. A task is a row of a
+    head.
+    """
 
     @kernel(
         types.void(
@@ -329,7 +339,7 @@ def _finish_kernel(dtype: Any) -> Any:
                     at = row * width_v + c
                     store(value_sums, at, load(value_sums, at) + load(value_sums, at + part * n * width_v))
             length = key_length[b, h, j] if keep_key[b, h, j] else key_length.dtype.type(0)
-            leave_normalisation(key_sums, row * width, unit_key, task * width, width, length, False)
+            leave_normalization(key_sums, row * width, unit_key, task * width, width, length, False)
             store_row(grad_key, b, h, j, key_sums, row * width)
             store_row(grad_value, b, h, j, value_sums, row * width_v)
 
@@ -348,7 +358,9 @@ def _by_pairs(
     key_mask: Array | None,
     num_threads: int | None,
 ) -> Gradients:
-    """All three gradients from all pairs, with the expectation as weights, or the collisions of ``codes``."""
+    """All three gradients from all pairs, with the expectation as weights, or the collisions of
+    ``codes``.
+    """
     dtype = np.promote_types(working_dtype(query), working_dtype(value))
     q, k, v, g = (rows(x, dtype) for x in (query, key, value, grad_out))
     (unit_q, length_q, _), (unit_k, length_k, _) = (unit_rows(x, num_threads) for x in (q, k))
@@ -400,7 +412,8 @@ def expectation_attention_backward(
 ) -> Gradients:
     """See `yoso_core.reference.expectation_attention_backward`.
 
-    Working memory: unit copies of query and key, and sums for the gradients of key and value (several, for fewer than 16 heads).
+    Working memory: unit copies of query and key, and sums for the gradients of key and value
+    (several, for fewer than 16 heads).
     """
     return _by_pairs(grad_out, query, key, value, None, hash_code_len, grad, query_mask, key_mask, num_threads)
 
@@ -421,7 +434,8 @@ def lsh_attention_backward(
 ) -> Gradients:
     """See `yoso_core.reference.lsh_attention_backward`.
 
-    With ``grad="lower_bound"`` bucket by bucket, in time linear in ``n``; with ``grad="exact"`` over all pairs.
+    With ``grad="lower_bound"`` bucket by bucket, in time linear in ``n``; with ``grad="exact"``
+    over all pairs.
     """
     if grad == "exact":
         codes = (query_hash_code, key_hash_code)

@@ -35,7 +35,9 @@ def store_rows(x, tile, dim, b, h, i):
 
 @cache
 def _hadamard_kernel(dim: int, dtype: Any) -> Any:
-    """The transform of a block of vectors for each task. Moves 2 n D entries at least; ``n D log2 D`` additions."""
+    """The transform of a block of vectors for each task. Moves 2 n D entries at least;
+    ``n D log2 D`` additions.
+    """
 
     @kernel(types.void(types.intp, types.intp, input_array(dtype, 4), output_array(dtype, 4)))
     def transform(first, last, x, out):
@@ -71,7 +73,9 @@ def hadamard_transform(x: Array, *, num_threads: int | None = None) -> Array:
 
 @cache
 def _fast_hash_kernel(dim: int, dtype: Any) -> Any:
-    """Codes of a block of vectors for each task: every part rotates the same tile of 16. Reads each vector once per part, from cache."""
+    """Codes of a block of vectors for each task: every part rotates the same tile of 16. Reads each
+    vector once per part, from cache.
+    """
 
     @kernel(types.void(types.intp, types.intp, input_array(dtype, 4), input_array(dtype, 5), output_array(types.int32, 4), types.intp))
     def hash_block(first, last, x, signs, codes, hash_code_len):
@@ -103,7 +107,9 @@ def _fast_hash_kernel(dim: int, dtype: Any) -> Any:
 
 @helper
 def store_codes(codes, packed, b, h, i, hash0, count):
-    """``count`` codes of up to 16 rows, from ``packed[c * 16 + t]`` to ``codes (batch, heads, n, m)``, from hash ``hash0`` on."""
+    """``count`` codes of up to 16 rows, from ``packed[c * 16 + t]`` to
+    ``codes (batch, heads, n, m)``, from hash ``hash0`` on.
+    """
     for t in range(min(LANES, codes.shape[2] - i)):
         for c in range(count):
             codes[b, h, i + t, hash0 + c] = packed[c * LANES + t]
@@ -111,7 +117,9 @@ def store_codes(codes, packed, b, h, i, hash0, count):
 
 @helper
 def add_stream_bits(tile, dim, packed, start, num_hash, hash_code_len):
-    """``tau > D``: coordinate ``j`` of this part is bit ``start + j`` of one stream, which is cut every ``tau`` bits."""
+    """``tau > D``: coordinate ``j`` of this part is bit ``start + j`` of one stream, which is cut
+    every ``tau`` bits.
+    """
     for j in range(dim):
         c, b = divmod(start + j, hash_code_len)
         if c < num_hash:
@@ -145,7 +153,9 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *
 
 @cache
 def _hyperplane_kernel(dtype: Any) -> Any:
-    """Codes of a block of vectors for each task: every plane against a tile of 16. ``n d m tau`` multiplications."""
+    """Codes of a block of vectors for each task: every plane against a tile of 16. ``n d m tau``
+    multiplications.
+    """
 
     @kernel(types.void(types.intp, types.intp, input_array(dtype, 4), input_array(dtype, 4), output_array(types.int32, 4), types.intp))
     def hash_block(first, last, x, planes, codes, hash_code_len):

@@ -1,9 +1,11 @@
 """Sixteen numbers side by side: the vector type that the CPU kernels are written in.
 
-LLVM vectorises a plain loop when it can prove that nothing overlaps; on these kernels it often cannot, and then they run ten times
-slower. So they say what they mean: ``a = load(x, i)`` takes sixteen consecutive entries, ``a + b`` adds them lane by lane,
-``store(x, i, a)`` puts them back. LLVM maps this onto whatever the machine has: one register with AVX-512, two with AVX2, four with
-NEON or SSE. Lane by lane these are ordinary IEEE operations, so the bits do not depend on the machine.
+LLVM vectorizes a plain loop when it can prove that nothing overlaps; on these kernels it often
+cannot, and then they run ten times slower. So they say what they mean: ``a = load(x, i)`` takes
+sixteen consecutive entries, ``a + b`` adds them lane by lane, ``store(x, i, a)`` puts them back.
+LLVM maps this onto whatever the machine has: one register with AVX-512, two with AVX2, four with
+NEON or SSE. Lane by lane these are ordinary IEEE operations, so the bits do not depend on the
+machine.
 """
 
 import operator
@@ -18,7 +20,9 @@ from numba.extending import models, overload, register_model
 LANES = 16
 
 intrinsic: Any = extending.intrinsic
-"""Untyped on purpose: Numba's annotation is that of the function that generates code, not of the one that kernels call."""
+"""Untyped on purpose: Numba's annotation is that of the function that generates code, not of the
+one that kernels call.
+"""
 
 _INT32 = ir.IntType(32)
 
@@ -52,7 +56,9 @@ def _indices(context: Any, builder: Any, index_type: Any, index: Any) -> list[An
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, indices: list[Any]) -> Any:
-    """Address of an entry. The step along the last axis is known to be one entry, which spares the kernels a multiplication each time."""
+    """Address of an entry. The step along the last axis is known to be one entry, which spares the
+    kernels a multiplication each time.
+    """
     struct = context.make_array(array_type)(context, builder, array)
     strides = cgutils.unpack_tuple(builder, struct.strides, array_type.ndim)
     strides[-1] = ir.Constant(strides[-1].type, array_type.dtype.bitwidth // 8)
@@ -69,7 +75,9 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, indices: l
 
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen entries from ``array[index]`` on along the last axis, which must be contiguous. ``index`` is an integer or a tuple."""
+    """Sixteen entries from ``array[index]`` on along the last axis, which must be contiguous.
+    ``index`` is an integer or a tuple.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
@@ -160,7 +168,9 @@ def _llvm_lanewise(name: str, arguments: int) -> Any:
 absolute = _llvm_lanewise("fabs", 1)
 square_root = _llvm_lanewise("sqrt", 1)
 multiply_add = _llvm_lanewise("fmuladd", 3)
-"""``a * b + c``, fused into one rounding where the machine has the instruction; never used where bits are promised."""
+"""``a * b + c``, fused into one rounding where the machine has the instruction; never used where
+bits are promised.
+"""
 
 
 @intrinsic
@@ -237,9 +247,11 @@ def total(typingctx: Any, lanes: Any) -> Any:
 
 @intrinsic
 def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: Any) -> Any:
-    """Read 16 rows of 16 entries from ``array[*index]`` on and write them to ``tile[start:]`` as 16 columns, one row of the tile each.
+    """Read 16 rows of 16 entries from ``array[*index]`` on and write them to ``tile[start:]`` as 16
+    columns, one row of the tile each.
 
-    Four rounds of shuffles: round ``s`` swaps the off-diagonal ``s x s`` blocks of every ``2s x 2s`` block.
+    Four rounds of shuffles: round ``s`` swaps the off-diagonal ``s x s`` blocks of every
+    ``2s x 2s`` block.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -1,8 +1,9 @@
 """Products of small matrices, at the speed of the machine's multiply-add units.
 
-``target[r] += sum_t weight[r, t] vector[t]`` with 16 or so lanes of sums in registers: for each term, a few vectors of lanes are loaded
-once and each is multiplied by a few weights. All three operands are flat arrays in which the caller says where things stand, so the rows
-may lie packed in a tile or scattered over a head, and any of them may be read as its own transpose.
+``target[r] += sum_t weight[r, t] vector[t]`` with 16 or so lanes of sums in registers: for each
+term, a few vectors of lanes are loaded once and each is multiplied by a few weights. All three
+operands are flat arrays in which the caller says where things stand, so the rows may lie packed in
+a tile or scattered over a head, and any of them may be read as its own transpose.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,9 @@ TERM_BLOCK = 128
 
 
 WIDE_REGISTERS = get_host_cpu_features().get("avx512f", False)
-"""Whether a register holds sixteen floats, and there are 32 of them. Sums are kept in registers, so this decides how many at a time."""
+"""Whether a register holds sixteen floats, and there are 32 of them. Sums are kept in registers, so
+this decides how many at a time.
+"""
 
 
 def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
@@ -54,7 +57,9 @@ def zeros(typingctx: Any, like: Any, count: Any) -> Any:
 
 @intrinsic
 def some_of(typingctx: Any, places: Any, first: Any, last: Any, count: Any) -> Any:
-    """``places[first], places[first + 1], ...``, ``count`` of them, a constant; past ``last`` that one again."""
+    """``places[first], places[first + 1], ...``, ``count`` of them, a constant; past ``last`` that
+    one again.
+    """
     if not isinstance(count, types.IntegerLiteral):
         return None
     chosen = types.UniTuple(types.intp, count.literal_value)
@@ -74,9 +79,11 @@ def some_of(typingctx: Any, places: Any, first: Any, last: Any, count: Any) -> A
 
 @intrinsic
 def transpose(typingctx: Any, source: Any, places: Any, shift: Any, target: Any, at: Any, step: Any) -> Any:
-    """Sixteen rows of 16 entries, ``source[places[t] + shift + c]``, crosswise: to ``target[at + c * step + t]``.
+    """Sixteen rows of 16 entries, ``source[places[t] + shift + c]``, crosswise: to
+    ``target[at + c * step + t]``.
 
-    Four rounds of shuffles: each interleaves the first half of the rows with the second, and after four every entry is in its place.
+    Four rounds of shuffles: each interleaves the first half of the rows with the second, and after
+    four every entry is in its place.
     """
     if len(places) != LANES:
         return None
@@ -100,7 +107,9 @@ def transpose(typingctx: Any, source: Any, places: Any, shift: Any, target: Any,
 
 @intrinsic
 def combine(typingctx: Any, sums: Any, weights: Any, places: Any, term: Any, vectors: Any, at: Any) -> Any:
-    """``sums[u * V + v] + weights[places[u] + term] * vectors[at + 16 v]`` for every place ``u`` and ``V = len(sums) / len(places)``."""
+    """``sums[u * V + v] + weights[places[u] + term] * vectors[at + 16
+    v]`` for every place ``u`` and ``V = len(sums) / len(places)``.
+    """
     at_once = len(sums) // len(places)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -146,7 +155,9 @@ def write_to(typingctx: Any, target: Any, places: Any, shift: Any, sums: Any) ->
 
 @intrinsic
 def add_to(typingctx: Any, target: Any, places: Any, shift: Any, sums: Any) -> Any:
-    """``target[places[u] + shift + 16 v] += sums[u * V + v]``. A place that stands twice counts once."""
+    """``target[places[u] + shift + 16 v] += sums[u * V + v]``. A place that stands twice counts
+    once.
+    """
     itemsize = target.dtype.bitwidth // 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -181,26 +192,31 @@ def _columns(rows_at_once: int, vectors_at_once: int) -> Callable[..., Any]:
 
 
 def _widths(dtype: Any) -> tuple[Any, ...]:
-    """`_columns` for four, two and one vector of lanes (or as many as there are registers for), and how many the first takes."""
+    """`_columns` for four, two and one vector of lanes (or as many as there are registers for), and
+    how many the first takes.
+    """
     held = (16 if WIDE_REGISTERS else 4) * 4 // (dtype.bitwidth // 8)
     most = min(4, max(1, held // 4))
     return most, *(_columns(max(2, min(4, held // vectors)), vectors) for vectors in (most, min(2, most), 1))
 
 
 def product(target, target_rows, target_at, weights, weight_rows, weight_terms, vectors, vector_rows, vector_at, rows, terms, width, fresh):
-    """``target[r, c] += sum_t weight[r, t] vector[t, c]`` for ``r < rows``, ``t < terms`` and ``c < width``, a multiple of 16, where
+    """``target[r, c] += sum_t weight[r, t] vector[t, c]`` for ``r < rows``, ``t < terms`` and
+    ``c < width``, a multiple of 16, where
 
     - ``target[r, c]`` is ``target[target_rows[r] + target_at + c]``,
     - ``weight[r, t]`` is ``weights[weight_rows[r] + weight_terms[t]]``,
     - ``vector[t, c]`` is ``vectors[vector_rows[t] + vector_at + c]``.
 
-    ``fresh``: the target is written, not added to. Terms are added in order, `TERM_BLOCK` at a time from zero. For kernels only.
+    ``fresh``: the target is written, not added to. Terms are added in order, `TERM_BLOCK` at a time
+    from zero. For kernels only.
     """
     raise NotImplementedError
 
 
-# Merged into its caller, with every array named in every call: a call proper, or a tuple of arrays, counts references to each array up and
-# down, 300 cycles in all, where a 64 x 64 x 64 product takes 8,200.
+# Merged into its caller, with every array named in every call: a call proper, or a tuple of arrays,
+# counts references to each array up and down, 300 cycles in all, where a 64 x 64 x 64 product takes
+# 8,200.
 @overload(product, jit_options={**OPTIONS, "forceinline": True})  # type: ignore[typeddict-item]
 def _product(
     target, target_rows, target_at, weights, weight_rows, weight_terms, vectors, vector_rows, vector_at, rows, terms, width, fresh
@@ -263,8 +279,10 @@ def _product(
 
 @helper
 def dot_products(target, target_rows, weights, weight_rows, shift, vectors, vector_rows, rows, terms):
-    """`product` of one vector of lanes, with consecutive terms: ``weight[r, t]`` is ``weights[weight_rows[r] + shift + t]``; the target is
-    written. Sums over even and over odd terms, so that there are enough of them to keep the multiply-add units busy."""
+    """`product` of one vector of lanes, with consecutive terms: ``weight[r, t]`` is
+    ``weights[weight_rows[r] + shift + t]``; the target is written. Sums over even and over odd
+    terms, so that there are enough of them to keep the multiply-add units busy.
+    """
     for first in range(0, rows, 4):
         here, there = some_of(target_rows, first, rows - 1, 4), some_of(weight_rows, first, rows - 1, 4)
         even, odd = zeros(target, 4), zeros(target, 4)

@@ -1,7 +1,8 @@
 """Rows of a head on their way into products and out of them.
 
-Products want flat arrays in which every row is padded with zeros to whole vectors of lanes: its *width*. Here rows are packed like that,
-turned crosswise, scaled to unit length; and gradients by unit rows become gradients by the rows themselves.
+Products want flat arrays in which every row is padded with zeros to whole vectors of lanes: its
+*width*. Here rows are packed like that, turned crosswise, scaled to unit length; and gradients by
+unit rows become gradients by the rows themselves.
 """
 
 import math
@@ -66,7 +67,9 @@ def ramp(count, step):
 
 @helper
 def turn_rows(tile, step, packed, places, shift, count, width):
-    """Rows crosswise: ``tile[c * step + t] = packed[places[t] + shift + c]``, 16 rows ``t`` at a time; past the last it stands again."""
+    """Rows crosswise: ``tile[c * step + t] = packed[places[t] + shift + c]``, 16 rows ``t`` at a
+    time; past the last it stands again.
+    """
     for t in range(0, count, LANES):
         sixteen = some_of(places, t, count - 1, LANES)
         for c in range(0, width, LANES):
@@ -75,7 +78,9 @@ def turn_rows(tile, step, packed, places, shift, count, width):
 
 @helper
 def unit_tile(tile, lengths, spoiled, x, b, h, i):
-    """Up to 16 rows of ``x[b, h, i:]``, crosswise, scaled to unit length (zero rows stay zero); their lengths, and which are not finite."""
+    """Up to 16 rows of ``x[b, h, i:]``, crosswise, scaled to unit length (zero rows stay zero);
+    their lengths, and which are not finite.
+    """
     d = x.shape[3]
     zero, one = fill(tile.dtype.type(0)), fill(tile.dtype.type(1))
     if not load_tile(tile, (d + LANES - 1) // LANES * LANES, x, b, h, i):
@@ -100,7 +105,9 @@ def unit_tile(tile, lengths, spoiled, x, b, h, i):
 
 @helper
 def unit_column(tile, t, d):
-    """`unit_tile` for vector ``t`` alone, which may hold anything: the same operations, one number after the other."""
+    """`unit_tile` for vector ``t`` alone, which may hold anything: the same operations, one number
+    after the other.
+    """
     largest, finite = tile.dtype.type(0), True
     for c in range(d):
         entry = abs(tile[c * LANES + t])
@@ -118,7 +125,8 @@ def unit_column(tile, t, d):
 
 
 def unit_rows_of(out, start, step, x, b, h, first, last, lengths, spoiled):
-    """Rows ``first ... last - 1`` of ``x[b, h]``, scaled to unit length and padded: row ``i`` to ``out[start + i * step]`` and on.
+    """Rows ``first ... last - 1`` of ``x[b, h]``, scaled to unit length and padded: row ``i`` to
+    ``out[start + i * step]`` and on.
 
     Row by row the result does not depend on where ``first`` is.
     """
@@ -140,7 +148,9 @@ unit_rows_of = njit(unit_rows_of, **OPTIONS)
 
 
 def pack_rows_of(out, start, step, x, b, h, first, last, spoiled):
-    """Rows ``first ... last - 1`` of ``x[b, h]``, padded: row ``i`` to ``out[start + i * step]`` and on. Notes which are not finite."""
+    """Rows ``first ... last - 1`` of ``x[b, h]``, padded: row ``i`` to ``out[start + i * step]``
+    and on. Notes which are not finite.
+    """
     d = x.shape[3]
     full = d - d % LANES
     zero = fill(out.dtype.type(0))
@@ -204,15 +214,19 @@ def _prepared(x: Array, unit: bool, num_threads: int | None) -> tuple[Array, Arr
 
 
 def unit_rows(x: Array, num_threads: int | None) -> tuple[Array, Array, Array]:
-    """Rows of ``x (batch, heads, n, d)`` scaled to unit length (zero rows stay zero), padded and flat; their lengths; and uint8
-    ``(batch, heads, n)``: 1 where a row was not finite, whose unit row is NaN."""
+    """Rows of ``x (batch, heads, n, d)`` scaled to unit length (zero rows stay zero), padded and
+    flat; their lengths; and uint8 ``(batch, heads, n)``: 1 where a row was not finite, whose unit
+    row is NaN.
+    """
     return _prepared(x, True, num_threads)
 
 
 def packed_rows(x: Array, num_threads: int | None) -> Array:
-    """Rows of ``x (batch, heads, n, d)``, padded and flat, from the start of a cache line: a view if they stand like that already.
+    """Rows of ``x (batch, heads, n, d)``, padded and flat, from the start of a cache line: a view
+    if they stand like that already.
 
-    Every load of a vector that straddles two cache lines counts twice; beside a product over all pairs a copy costs nothing.
+    Every load of a vector that straddles two cache lines counts twice; beside a product over all
+    pairs a copy costs nothing.
     """
     if x.shape[-1] % LANES == 0 and x.flags.c_contiguous and x.ctypes.data % CACHE_LINE == 0:
         return x.reshape(-1)
@@ -231,8 +245,9 @@ def store_row(x, b, h, i, packed, at):
 
 
 @helper
-def leave_normalisation(pull, at, unit, unit_at, width, length, zeros_stay):
-    """The gradient ``f`` by a unit row ``u``, in place, to that by the row itself: ``(f - (f . u) u) / |x|``; zeros where ``|x|`` is zero.
+def leave_normalization(pull, at, unit, unit_at, width, length, zeros_stay):
+    """The gradient ``f`` by a unit row ``u``, in place, to that by the row itself:
+    ``(f - (f . u) u) / |x|``; zeros where ``|x|`` is zero.
 
     ``zeros_stay``: a row of zeros, which nothing pulled, stays so even where ``u`` is NaN.
     """

@@ -4,14 +4,16 @@ What meets in a bucket of one hash adds to all three gradients at once::
 
     dq_i += sum_j (g_i . v_j) k_j      dk_j += sum_i (g_i . v_j) q_i      dv_j += sum_i g_i
 
-With ``p`` queries and ``r`` keys in the bucket there are two ways to the first two. By *pairs*: the products ``g . v``, once for both,
-about ``p r (2 d + d_v)`` multiply-adds. By *outer products*: ``sum_j v_j k_j^T`` times every ``g`` and ``sum_i g_i q_i^T`` times every
-``v``, about ``2 (p + r) d d_v``. Whichever is less is done, so the cost never grows faster than ``n``, however skewed the buckets. The
-third is a plain cumulation, and `yoso_core.cpu.cumulation` does it.
+With ``p`` queries and ``r`` keys in the bucket there are two ways to the first two. By *pairs*: the
+products ``g . v``, once for both, about ``p r (2 d + d_v)`` multiply-adds. By *outer products*:
+``sum_j v_j k_j^T`` times every ``g`` and ``sum_i g_i q_i^T`` times every ``v``, about
+``2 (p + r) d d_v``. Whichever is less is done, so the cost never grows faster than ``n``, however
+skewed the buckets. The third is a plain cumulation, and `yoso_core.cpu.cumulation` does it.
 
-A head is copied to scratch first: a row of ``q``, ``g`` and the sum for ``q`` side by side, likewise ``k``, ``v`` and the sum for ``k``, so
-that a visit finds all it needs in one place. The buckets of a hash touch different rows, so threads may share them; every row is added to
-hash after hash, whoever does it.
+A head is copied to scratch first: a row of ``q``, ``g`` and the sum for ``q`` side by side,
+likewise ``k``, ``v`` and the sum for ``k``, so that a visit finds all it needs in one place. The
+buckets of a hash touch different rows, so threads may share them; every row is added to hash after
+hash, whoever does it.
 """
 
 from functools import cache
@@ -24,13 +26,15 @@ from yoso_core.cpu.compiling import OPTIONS, helper, kernel, njit
 from yoso_core.cpu.cumulation import clear, dense_tables_fit, find_slot, lsh_cumulation
 from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, total
 from yoso_core.cpu.products import dot_products, product
-from yoso_core.cpu.rows import leave_normalisation, pack_rows_of, ramp, store_row, turn_rows, unit_rows_of, width_of
+from yoso_core.cpu.rows import leave_normalization, pack_rows_of, ramp, store_row, turn_rows, unit_rows_of, width_of
 from yoso_core.cpu.threads import default_threads, share
 from yoso_core.cpu.tiles import aligned
 from yoso_core.cpu.views import Array, aligned_empty, heads, input_array, kept, output_array, rows, working_dtype
 
 TILE = 96
-"""Queries, and keys, of a bucket that are paired at a time, at most; larger buckets are cut into equal tiles."""
+"""Queries, and keys, of a bucket that are paired at a time, at most; larger buckets are cut into
+equal tiles.
+"""
 
 SORTED_AT_ONCE = 16
 """Hashes of a head that are sorted by one task: as many codes as stand in a cache line."""
@@ -42,7 +46,9 @@ RANGES = 32
 """Tasks into which the buckets of a hash are cut, where threads share a head."""
 
 CACHE_BYTES = 32 << 20
-"""Scratch of all heads that are in work, at most, so that it stays in the cache; a larger head is in work alone, shared by all threads."""
+"""Scratch of all heads that are in work, at most, so that it stays in the cache; a larger head is
+in work alone, shared by all threads.
+"""
 
 FEW_PAIRS = 24
 """Pairs that are done one by one: only more of them are worth a tile."""
@@ -52,10 +58,11 @@ ALL, PREPARE, SORT, WALK, FINISH = range(5)
 
 @helper
 def label_by_hash_map(query_label, key_label, slots, labels):
-    """Number the buckets in which there is a key: codes become labels ``0, 1, ...``, in the order in which keys first show them.
+    """Number the buckets in which there is a key: codes become labels ``0, 1, ...``, in the order
+    in which keys first show them.
 
-    A hash map with open addressing, at most half full: ``slots`` holds the code plus one, or 0 for a free place. Negative codes stay, and
-    a query whose bucket has no key gets -1.
+    A hash map with open addressing, at most half full: ``slots`` holds the code plus one, or 0 for
+    a free place. Negative codes stay, and a query whose bucket has no key gets -1.
     """
     slots[:] = 0
     occupied = 0
@@ -74,7 +81,8 @@ def label_by_hash_map(query_label, key_label, slots, labels):
 
 @helper
 def sort_by_label(label, begins, begins_at, order, order_at, buckets):
-    """Counting sort: bucket ``k`` holds the rows from ``order[order_at + begins[begins_at + k]]`` on, up to the next, ascending.
+    """Counting sort: bucket ``k`` holds the rows from ``order[order_at + begins[begins_at + k]]``
+    on, up to the next, ascending.
 
     Negative labels are left out.
     """
@@ -92,7 +100,9 @@ def sort_by_label(label, begins, begins_at, order, order_at, buckets):
 
 
 def read_labels(labels, code, keep, b, h, hash0, count, capacity):
-    """Codes of ``count`` hashes, hash by hash: ``labels[c, i]``, or -1 for what is masked or out of range (unchecked codes may be)."""
+    """Codes of ``count`` hashes, hash by hash: ``labels[c, i]``, or -1 for what is masked or out of
+    range (unchecked codes may be).
+    """
     for i in range(code.shape[2]):
         for c in range(count):
             number = code[b, h, i, hash0 + c]
@@ -103,7 +113,8 @@ read_labels = njit(read_labels, **OPTIONS)
 
 
 def sort_hashes(query_code, key_code, keep_query, keep_key, b, h, hash0, count, capacity, buckets, begins, order):
-    """Sort the queries and keys of a head by their buckets, for hashes ``hash0 ... hash0 + count - 1``.
+    """Sort the queries and keys of a head by their buckets, for hashes
+    ``hash0 ... hash0 + count - 1``.
 
     ``begins (2, m, buckets + 2)`` and ``order (2, m, n)``, flat: queries, then keys.
     """
@@ -144,7 +155,9 @@ def pull_pairs_one_by_one(rows, queries, keys, p, r, width, width_v):
 
 @helper
 def pull_by_pairs(rows, ours, theirs, p, r, width, width_v, d_v, tile, pulls, singles, seconds, tiles):
-    """Up to `TILE` rows of one side by as many of the other: a tile of ``g . v``, and what it adds to both sides."""
+    """Up to `TILE` rows of one side by as many of the other: a tile of ``g . v``, and what it adds
+    to both sides.
+    """
     sums = width + width_v
     turn_rows(tile, TILE, rows, ours, width, p, width_v)
     if p <= LANES:
@@ -171,7 +184,9 @@ def find_places(places, order, first, count, start, step):
 
 @helper
 def add_outer_products(outer, outer_places, rows, order, first, count, start, step, places, width, d_v, seconds):
-    """``outer[c, :] = sum_j rows[j, width + c] rows[j, :width]``: of what stands second in a row with what stands first."""
+    """``outer[c, :] = sum_j rows[j, width + c] rows[j, :width]``: of what stands second in a row
+    with what stands first.
+    """
     for j in range(0, count, TILE):
         some = min(TILE, count - j)
         find_places(places, order, first + j, some, start, step)
@@ -208,7 +223,8 @@ def walk_buckets(rows, begins, order, n_q, n_k, num_hash, buckets, d, d_v, hash0
                 continue
             i, j = i + query_order, j + key_order
             if p * r * (2 * width + width_v) <= 2 * (p + r) * width * width_v:
-                # The side that fills its vectors of lanes better is ours: its rows are turned crosswise.
+                # The side that fills its vectors of lanes better is ours: its rows are turned
+                # crosswise.
                 if (p + LANES - 1) // LANES * r <= (r + LANES - 1) // LANES * p:
                     i0, p0, start0, j0, r0, start1 = i, p, 0, j, r, key_start
                 else:
@@ -251,13 +267,15 @@ def scale_row(rows, at, width, scale, spoiled):
 
 
 def finish_rows_of(rows, start, step, lengths, spoiled, keep, b, h, first, last, factor, grad):
-    """Sums of rows ``first ... last - 1`` of a side to gradients by the rows themselves; zeros for masked rows."""
+    """Sums of rows ``first ... last - 1`` of a side to gradients by the rows themselves; zeros for
+    masked rows.
+    """
     width = (grad.shape[3] + LANES - 1) // LANES * LANES
     for i in range(first, last):
         at = start + (i + 1) * step - width
         scale_row(rows, at, width, rows.dtype.type(factor), spoiled[i])
         length = lengths[i] if keep[b, h, i] else rows.dtype.type(0)
-        leave_normalisation(rows, at, rows, start + i * step, width, length, True)
+        leave_normalization(rows, at, rows, start + i * step, width, length, True)
         store_row(grad, b, h, i, rows, at)
 
 
@@ -266,10 +284,12 @@ finish_rows_of = njit(finish_rows_of, **OPTIONS)
 
 @cache
 def _backward_kernel(dtype: Any) -> Any:
-    """All of a head for each task (stage ``ALL``), or one stage of one head, ``head``, whose scratch all threads share.
+    """All of a head for each task (stage ``ALL``), or one stage of one head, ``head``, whose
+    scratch all threads share.
 
-    ``rows``, flat, are those of the queries, then those of the keys; so are ``lengths`` and ``spoiled``. A task of stage ``PREPARE`` or
-    ``FINISH`` is a block of rows of both sides, of ``SORT`` some hashes, of ``WALK`` a range of the buckets of hash ``number``.
+    ``rows``, flat, are those of the queries, then those of the keys; so are ``lengths`` and
+    ``spoiled``. A task of stage ``PREPARE`` or ``FINISH`` is a block of rows of both sides, of
+    ``SORT`` some hashes, of ``WALK`` a range of the buckets of hash ``number``.
     """
 
     @kernel(
@@ -366,8 +386,9 @@ def lsh_lower_bound_backward(
 ) -> tuple[Array, Array, Array]:
     """See `yoso_core.reference.lsh_attention_backward` with ``grad="lower_bound"``.
 
-    Working memory for a head: ``(n_q + n_k) (2 d + d_v)`` numbers, and twice the size of its codes. Each thread has a head in work as long
-    as they stay within 32 MiB (`CACHE_BYTES`) together; a larger head is in work alone, shared by all threads.
+    Working memory for a head: ``(n_q + n_k) (2 d + d_v)`` numbers, and twice the size of its codes.
+    Each thread has a head in work as long as they stay within 32 MiB (`CACHE_BYTES`) together; a
+    larger head is in work alone, shared by all threads.
     """
     dtype = np.promote_types(working_dtype(query), working_dtype(value))
     q, k, v, g = (rows(x, dtype) for x in (query, key, value, grad_out))

@@ -1,11 +1,11 @@
 """Work shared between threads.
 
-Plain Python threads that call kernels compiled without the GIL. Numba's own threading layers abort the process when two Python threads
-use them at once, or kill a child that was forked after a call; threads of `concurrent.futures` do neither, and a forked child starts its
-own.
+Plain Python threads that call kernels compiled without the GIL. Numba's own threading layers abort
+the process when two Python threads use them at once, or kill a child that was forked after a call;
+threads of `concurrent.futures` do neither, and a forked child starts its own.
 
-What is added up with what is decided by the callers from shapes alone. Here work is only dealt out, so the number of threads never changes
-a bit.
+What is added up with what is decided by the callers from shapes alone. Here work is only dealt out,
+so the number of threads never changes a bit.
 """
 
 import contextlib
@@ -17,7 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from numba.core import config
 
 SERIAL_COST = 300_000
-"""Work below so many arithmetic operations is done by the caller: waking a thread would take longer."""
+"""Work below so many arithmetic operations is done by the caller: waking a thread would take
+longer.
+"""
 
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
@@ -47,9 +49,11 @@ if hasattr(os, "register_at_fork"):  # where there is no fork there is nothing t
 
 
 def share(tasks: int, work: Callable[[int, int], object], *, num_threads: int | None, cost: float) -> None:
-    """Call ``work(first, last)`` until the tasks ``0 ... tasks - 1`` are done, on up to ``num_threads`` threads, this one among them.
+    """Call ``work(first, last)`` until the tasks ``0 ... tasks - 1`` are done, on up to
+    ``num_threads`` threads, this one among them.
 
-    ``cost`` is the rough number of arithmetic operations of all tasks together. An exception of any task is raised here.
+    ``cost`` is the rough number of arithmetic operations of all tasks together. An exception of any
+    task is raised here.
     """
     threads = min(num_threads or default_threads(), tasks)
     if threads <= 1 or cost < SERIAL_COST:

@@ -1,7 +1,9 @@
-"""Sixteen vectors at a time: loaded crosswise, rotated by the fast Hadamard projection, read off as hash codes.
+"""Sixteen vectors at a time: loaded crosswise, rotated by the fast Hadamard projection, read off as
+hash codes.
 
-A *tile* holds coordinate ``j`` of vector ``t`` at ``tile[j * 16 + t]``, so a butterfly between two coordinates is one addition of lanes.
-All strides inside it are compile-time constants of the kernel that calls these helpers.
+A *tile* holds coordinate ``j`` of vector ``t`` at ``tile[j * 16 + t]``, so a butterfly between two
+coordinates is one addition of lanes. All strides inside it are compile-time constants of the kernel
+that calls these helpers.
 """
 
 import math
@@ -19,7 +21,9 @@ MAX_DIM = 1 << 18
 
 @helper
 def aligned(count, dtype):
-    """Uninitialised scratch that starts on a cache line, so that no load of 16 floats straddles two."""
+    """Uninitialized scratch that starts on a cache line, so that no load of 16 floats straddles
+    two.
+    """
     raw = np.empty(count + LANES, dtype)
     start = (-(raw.ctypes.data // raw.itemsize)) % LANES
     return raw[start : start + count]
@@ -89,7 +93,8 @@ def butterflies_8(tile, dim, h, flip, signs, b, head, stage, part):
 def hadamard(tile, dim, flip, signs, b, h, stage, part):
     """The transform of all 16 vectors, largest stride first, after a change of signs if ``flip``.
 
-    ``dim`` is a constant, so only its own passes are compiled: the bits of ``log2 dim`` that are no multiple of three first, then threes.
+    ``dim`` is a constant, so only its own passes are compiled: the bits of ``log2 dim`` that are no
+    multiple of three first, then threes.
     """
     if dim in (2, 16, 128, 1024, 8192, 65536):
         butterflies_2(tile, dim, dim // 2, flip, signs, b, h, stage, part)
@@ -128,7 +133,9 @@ def rotate(tile, dim, signs, b, h, part):
 
 @helper
 def pack(tile, codes, count, hash_code_len):
-    """Sign bits to codes: code ``c`` of vector ``t`` goes to ``codes[c * 16 + t]``; coordinate ``c * tau + b`` is worth ``2**b``."""
+    """Sign bits to codes: code ``c`` of vector ``t`` goes to ``codes[c * 16 + t]``; coordinate
+    ``c * tau + b`` is worth ``2**b``.
+    """
     for c in range(count):
         code = fill(types.int32(0))
         for b in range(hash_code_len):
@@ -138,10 +145,11 @@ def pack(tile, codes, count, hash_code_len):
 
 @helper
 def load_tile(tile, dim, x, b, h, i):
-    """Up to 16 rows of ``x[b, h, i:]`` as a tile, padded with zeros to ``dim`` coordinates and 16 vectors.
+    """Up to 16 rows of ``x[b, h, i:]`` as a tile, padded with zeros to ``dim`` coordinates and 16
+    vectors.
 
-    Returns whether all is well: every entry finite and none beyond 2**60 (by the sum of magnitudes, which is no smaller). If not, the
-    caller must call `tame_tile`.
+    Returns whether all is well: every entry finite and none beyond 2**60 (by the sum of magnitudes,
+    which is no smaller). If not, the caller must call `tame_tile`.
     """
     d = x.shape[3]
     count = min(LANES, x.shape[2] - i)
@@ -162,7 +170,9 @@ def load_tile(tile, dim, x, b, h, i):
 
 @helper
 def load_rotated(tile, dim, finite, x, signs, b, h, i, part):
-    """Up to 16 rows of ``x[b, h, i:]`` as a tile, rotated for one part. Returns whether ``finite`` says anything of interest."""
+    """Up to 16 rows of ``x[b, h, i:]`` as a tile, rotated for one part. Returns whether ``finite``
+    says anything of interest.
+    """
     well = load_tile(tile, dim, x, b, h, i)
     if not well:
         tame_tile(tile, dim, finite)
@@ -172,7 +182,9 @@ def load_rotated(tile, dim, finite, x, signs, b, h, i, part):
 
 @helper
 def tame_tile(tile, dim, finite):
-    """Scale vectors with entries beyond 2**60 by an exact power of two; note in ``finite`` which vectors are finite."""
+    """Scale vectors with entries beyond 2**60 by an exact power of two; note in ``finite`` which
+    vectors are finite.
+    """
     for t in range(LANES):
         largest = 0.0
         finite[t] = 1

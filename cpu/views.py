@@ -1,4 +1,6 @@
-"""Any number of leading dims as exactly two, (batch, heads), without a copy where the strides allow it."""
+"""Any number of leading dims as exactly two, (batch, heads), without a copy where the strides allow
+it.
+"""
 
 from typing import Any
 
@@ -14,7 +16,9 @@ def working_dtype(x: Array) -> Any:
 
 
 def heads(x: Array, tail: int = 2) -> Array:
-    """``(..., *tail)`` as ``(batch, heads, *tail)``; ``tail`` is the number of dims that are no leading dims."""
+    """``(..., *tail)`` as ``(batch, heads, *tail)``; ``tail`` is the number of dims that are no
+    leading dims.
+    """
     leading = x.ndim - tail
     if leading < 2:
         return x.reshape((1,) * (2 - leading) + x.shape)
@@ -22,7 +26,9 @@ def heads(x: Array, tail: int = 2) -> Array:
 
 
 def rows(x: Array, dtype: Any) -> Array:
-    """``(..., n, d)`` as ``(batch, heads, n, d)`` in ``dtype``, the entries of a row next to each other."""
+    """``(..., n, d)`` as ``(batch, heads, n, d)`` in ``dtype``, the entries of a row next to each
+    other.
+    """
     x = heads(x.astype(dtype, copy=False))
     packed = x.flags.aligned and (x.shape[-1] <= 1 or x.strides[-1] == x.itemsize)
     return x if packed else np.ascontiguousarray(x)
@@ -45,7 +51,7 @@ def output_array(dtype: Any, ndim: int) -> Any:
 
 
 def aligned_empty(count: int, dtype: Any) -> Array:
-    """Uninitialised memory that starts on a cache line."""
+    """Uninitialized memory that starts on a cache line."""
     item = np.dtype(dtype).itemsize
     raw = np.empty(count + 64 // item, dtype)
     start = (-(raw.ctypes.data // item)) % (64 // item)

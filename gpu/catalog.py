@@ -29,7 +29,9 @@ def catalog() -> list[KernelText]:
 
 
 def _cuda_kernels(file: str) -> list[KernelText]:
-    """From the comment above the first line of a kernel to the brace that closes it, which stands alone at the left."""
+    """From the comment above the first line of a kernel to the brace that closes it, which stands
+    alone at the left.
+    """
     text = (CUDA_FOLDER / file).read_text("utf-8")
     lines, found = text.splitlines(), []
     for head in KERNEL.finditer(text):
@@ -42,7 +44,9 @@ def _cuda_kernels(file: str) -> list[KernelText]:
 
 
 def _numba_kernels(path: Path) -> list[KernelText]:
-    """Functions under ``@cuda.jit``, with the comment above them; helpers that run on the device are no kernels."""
+    """Functions under ``@cuda.jit``, with the comment above them; helpers that run on the device
+    are no kernels.
+    """
     text = path.read_text("utf-8")
     lines = text.splitlines()
     found = []

@@ -8,14 +8,18 @@ from types import ModuleType
 from typing import Any, Protocol
 
 Array = Any
-"""A `cupy.ndarray` or a `numpy.ndarray`, as the device has it. bfloat16, which neither has, travels as its bits: uint16."""
+"""A `cupy.ndarray` or a `numpy.ndarray`, as the device has it. bfloat16, which neither has, travels
+as its bits: uint16.
+"""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class CudaKernel:
-    """A kernel in CUDA C++, by its file in `cupy_kernels`, its name, and the macros that it is compiled with."""
+    """A kernel in CUDA C++, by its file in `cupy_kernels`, its name, and the macros that it is
+    compiled with.
+    """
 
     file: str
     name: str
@@ -36,7 +40,9 @@ class Launch:
 
 
 class DoesNotFit(ValueError):
-    """These sizes need more memory than the device allows a kernel: raised before anything is launched."""
+    """These sizes need more memory than the device allows a kernel: raised before anything is
+    launched.
+    """
 
 
 class Device(Protocol):
@@ -56,8 +62,8 @@ class Device(Protocol):
     def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
         """Launch a `CudaKernel`, or for the Numba devices a kernel function, on the current stream.
 
-        ``args`` are arrays of this device, NumPy scalars of exactly the parameter's type, or ``None`` for a null pointer. A launch that the
-        device refuses raises here.
+        ``args`` are arrays of this device, NumPy scalars of exactly the parameter's type, or
+        ``None`` for a null pointer. A launch that the device refuses raises here.
         """
 
 

@@ -25,10 +25,11 @@ def sample_signs(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """`yoso_core.sample_signs` from torch's random numbers: int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1.
+    """`yoso_core.sample_signs` from torch's random numbers: int8 ``(*batch_shape, 3, parts, D)`` of
+    +1 and -1.
 
-    ``generator=None`` draws from torch's own generator of ``device``, so `torch.manual_seed` rules. A generator draws on its own device,
-    and the result goes to ``device`` (``None``: stays there).
+    ``generator=None`` draws from torch's own generator of ``device``, so `torch.manual_seed` rules.
+    A generator draws on its own device, and the result goes to ``device`` (``None``: stays there).
     """
     if not torch.compiler.is_compiling():
         num_hash, hash_code_len, dim, batch_shape = face._check_draw(num_hash, hash_code_len, dim, batch_shape)
@@ -59,31 +60,41 @@ def yoso_attention(
     backward: Backward = "lsh",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`yoso_core.yoso_attention` with gradients of query, key and value, under `torch.compile`, autocast and activation checkpointing.
+    """`yoso_core.yoso_attention` with gradients of query, key and value, under `torch.compile`,
+    autocast and activation checkpointing.
 
     Parameters
     ----------
-    query, key, value, num_hash, hash_code_len, use_expectation, query_mask, key_mask, normalize_output : those of
-        `yoso_core.yoso_attention`; torch tensors of one device.
-    signs, planes : the draw to use. Where neither is given, signs are drawn here, one draw for each index of the last leading dim (the
-        heads) and shared over the dims before it: from ``rng`` as in `yoso_core.yoso_attention` (not under `torch.compile`), or from
-        ``generator``, or from torch's own generator of the device, which `torch.manual_seed` seeds and checkpointing preserves. With a
-        generator of your own, checkpointing would draw afresh: draw outside the checkpointed region (`sample_signs`) and pass ``signs``.
-    variant : of the forward pass. The backward pass takes the best that can run on the tensors' device.
-    grad : with ``C_ij`` the weights of the forward pass, for unit vectors ``dq_i = sum_j C_ij w_ij (g_i . v_j) k_j``, likewise ``dk_j``.
-        ``"lower_bound"``: ``w = tau / 2``, the paper's, which is *not* the derivative: for a single pair it is the derivative times
-        ``(pi - theta) sin(theta) / 2``, at most 0.91. ``"exact"``: the derivative of the expected weight,
-        ``w = tau / ((pi - theta) sin theta)``; sampled, its cost grows with ``n_q n_k``.
-    backward : ``"lsh"``: with ``C_ij`` the collisions of the forward pass. ``"expectation"``: with the expected weights, whose
-        cost grows with ``n_q n_k`` (Hugging Face's ``lsh_backward=False``).
+    query, key, value, num_hash, hash_code_len, use_expectation, query_mask, key_mask,
+        normalize_output : those of `yoso_core.yoso_attention`; torch tensors of one device.
+    signs, planes : the draw to use. Where neither is given, signs are drawn here, one draw for each
+        index of the last leading dim (the heads) and shared over the dims before it: from ``rng``
+        as in `yoso_core.yoso_attention` (not under `torch.compile`), or from ``generator``, or from
+        torch's own generator of the device, which `torch.manual_seed` seeds and checkpointing
+        preserves. With a generator of your own, checkpointing would draw afresh: draw outside the
+        checkpointed region (`sample_signs`) and pass ``signs``.
+    variant : of the forward pass. The backward pass takes the best that can run on the tensors'
+        device.
+    grad : with ``C_ij`` the weights of the forward pass, for unit vectors
+        ``dq_i = sum_j C_ij w_ij (g_i . v_j) k_j``, likewise ``dk_j``. ``"lower_bound"``:
+        ``w = tau / 2``, the paper's, which is *not* the derivative: for a single pair it is the
+        derivative times ``(pi - theta) sin(theta) / 2``, at most 0.91. ``"exact"``: the derivative
+        of the expected weight, ``w = tau / ((pi - theta) sin theta)``; sampled, its cost grows with
+        ``n_q n_k``.
+    backward : ``"lsh"``: with ``C_ij`` the collisions of the forward pass. ``"expectation"``: with
+        the expected weights, whose cost grows with ``n_q n_k`` (Hugging Face's
+        ``lsh_backward=False``).
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. Under autocast ``value`` is taken in autocast's dtype, query and key as they come (in
-    the wider dtype of the two); hashes, sums and lengths are in float32 at least. Masked rows, and rows that met no key, are zeros
+    ``(..., n_q, d_v)`` in the dtype of ``value``. Under autocast ``value`` is taken in autocast's
+    dtype, query and key as they come (in
+    the wider dtype of the two); hashes, sums and lengths are in float32 at least. Masked rows, and
+    rows that met no key, are zeros
     with zero gradients. There is no second derivative: taking one raises.
 
-    Working memory is linear in ``n_q + n_k``. Kept for the backward pass: the inputs, the output and one number a row.
+    Working memory is linear in ``n_q + n_k``. Kept for the backward pass: the inputs, the output
+    and one number a row.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), sections 3.1 to 3.4.
     """
@@ -122,11 +133,13 @@ def yoso_attention(
 def expected_weights(
     query: Tensor, key: Tensor, hash_code_len: int, *, query_mask: Tensor | None = None, key_mask: Tensor | None = None
 ) -> Tensor:
-    """The expected weights themselves, ``E_ij = (1 - theta_ij / pi)**tau``, to look at: ``(..., n_q, n_k)``, so memory is quadratic.
+    """The expected weights themselves, ``E_ij = (1 - theta_ij / pi)**tau``, to look at:
+    ``(..., n_q, n_k)``, so memory is quadratic.
 
-    ``yoso_attention(..., use_expectation=True)`` is ``E @ value`` with every row scaled to unit length. ``theta`` is the angle between
-    query ``i`` and key ``j``; a zero vector is at a right angle to all. Rows of masked queries and columns of masked keys are zeros.
-    Computed in float32 at least, returned in the dtype of ``query``; differentiable, by the true derivative.
+    ``yoso_attention(..., use_expectation=True)`` is ``E @ value`` with every row scaled to unit
+    length. ``theta`` is the angle between query ``i`` and key ``j``; a zero vector is at a right
+    angle to all. Rows of masked queries and columns of masked keys are zeros. Computed in float32
+    at least, returned in the dtype of ``query``; differentiable, by the true derivative.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
     """
@@ -143,7 +156,9 @@ def expected_weights(
 
 
 def _unit(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of length one, or zero where the row is zero; masked rows are zero, whatever they held."""
+    """Rows of length one, or zero where the row is zero; masked rows are zero, whatever they
+    held.
+    """
     if mask is not None:
         x = x.masked_fill((mask == 0).unsqueeze(-1), 0)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -156,7 +171,9 @@ def _unit(x: Tensor, mask: Tensor | None) -> Tensor:
 def _check_kinds(
     required: dict[str, Tensor], signs: Tensor | None, planes: Tensor | None, query_mask: Tensor | None, key_mask: Tensor | None
 ) -> None:
-    """What the operator cannot say: that something is no tensor, or has no numbers beside others that do."""
+    """What the operator cannot say: that something is no tensor, or has no numbers beside others
+    that do.
+    """
     given = [*required.values(), *(x for x in (signs, planes, query_mask, key_mask) if x is not None)]
     if all(isinstance(x, Tensor) for x in given) and all(x.device == given[0].device for x in given):
         return
@@ -175,7 +192,9 @@ def _check_source(rng: Seed, generator: torch.Generator | None) -> None:
 
 
 def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast: the value in its low dtype, query and key in the wider of theirs. float64 is left alone, as autocast does."""
+    """Under autocast: the value in its low dtype, query and key in the wider of theirs. float64 is
+    left alone, as autocast does.
+    """
     device = query.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return query, key, value

@@ -1,4 +1,6 @@
-"""Ours in the place of transformers' YOSO: behind the Auto classes, in a model that is loaded already, and in a folder for others."""
+"""Ours in the place of transformers' YOSO: behind the Auto classes, in a model that is loaded
+already, and in a folder for others.
+"""
 
 import json
 from os import PathLike
@@ -25,8 +27,8 @@ _AUTO: dict[str, type[YosoPreTrainedModel]] = {
     "AutoModelForQuestionAnswering": heads.YosoForQuestionAnswering,
 }
 
-# What the modules of transformers' YOSO have and ours do not: settings that were copied from the configuration, which ours read where
-# they are, a dropout without effect, and tables of numbers.
+# What the modules of transformers' YOSO have and ours do not: settings that were copied from the
+# configuration, which ours read where they are, a dropout without effect, and tables of numbers.
 _STALE: dict[type[nn.Module], tuple[str, ...]] = {
     layers.YosoEmbeddings: ("position_ids", "token_type_ids"),
     layers.YosoLayer: ("add_cross_attention", "chunk_size_feed_forward", "seq_len_dim"),
@@ -47,10 +49,12 @@ _REMOTE_FILE = "modeling_yoso_core"
 
 
 def register_auto_classes() -> None:
-    """From now on, in this process, the Auto classes and `pipeline` take this library's YOSO for ``model_type: yoso``.
+    """From now on, in this process, the Auto classes and `pipeline` take this library's YOSO for
+    ``model_type: yoso``.
 
-    ``pipeline("fill-mask", model="uw-madison/yoso-4096")`` then runs this model, with `load_tokenizer`'s tokenizer. A tokenizer class that
-    a checkpoint's tokenizer_config.json names is taken as it is. Calling it again changes nothing; `transformers.YosoModel` and the others
+    ``pipeline("fill-mask", model="uw-madison/yoso-4096")`` then runs this model, with
+    `load_tokenizer`'s tokenizer. A tokenizer class that a checkpoint's tokenizer_config.json names
+    is taken as it is. Calling it again changes nothing; `transformers.YosoModel` and the others
     stay what they are.
     """
     AutoConfig.register("yoso", YosoConfig, exist_ok=True)
@@ -62,12 +66,13 @@ def register_auto_classes() -> None:
 def adopt(model: nn.Module) -> YosoPreTrainedModel:
     """Turn a YOSO model of transformers, with any head, into this library's, in place.
 
-    The model stays the same object with the same parameter tensors, so an optimizer keeps working, and so do hooks and layers that were
-    put in (such as peft's). Its ``config`` becomes a `YosoConfig` of this library with the same settings. What changes is the
-    computation: padding has an effect, sampling runs everywhere. A model of this library is returned as it is.
+    The model stays the same object with the same parameter tensors, so an optimizer keeps working,
+    and so do hooks and layers that were put in (such as peft's). Its ``config`` becomes a
+    `YosoConfig` of this library with the same settings. What changes is the computation: padding
+    has an effect, sampling runs everywhere. A model of this library is returned as it is.
 
-    Raises `TypeError` for any other model, and `ValueError` where a module's ``forward`` was replaced (as accelerate's offloading does):
-    adopt first, then dispatch.
+    Raises `TypeError` for any other model, and `ValueError` where a module's ``forward`` was
+    replaced (as accelerate's offloading does): adopt first, then dispatch.
     """
     if isinstance(model, YosoPreTrainedModel):
         return model
@@ -89,7 +94,9 @@ def adopt(model: nn.Module) -> YosoPreTrainedModel:
 
 
 def _become(theirs: nn.Module, ours: nn.Module) -> None:
-    """``theirs`` takes the class of ``ours`` and what it lacks of its attributes; its parameters and state stay."""
+    """``theirs`` takes the class of ``ours`` and what it lacks of its attributes; its parameters
+    and state stay.
+    """
     for name in _STALE.get(type(ours), ()):
         delattr(theirs, name)
     theirs.__class__ = type(ours)
@@ -102,11 +109,13 @@ def _become(theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def export_for_hub(model: YosoPreTrainedModel, folder: str | PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-    """Write a folder that others load with ``trust_remote_code=True``, ready for `huggingface_hub.upload_folder`; returns its path.
+    """Write a folder that others load with ``trust_remote_code=True``, ready for
+    `huggingface_hub.upload_folder`; returns its path.
 
-    It holds the weights, the configuration with an ``auto_map``, the tokenizer where one is given, and one small file of code that imports
-    the classes from `yoso_core`, which has to be installed where it is loaded. Without ``trust_remote_code`` the same folder loads as
-    transformers' own YOSO.
+    It holds the weights, the configuration with an ``auto_map``, the tokenizer where one is given,
+    and one small file of code that imports the classes from `yoso_core`, which has to be installed
+    where it is loaded. Without ``trust_remote_code`` the same folder loads as transformers' own
+    YOSO.
     """
     if not isinstance(model, YosoPreTrainedModel):
         raise TypeError(f"model: need a YOSO model of yoso_core, got {type(model).__name__}; adopt() makes one of transformers'")
@@ -126,7 +135,9 @@ def export_for_hub(model: YosoPreTrainedModel, folder: str | PathLike[str], toke
 
 
 def _remote_code() -> str:
-    """Subclasses, not the classes themselves: transformers marks a class that it loads from a folder, and saves its file with the model."""
+    """Subclasses, not the classes themselves: transformers marks a class that it loads from a
+    folder, and saves its file with the model.
+    """
     config = "class YosoConfig(model.YosoConfig):\n    pass\n"
     names = sorted(ours.__name__ for ours in _AUTO.values())
     kinds = [f"class {name}(model.{name}):\n    config_class = YosoConfig\n" for name in names]

@@ -1,4 +1,6 @@
-"""The model's settings: every field of transformers' YosoConfig, and three of this library's own."""
+"""The model's settings: every field of transformers' YosoConfig, and three of this library's
+own.
+"""
 
 from typing import Any, Literal
 
@@ -9,27 +11,38 @@ from yoso_core import checks
 
 
 class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Settings of a YOSO model. A ``config.json`` of a YOSO checkpoint of transformers is one of these.
+    """Settings of a YOSO model. A ``config.json`` of a YOSO checkpoint of transformers is one of
+    these.
 
-    How attention is computed (``use_expectation``, ``num_hash``, ``hash_code_len``, ``use_fast_hash``, ``lsh_backward``, ``grad``,
-    ``kernel_variant``, ``hash_seed``) is read whenever a model runs, so ``model.config.use_expectation = False`` takes effect at once.
+    How attention is computed (``use_expectation``, ``num_hash``, ``hash_code_len``,
+    ``use_fast_hash``, ``lsh_backward``, ``grad``, ``kernel_variant``, ``hash_seed``) is read
+    whenever a model runs, so ``model.config.use_expectation = False`` takes effect at once.
 
     Parameters
     ----------
-    vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
-    max_position_embeddings, type_vocab_size, initializer_range, layer_norm_eps, pad_token_id, bos_token_id, eos_token_id,
-    tie_word_embeddings : as in every encoder of transformers. The position table has ``max_position_embeddings + 2`` rows, and the
-        first token stands at row 2, as in RoBERTa.
-    attention_probs_dropout_prob, add_cross_attention : kept in the file, without effect (in transformers as well).
-    use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost; otherwise by sampling, at linear cost.
+    vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
+    hidden_dropout_prob,
+    max_position_embeddings, type_vocab_size, initializer_range, layer_norm_eps, pad_token_id,
+    bos_token_id, eos_token_id,
+    tie_word_embeddings : as in every encoder of transformers. The position table has
+        ``max_position_embeddings + 2`` rows, and the first token stands at row 2, as in RoBERTa.
+    attention_probs_dropout_prob, add_cross_attention : kept in the file, without effect (in
+        transformers as well).
+    use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost;
+        otherwise by sampling, at linear cost.
     hash_code_len : ``tau``, bits of a hash code, 1 to 30.
     num_hash : ``m``, hashes of a sampled token.
-    conv_window : width of the depth-wise convolution over the values that is added to the context (YOSO-C), odd; ``None`` for none.
+    conv_window : width of the depth-wise convolution over the values that is added to the context
+        (YOSO-C), odd; ``None`` for none.
     use_fast_hash : hash by the fast Hadamard rotation; otherwise by Gaussian planes.
-    lsh_backward : gradients of sampled attention from the collisions, at linear cost; otherwise from the expected weights.
-    grad : which gradient of the weights, ``"lower_bound"`` (the paper's) or ``"exact"``; see `yoso_core.model.yoso_attention`.
-    kernel_variant : name of a variant of ``yoso_attention`` (``yoso_core.variants("yoso_attention")``), ``None`` for the best that can run.
-    hash_seed : in evaluation the hashes of every layer and head follow from this number alone, so that a result repeats.
+    lsh_backward : gradients of sampled attention from the collisions, at linear cost; otherwise
+        from the expected weights.
+    grad : which gradient of the weights, ``"lower_bound"`` (the paper's) or ``"exact"``; see
+        `yoso_core.model.yoso_attention`.
+    kernel_variant : name of a variant of ``yoso_attention``
+        (``yoso_core.variants("yoso_attention")``), ``None`` for the best that can run.
+    hash_seed : in evaluation the hashes of every layer and head follow from this number alone, so
+        that a result repeats.
     """
 
     model_type = "yoso"
@@ -112,7 +125,9 @@ def _number(name: str, value: object) -> float:
 
 
 def _check_variant(name: object) -> None:
-    """A name that no machine knows is wrong here already; one that cannot run here says so when the model runs."""
+    """A name that no machine knows is wrong here already; one that cannot run here says so when the
+    model runs.
+    """
     from yoso_core.registry import variants
 
     checks.one_of("kernel_variant", name, [variant.name for variant in variants("yoso_attention")])

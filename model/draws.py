@@ -1,7 +1,8 @@
 """The hashes of a model in evaluation: a pure function of (hash_seed, layer, head, shape).
 
-Every head of every layer has its own PCG64 stream, seeded by these three numbers, and the draw is made from the stream's raw 64-bit words:
-the same on every machine and device and in every version of NumPy, whatever else draws random numbers.
+Every head of every layer has its own PCG64 stream, seeded by these three numbers, and the draw is
+made from the stream's raw 64-bit words: the same on every machine and device and in every version
+of NumPy, whatever else draws random numbers.
 """
 
 import math
@@ -25,7 +26,8 @@ def _words(hash_seed: int, layer: int, head: int, count: int) -> np.ndarray[tupl
 def evaluation_signs(hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int) -> Tensor:
     """The diagonals of the fast hash: int8 ``(num_heads, 3, parts, D)`` of +1 and -1.
 
-    Entry ``i`` of a head's flattened signs is +1 where bit ``i % 64`` of its word ``i // 64`` is one.
+    Entry ``i`` of a head's flattened signs is +1 where bit ``i % 64`` of its word ``i // 64`` is
+    one.
     """
     layout = hash_layout(num_hash, hash_code_len, dim)
     shape = 3, layout.parts, layout.padded_dim
@@ -40,8 +42,8 @@ def evaluation_signs(hash_seed: int, layer: int, num_heads: int, num_hash: int, 
 def evaluation_planes(hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int) -> Tensor:
     """Gaussian planes: float32 ``(num_heads, dim, num_hash * hash_code_len)``.
 
-    The normal numbers come in pairs, ``sqrt(-2 log u) (cos 2 pi v, sin 2 pi v)`` (Box and Muller 1958), from uniform ``u`` and ``v``: the
-    upper 53 bits of two words in turn.
+    The normal numbers come in pairs, ``sqrt(-2 log u) (cos 2 pi v, sin 2 pi v)`` (Box and Muller
+    1958), from uniform ``u`` and ``v``: the upper 53 bits of two words in turn.
     """
     shape = dim, num_hash * hash_code_len
     size = math.prod(shape)
@@ -57,7 +59,9 @@ def evaluation_planes(hash_seed: int, layer: int, num_heads: int, num_hash: int,
 def evaluation_draw(
     kind: Kind, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
 ) -> Tensor:
-    """`evaluation_signs` or `evaluation_planes` in the memory of ``device``, kept there for the next call. Not to be written to."""
+    """`evaluation_signs` or `evaluation_planes` in the memory of ``device``, kept there for the
+    next call. Not to be written to.
+    """
     if torch.compiler.is_compiling():
         return _fresh(kind, hash_seed, layer, num_heads, num_hash, hash_code_len, dim, device)
     return _kept(kind, hash_seed, layer, num_heads, num_hash, hash_code_len, dim, device)
@@ -76,7 +80,9 @@ def _kept(
 def _fresh(
     kind: str, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
 ) -> Tensor:
-    """For compiled code: a copy, since the compiler may use an operator's result as memory for the next."""
+    """For compiled code: a copy, since the compiler may use an operator's result as memory for the
+    next.
+    """
     return _kept(cast(Kind, kind), hash_seed, layer, num_heads, num_hash, hash_code_len, dim, device).clone()
 
 

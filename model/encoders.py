@@ -1,4 +1,5 @@
-"""YOSO attention in other people's encoders: ``attn_implementation="yoso"`` for every model that calls transformers' attention interface.
+"""YOSO attention in other people's encoders: ``attn_implementation="yoso"`` for every model that
+calls transformers' attention interface.
 
 ::
 
@@ -7,19 +8,26 @@
 
 What runs, and how it differs from softmax attention:
 
-- Every global layer that attends in both directions computes `yoso_attention`: unit queries and keys, hashed or compared by angle, and an
-  output row of length one. So ``scaling`` has no effect. A model trained with softmax has to be trained on before it is of use.
-- Padding is masked as keys: a row of a padded batch gets what it would get alone. Rows of padding themselves hold nothing of use.
-- There are no probabilities to drop: the model's attention dropout has no effect in these layers (as in YOSO itself).
-- In evaluation the hashes are a pure function of (seed, layer, head, shape). In training they are drawn anew from torch's generator.
-- Local layers (ModernBERT's with ``sliding_window``) keep their softmax, their window and their dropout, computed as with
-  ``attn_implementation="sdpa"``: at its cost, with a mask of ``n`` by ``n``. The attention of a part that never asks the interface (a
-  pooling layer, say) stays as it is.
-- ``output_attentions=True`` returns the expected weights, before rows are scaled to length one; local layers return their own.
+- Every global layer that attends in both directions computes `yoso_attention`: unit queries and
+  keys, hashed or compared by angle, and an output row of length one. So ``scaling`` has no effect.
+  A model trained with softmax has to be trained on before it is of use.
+- Padding is masked as keys: a row of a padded batch gets what it would get alone. Rows of padding
+  themselves hold nothing of use.
+- There are no probabilities to drop: the model's attention dropout has no effect in these layers
+  (as in YOSO itself).
+- In evaluation the hashes are a pure function of (seed, layer, head, shape). In training they are
+  drawn anew from torch's generator.
+- Local layers (ModernBERT's with ``sliding_window``) keep their softmax, their window and their
+  dropout, computed as with ``attn_implementation="sdpa"``: at its cost, with a mask of ``n`` by
+  ``n``. The attention of a part that never asks the interface (a pooling layer, say) stays as it
+  is.
+- ``output_attentions=True`` returns the expected weights, before rows are scaled to length one;
+  local layers return their own.
 
-What cannot be computed raises: causal attention, masks that differ from query to query, additive masks and position biases, softcaps,
-sinks, packed sequences, paged caches. A model whose attention never asks the interface raises when it is made, where transformers alone
-would accept the name and go on as before.
+What cannot be computed raises: causal attention, masks that differ from query to query, additive
+masks and position biases, softcaps, sinks, packed sequences, paged caches. A model whose attention
+never asks the interface raises when it is made, where transformers alone would accept the name and
+go on as before.
 """
 
 import dataclasses
@@ -52,8 +60,9 @@ class YosoAttentionOptions:
     ----------
     num_hash : ``m``, hashes of a sampled token.
     hash_code_len : ``tau``, bits of a hash code, 1 to 30.
-    use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost. By default attention is sampled:
-        linear cost is what one changes a model's attention for, and `yoso_attention` has the same default.
+    use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost.
+        By default attention is sampled: linear cost is what one changes a model's attention for,
+        and `yoso_attention` has the same default.
     seed : in evaluation the hashes of every layer and head follow from this number alone.
     grad, backward, variant : those of `yoso_core.model.yoso_attention`.
     """
@@ -87,18 +96,24 @@ def enable_yoso_attention(options: YosoAttentionOptions | None = None, *, model:
 
     Parameters
     ----------
-    options : without ``model``, the options of all models that have none of their own; ``None`` for `YosoAttentionOptions()`. With
-        ``model``, its own options; ``None`` for those its config holds already, or `YosoAttentionOptions()`.
-    model : this model attends with YOSO from now on, whatever it did before. Its options go to ``config.yoso_attention``, a dict: it
-        may be changed there, it is saved with the model, and a model loaded with ``attn_implementation="yoso"`` has it again. Models
-        that share one config share their options.
+    options : without ``model``, the options of all models that have none of their own; ``None`` for
+        `YosoAttentionOptions()`. With ``model``, its own options; ``None`` for those its config
+        holds already, or `YosoAttentionOptions()`.
+    model : this model attends with YOSO from now on, whatever it did before. Its options go to
+        ``config.yoso_attention``, a dict: it may be changed there, it is saved with the model, and
+        a model loaded with ``attn_implementation="yoso"`` has it again. Models that share one
+        config share their options.
 
     Raises
     ------
-    ValueError where ``model`` has no attention that asks transformers' attention interface (DeBERTa, transformers' own YOSO). From the
-    first call on, such a model raises also when it is built or loaded with ``attn_implementation="yoso"``, and so does
-    ``model.set_attn_implementation("yoso")``: to this end `PreTrainedModel.post_init` and `PreTrainedModel.set_attn_implementation` are
-    extended. There the attention layers are numbered too, in models that do not number them (DistilBERT, ViT).
+    ValueError where ``model`` has no attention that asks transformers' attention interface
+    (DeBERTa, transformers' own YOSO). From the
+    first call on, such a model raises also when it is built or loaded with
+    ``attn_implementation="yoso"``, and so does
+    ``model.set_attn_implementation("yoso")``: to this end `PreTrainedModel.post_init` and
+    `PreTrainedModel.set_attn_implementation` are
+    extended. There the attention layers are numbered too, in models that do not number them
+    (DistilBERT, ViT).
     """
     global _default
     if options is not None and not isinstance(options, YosoAttentionOptions):
@@ -129,7 +144,9 @@ def _mask(
     local_size: int | None = None,
     **others: Any,
 ) -> Tensor | None:
-    """For global layers bool ``(batch, 1, 1, n_k)``, or ``None`` where all is kept; for local ones sdpa's, ``(batch, 1, n_q, n_k)``."""
+    """For global layers bool ``(batch, 1, 1, n_k)``, or ``None`` where all is kept; for local ones
+    sdpa's, ``(batch, 1, n_q, n_k)``.
+    """
     if local_size is not None:
         return sdpa_mask(kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **others)
     if mask_function is not bidirectional_mask_function:
@@ -158,7 +175,9 @@ def _attention(
     output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``query (batch, heads, n_q, d)``, ``key`` and ``value`` likewise or with fewer heads; the context ``(batch, n_q, heads, d_v)``."""
+    """``query (batch, heads, n_q, d)``, ``key`` and ``value`` likewise or with fewer heads; the
+    context ``(batch, n_q, heads, d_v)``.
+    """
     _refuse(module, is_causal, others)
     if key.shape[1] != query.shape[1]:  # grouped queries: several heads share a key and a value
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
@@ -203,11 +222,15 @@ def _attention(
 _CHANGE_THE_WEIGHTS = frozenset(
     {"block_indices", "cache", "cu_seq_lens_k", "cu_seq_lens_q", "indices", "position_bias", "s_aux", "sinks", "softcap"}
 )
-"""What models of transformers give to their attention beside query, key, value and mask, and what YOSO has no place for."""
+"""What models of transformers give to their attention beside query, key, value and mask, and what
+YOSO has no place for.
+"""
 
 
 def _refuse(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:
-    """Causal attention, and arguments that would change the weights. Models hand down ids and counts as well, which do not."""
+    """Causal attention, and arguments that would change the weights. Models hand down ids and
+    counts as well, which do not.
+    """
     # The default is transformers' own: a module that does not say otherwise is causal.
     if getattr(module, "is_causal", True) if is_causal is None else is_causal:
         raise ValueError(f'attn_implementation="yoso": {type(module).__name__} is causal; YOSO attends in both directions')
@@ -248,7 +271,9 @@ def _local_attention(
     sliding_window: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax within a window. The window is in the mask; without one it has to reach over all keys."""
+    """Softmax within a window. The window is in the mask; without one it has to reach over all
+    keys.
+    """
     n_q, n_k = query.shape[2], key.shape[2]
     if n_k > sliding_window if mask is None else mask.shape[2] != n_q:
         raise ValueError(
@@ -286,7 +311,9 @@ def _layer_number(module: nn.Module) -> int:
 
 
 def _extend_models() -> None:
-    """Once: a model that is built with the name, or set to it, is checked and its layers are numbered."""
+    """Once: a model that is built with the name, or set to it, is checked and its layers are
+    numbered.
+    """
     if getattr(PreTrainedModel.post_init, "checks_yoso_attention", False):
         return
     post_init, set_attn_implementation = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
@@ -308,7 +335,9 @@ def _extend_models() -> None:
 
 
 def _prepare(model: PreTrainedModel) -> None:
-    """Every part of the model that is set to YOSO must ask for it. Its layers are numbered in the order in which they are written."""
+    """Every part of the model that is set to YOSO must ask for it. Its layers are numbered in the
+    order in which they are written.
+    """
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
             layers = _attention_layers(part)

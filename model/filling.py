@@ -17,7 +17,9 @@ MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class Filling:
-    """One proposal for one mask: its probability, the token, and the text with it, as in transformers' fill-mask pipeline."""
+    """One proposal for one mask: its probability, the token, and the text with it, as in
+    transformers' fill-mask pipeline.
+    """
 
     score: float
     token: int
@@ -28,7 +30,8 @@ class Filling:
 def load_masked_lm(path_or_name: str | PathLike[str]) -> YosoForMaskedLM:
     """`YosoForMaskedLM` of a folder or a name on the hub, in evaluation.
 
-    Raises what `from_pretrained` passes over: `ValueError` for a model that is not a YOSO, or has no head that predicts words.
+    Raises what `from_pretrained` passes over: `ValueError` for a model that is not a YOSO, or has
+    no head that predicts words.
     """
     config = stored_json(path_or_name, "config.json")
     if config is None:
@@ -45,10 +48,11 @@ def load_masked_lm(path_or_name: str | PathLike[str]) -> YosoForMaskedLM:
 
 @torch.no_grad()
 def fill_mask(model: YosoForMaskedLM, tokenizer: PreTrainedTokenizerBase, text: str, *, top: int = 5) -> list[list[Filling]]:
-    """For every mask of ``text``, ``[MASK]`` or the tokenizer's own, the ``top`` likeliest tokens, by a softmax over the vocabulary.
+    """For every mask of ``text``, ``[MASK]`` or the tokenizer's own, the ``top`` likeliest tokens,
+    by a softmax over the vocabulary.
 
-    Several masks are filled one by one, each with the others left in place. The model decides whether attention is expected or sampled
-    (``model.config.use_expectation``).
+    Several masks are filled one by one, each with the others left in place. The model decides
+    whether attention is expected or sampled (``model.config.use_expectation``).
     """
     checks.integer("top", top, 1)
     mask = tokenizer.mask_token

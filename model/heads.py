@@ -1,4 +1,6 @@
-"""YosoModel and its heads. Classes, parameters and outputs are named as in transformers, so that checkpoints load both ways."""
+"""YosoModel and its heads. Classes, parameters and outputs are named as in transformers, so that
+checkpoints load both ways.
+"""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,7 +30,9 @@ IGNORED = -100
 
 
 def _check_labels(name: str, labels: Tensor, shape: tuple[int, ...], num_labels: int) -> None:
-    """Class labels in their place: -100, or in [0, num_labels). On a GPU, and in compiled code, only the shape is looked at."""
+    """Class labels in their place: -100, or in [0, num_labels). On a GPU, and in compiled code,
+    only the shape is looked at.
+    """
     if tuple(labels.shape) != shape:
         raise ValueError(f"{name}: need the shape {shape}, got {tuple(labels.shape)}")
     if labels.is_floating_point():
@@ -41,7 +45,9 @@ def _check_labels(name: str, labels: Tensor, shape: tuple[int, ...], num_labels:
 
 
 class YosoPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What every YOSO model has: loading and saving, initialisation, gradient checkpointing, a longer position table."""
+    """What every YOSO model has: loading and saving, initialization, gradient checkpointing, a
+    longer position table.
+    """
 
     config_class = YosoConfig
     config: YosoConfig
@@ -61,14 +67,15 @@ class YosoPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def extend_positions(self, max_position_embeddings: int) -> None:
         """Lengthen the position table, in place, for texts of ``max_position_embeddings`` tokens.
 
-        The new rows repeat the learnt ones in order, as Longformer started from RoBERTa (Beltagy et al. 2020, arXiv 2004.05150): nearby
-        positions stay nearby. The model has to be trained on longer texts before it is good at them.
+        The new rows repeat the learned ones in order, as Longformer started from RoBERTa (Beltagy
+        et al. 2020, arXiv 2004.05150): nearby positions stay nearby. The model has to be trained on
+        longer texts before it is good at them.
         """
         embeddings = self.base_model.embeddings
         old = embeddings.position_embeddings.weight
-        learnt = old.shape[0] - FIRST_POSITION
-        wanted = checks.integer("max_position_embeddings", max_position_embeddings, learnt)
-        rows = FIRST_POSITION + torch.arange(wanted, device=old.device) % learnt
+        learned = old.shape[0] - FIRST_POSITION
+        wanted = checks.integer("max_position_embeddings", max_position_embeddings, learned)
+        rows = FIRST_POSITION + torch.arange(wanted, device=old.device) % learned
         table = torch.cat([old.detach()[:FIRST_POSITION], old.detach()[rows]])
         embeddings.position_embeddings = nn.Embedding(FIRST_POSITION + wanted, old.shape[1])
         embeddings.position_embeddings.weight = nn.Parameter(table, old.requires_grad)
@@ -108,16 +115,20 @@ class YosoModel(YosoPreTrainedModel):
         Parameters
         ----------
         input_ids : ``(batch, n)``; or inputs_embeds : ``(batch, n, hidden_size)`` in their place.
-        attention_mask : ``(batch, n)``, 1 for a token, 0 for padding. Padding neither attends nor is attended to, so a padded row is
-            what it would be alone. What stands at the places of padding in the result has no meaning.
+        attention_mask : ``(batch, n)``, 1 for a token, 0 for padding. Padding neither attends nor
+            is attended to, so a padded row is what it would be alone. What stands at the places of
+            padding in the result has no meaning.
         token_type_ids : ``(batch, n)``, zeros where not given.
-        position_ids : ``(batch, n)`` or ``(1, n)``, rows of the position table; 2, 3, 4, ... where not given. Padding on the left
-            needs them, so that the first token stands at row 2 in every line.
-        output_attentions : give the expected weights ``(batch, heads, n, n)`` of every layer, which only the expectation has.
+        position_ids : ``(batch, n)`` or ``(1, n)``, rows of the position table; 2, 3, 4, ... where
+            not given. Padding on the left needs them, so that the first token stands at row 2 in
+            every line.
+        output_attentions : give the expected weights ``(batch, heads, n, n)`` of every layer, which
+            only the expectation has.
 
         Returns
         -------
-        ``last_hidden_state (batch, n, hidden_size)``; ``hidden_states`` and ``attentions`` of every layer where asked for.
+        ``last_hidden_state (batch, n, hidden_size)``; ``hidden_states`` and ``attentions`` of every
+        layer where asked for.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -201,7 +212,9 @@ class YosoPredictionHeadTransform(nn.Module):
 
 
 class YosoLMPredictionHead(nn.Module):
-    """Scores over the vocabulary. The decoder's weights are those of the word embeddings, its bias is ``bias``."""
+    """Scores over the vocabulary. The decoder's weights are those of the word embeddings, its bias
+    is ``bias``.
+    """
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__()
@@ -244,7 +257,9 @@ class _WithMaskedLM(YosoPreTrainedModel):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, ignored: int = IGNORED) -> Tensor:
-    """The mean over labels that count; or their sum over ``num_items``, the labels of a whole step where it is made of several batches."""
+    """The mean over labels that count; or their sum over ``num_items``, the labels of a whole step
+    where it is made of several batches.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is widened
     if num_items is None:
         return F.cross_entropy(logits, labels.long(), ignore_index=ignored)
@@ -273,9 +288,11 @@ class YosoForMaskedLM(_WithMaskedLM):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``labels (batch, n)``: the words' ids, -100 where nothing is to be predicted.
+        """Inputs are those of `YosoModel`. ``labels (batch, n)``: the words' ids, -100 where
+        nothing is to be predicted.
 
-        ``num_items_in_batch``: where a training step is made of several batches, the labels of all of them, which the loss is divided by.
+        ``num_items_in_batch``: where a training step is made of several batches, the labels of all
+        of them, which the loss is divided by.
         """
         outputs = self.yoso(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
@@ -313,7 +330,8 @@ class YosoSentenceOrderHead(nn.Module):
 class YosoForPreTraining(_WithMaskedLM):
     """Both tasks that the authors trained on: masked words, and the order of two segments."""
 
-    # Trainer counts the words' labels of a step, not those of the order: dividing by them would leave the second loss too large.
+    # Trainer counts the words' labels of a step, not those of the order: dividing by them would
+    # leave the second loss too large.
     accepts_loss_kwargs = False
 
     def __init__(self, config: YosoConfig) -> None:
@@ -337,7 +355,9 @@ class YosoForPreTraining(_WithMaskedLM):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> YosoForPreTrainingOutput | tuple[Tensor, ...]:
-        """As `YosoForMaskedLM`; ``sentence_order_label (batch,)``: 0 for segments in order, 1 for segments exchanged."""
+        """As `YosoForMaskedLM`; ``sentence_order_label (batch,)``: 0 for segments in order, 1 for
+        segments exchanged.
+        """
         outputs = self.yoso(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
         )
@@ -396,11 +416,15 @@ class YosoForSequenceClassification(YosoPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``labels`` by ``config.problem_type``, and where that is ``None`` by their own look:
+        """Inputs are those of `YosoModel`. ``labels`` by ``config.problem_type``, and where that is
+        ``None`` by their own look:
 
-        - ``"regression"`` (``num_labels == 1``): float ``(batch,)`` or ``(batch, num_labels)``, mean squared error;
-        - ``"single_label_classification"`` (integers): ``(batch,)`` in [0, num_labels), cross entropy;
-        - ``"multi_label_classification"`` (floats): ``(batch, num_labels)`` of 0 and 1, binary cross entropy.
+        - ``"regression"`` (``num_labels == 1``): float ``(batch,)`` or ``(batch, num_labels)``,
+          mean squared error;
+        - ``"single_label_classification"`` (integers): ``(batch,)`` in [0, num_labels), cross
+          entropy;
+        - ``"multi_label_classification"`` (floats): ``(batch, num_labels)`` of 0 and 1, binary
+          cross entropy.
         """
         outputs = self.yoso(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
@@ -453,9 +477,11 @@ class YosoForMultipleChoice(YosoPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel` with one more dim: ``(batch, choices, n)``. ``labels (batch,)``: the right choice.
+        """Inputs are those of `YosoModel` with one more dim: ``(batch, choices, n)``.
+        ``labels (batch,)``: the right choice.
 
-        ``logits`` are ``(batch, choices)``; hidden states and attentions have ``batch * choices`` rows.
+        ``logits`` are ``(batch, choices)``; hidden states and attentions have ``batch * choices``
+        rows.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         needed = 3 if input_ids is not None else 4
@@ -515,7 +541,8 @@ class YosoForTokenClassification(YosoPreTrainedModel):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``labels (batch, n)``: in [0, num_labels), or -100; padding does not count in any case.
+        """Inputs are those of `YosoModel`. ``labels (batch, n)``: in [0, num_labels), or -100;
+        padding does not count in any case.
 
         ``num_items_in_batch`` : see `YosoForMaskedLM`.
         """
@@ -557,9 +584,11 @@ class YosoForQuestionAnswering(YosoPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``start_positions`` and ``end_positions (batch,)``, both or neither: indices of tokens.
+        """Inputs are those of `YosoModel`. ``start_positions`` and ``end_positions (batch,)``, both
+        or neither: indices of tokens.
 
-        An index beyond the text (an answer that was cut off) does not count; a negative one is taken as 0, the answer "none".
+        An index beyond the text (an answer that was cut off) does not count; a negative one is
+        taken as 0, the answer "none".
         """
         if (start_positions is None) != (end_positions is None):
             missing = "start_positions" if start_positions is None else "end_positions"

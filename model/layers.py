@@ -1,4 +1,6 @@
-"""The encoder: embeddings, attention, feed-forward network. Names of classes and parameters are those of transformers' YOSO."""
+"""The encoder: embeddings, attention, feed-forward network. Names of classes and parameters are
+those of transformers' YOSO.
+"""
 
 from typing import cast
 
@@ -17,7 +19,9 @@ FIRST_POSITION = 2
 
 
 def check_ids(name: str, ids: Tensor, size: int, why: str) -> None:
-    """Ids index a table of ``size`` rows. On a GPU, and in compiled code, the lookup itself is the check: to look would be to wait."""
+    """Ids index a table of ``size`` rows. On a GPU, and in compiled code, the lookup itself is the
+    check: to look would be to wait.
+    """
     if torch.compiler.is_compiling() or ids.is_cuda or not ids.numel():
         return
     low, high = (int(x) for x in torch.aminmax(ids))
@@ -69,7 +73,9 @@ class YosoEmbeddings(nn.Module):
 
 
 class YosoSelfAttention(nn.Module):
-    """YOSO attention in every head; with ``conv_window`` a depth-wise convolution over the values is added (YOSO-C)."""
+    """YOSO attention in every head; with ``conv_window`` a depth-wise convolution over the values
+    is added (YOSO-C).
+    """
 
     def __init__(self, config: YosoConfig, layer: int = 0) -> None:
         super().__init__()
@@ -94,7 +100,9 @@ class YosoSelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``hidden_states (batch, n, hidden)``, ``attention_mask`` bool ``(batch, n)``; the context, and the weights where asked for."""
+        """``hidden_states (batch, n, hidden)``, ``attention_mask`` bool ``(batch, n)``; the
+        context, and the weights where asked for.
+        """
         config = self.config
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
@@ -123,7 +131,9 @@ class YosoSelfAttention(nn.Module):
         return context.transpose(1, 2).flatten(2), weights
 
     def _draw(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Signs or planes: in evaluation always the same; in training new ones, from torch's generator (signs by the attention itself)."""
+        """Signs or planes: in evaluation always the same; in training new ones, from torch's
+        generator (signs by the attention itself).
+        """
         config, heads, dim = self.config, self.num_attention_heads, self.attention_head_size
         if self.training:
             bits = config.num_hash * config.hash_code_len
@@ -135,7 +145,9 @@ class YosoSelfAttention(nn.Module):
 
 
 class _AddAndNorm(nn.Module):
-    """``LayerNorm(dropout(W x + b) + input)``, which ends both halves of a layer; ``x`` has ``size`` numbers a token."""
+    """``LayerNorm(dropout(W x + b) + input)``, which ends both halves of a layer; ``x`` has
+    ``size`` numbers a token.
+    """
 
     def __init__(self, config: YosoConfig, size: int) -> None:
         super().__init__()
@@ -185,7 +197,9 @@ class YosoOutput(_AddAndNorm):
 
 
 class YosoLayer(GradientCheckpointingLayer):  # type: ignore[misc]
-    """Attention, then the feed-forward network, in chunks of ``chunk_size_feed_forward`` tokens where that is set."""
+    """Attention, then the feed-forward network, in chunks of ``chunk_size_feed_forward`` tokens
+    where that is set.
+    """
 
     def __init__(self, config: YosoConfig, layer: int = 0) -> None:
         super().__init__()
@@ -218,7 +232,9 @@ class YosoEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """The last hidden states; all of them, from the embeddings on; the weights of every layer. The latter two where asked for."""
+        """The last hidden states; all of them, from the embeddings on; the weights of every layer.
+        The latter two where asked for.
+        """
         states, weights = [hidden_states], []
         for layer in self.layer:
             hidden_states, layer_weights = layer(hidden_states, attention_mask, output_attentions)

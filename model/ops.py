@@ -1,10 +1,12 @@
-"""The operations of `yoso_core` as PyTorch operators, ``torch.ops.yoso_core.*``: with shapes for the compiler, and with gradients.
+"""The operations of `yoso_core` as PyTorch operators, ``torch.ops.yoso_core.*``: with shapes for
+the compiler, and with gradients.
 
-Each calls the face's function of its name, which checks the arguments and runs the best kernel on the tensor's own memory. Shapes alone
-are told to the compiler, so a wrong argument raises the same error in compiled code, when it runs.
+Each calls the face's function of its name, which checks the arguments and runs the best kernel on
+the tensor's own memory. Shapes alone are told to the compiler, so a wrong argument raises the same
+error in compiled code, when it runs.
 
-Operators are pure functions of tensors: random signs are drawn outside. The functions here take the tensors of `yoso_core` under the names
-that they have there, and ``variant``.
+Operators are pure functions of tensors: random signs are drawn outside. The functions here take the
+tensors of `yoso_core` under the names that they have there, and ``variant``.
 """
 
 import math
@@ -24,7 +26,9 @@ from yoso_core.registry import variants
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 GROUP_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
-"""Codes and unit vectors of the backward pass, and its results, are made for so many heads at a time that they fit in this."""
+"""Codes and unit vectors of the backward pass, and its results, are made for so many heads at a
+time that they fit in this.
+"""
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -64,7 +68,8 @@ def _(vectors: Tensor, draw: Tensor, num_hash: int, hash_code_len: int, variant:
     return _shaped(vectors, *vectors.shape[:-1], num_hash, dtype=torch.int32)
 
 
-# Cumulations: linear in the values, so that each is its own gradient with queries and keys exchanged, any number of times
+# Cumulations: linear in the values, so that each is its own gradient with queries and keys
+# exchanged, any number of times
 
 
 @custom_op("yoso_core::lsh_cumulation", mutates_args=())
@@ -78,7 +83,9 @@ def lsh_cumulation(
     validate: bool = True,
     variant: str | None = None,
 ) -> Tensor:
-    """See `yoso_core.lsh_cumulation`. ``dv_j = 1/m sum_h sum_i [code_h(q_i) = code_h(k_j)] g_i``."""
+    """See `yoso_core.lsh_cumulation`.
+    ``dv_j = 1/m sum_h sum_i [code_h(q_i) = code_h(k_j)] g_i``.
+    """
     return face.lsh_cumulation(
         query_hash_code,
         key_hash_code,
@@ -123,9 +130,11 @@ def lsh_weighted_cumulation(
     validate: bool = True,
     variant: str | None = None,
 ) -> Tensor:
-    """See `yoso_core.lsh_weighted_cumulation`. With weights ``a`` and ``b`` and ``C_ij`` the share of hashes that collide:
+    """See `yoso_core.lsh_weighted_cumulation`. With weights ``a`` and ``b`` and ``C_ij`` the share
+    of hashes that collide:
 
-    ``da_i = sum_j C_ij (g_i . v_j) b_j``, ``db_j = sum_i C_ij (v_j . g_i) a_i``, ``dv_j = sum_i C_ij (b_j . a_i) g_i``.
+    ``da_i = sum_j C_ij (g_i . v_j) b_j``, ``db_j = sum_i C_ij (v_j . g_i) a_i``,
+    ``dv_j = sum_i C_ij (b_j . a_i) g_i``.
     """
     return face.lsh_weighted_cumulation(
         query_hash_code,
@@ -180,7 +189,9 @@ def expectation_attention(
     grad: str = "lower_bound",
     variant: str | None = None,
 ) -> Tensor:
-    """See `yoso_core.expectation_attention`, and for ``grad`` `yoso_core.expectation_attention_backward`."""
+    """See `yoso_core.expectation_attention`, and for ``grad``
+    `yoso_core.expectation_attention_backward`.
+    """
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     return face.expectation_attention(query, key, value, hash_code_len, query_mask=query_mask, key_mask=key_mask, variant=variant)
 
@@ -250,9 +261,10 @@ def yoso_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `yoso_core.model.yoso_attention`, which calls this with everything drawn.
 
-    Returns the output and, for the backward pass, the length of every row before it was scaled: ``(..., n_q, 1)``, in float32 at least;
-    empty where nothing was scaled, or with ``for_backward=False``. Nothing else is kept but the inputs: the backward pass
-    hashes again, to the same codes, which is cheaper than to store them.
+    Returns the output and, for the backward pass, the length of every row before it was scaled:
+    ``(..., n_q, 1)``, in float32 at least; empty where nothing was scaled, or with
+    ``for_backward=False``. Nothing else is kept but the inputs: the backward pass hashes again, to
+    the same codes, which is cheaper than to store them.
     """
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     checks.one_of("backward", backward, ("lsh", "expectation"))
@@ -306,11 +318,14 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale ``rows`` to unit length in place; rows shorter than 1e-12 become zeros. Returns them and their lengths."""
+    """Scale ``rows`` to unit length in place; rows shorter than 1e-12 become zeros. Returns them
+    and their lengths.
+    """
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     if not rows.is_cuda and math.isfinite(length.sum()):
         return rows.div_(torch.threshold(length, TINY_NORM, torch.inf)), length
-    # A sum of squares overflows long before its root, so the rows are made smaller first. On a GPU always: to ask would be to wait.
+    # A sum of squares overflows long before its root, so the rows are made smaller first. On a GPU
+    # always: to ask would be to wait.
     largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, keepdim=True)
     rows /= torch.threshold(largest, 0, 1)
     scaled = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
@@ -319,7 +334,9 @@ def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_backward(grad_out: Tensor, out: Tensor, length: Tensor) -> Tensor:
-    """The gradient before the rows ``out`` were scaled to unit length: ``(g - (g . y) y) / |x|``, zero for rows without a direction."""
+    """The gradient before the rows ``out`` were scaled to unit length: ``(g - (g . y) y) / |x|``,
+    zero for rows without a direction.
+    """
     g, y = _widened(grad_out), _widened(out)
     along = (g * y).sum(dim=-1, keepdim=True)
     return torch.addcmul(g, along, y, value=-1).div_(length).masked_fill_(length <= TINY_NORM, 0)
@@ -344,7 +361,9 @@ def yoso_attention_backward(
     grad: str,
     variant: str | None,
 ) -> Gradients:
-    """Gradients of `yoso_attention` by query, key and value; ``variant`` is that of the forward pass."""
+    """Gradients of `yoso_attention` by query, key and value; ``variant`` is that of the forward
+    pass.
+    """
     leading, d, d_v = query.shape[:-2], query.shape[-1], value.shape[-1]
     n = query.shape[-2] + key.shape[-2]
     per_head = max(query.element_size(), 4) * n * (num_hash + 2 * d + d_v)
@@ -396,7 +415,9 @@ def _gradients_of_heads(
 
 
 def _head_groups(leading: tuple[int, ...], per_head: int, limit: int) -> Iterator[tuple[Any, ...]]:
-    """Indices into the leading dims that cover them, each of as many heads as fit in ``limit`` bytes; ``()`` is all of them."""
+    """Indices into the leading dims that cover them, each of as many heads as fit in ``limit``
+    bytes; ``()`` is all of them.
+    """
     if not leading or math.prod(leading) * per_head <= limit:
         yield ()
         return
@@ -409,7 +430,9 @@ def _head_groups(leading: tuple[int, ...], per_head: int, limit: int) -> Iterato
 
 
 def _codes(vectors: Tensor, signs: Tensor | None, planes: Tensor | None, num_hash: int, hash_code_len: int, variant: str | None) -> Tensor:
-    """The codes of the forward pass again. Those of planes are the same only in the same place, so there it is done."""
+    """The codes of the forward pass again. Those of planes are the same only in the same place, so
+    there it is done.
+    """
     if signs is not None:
         return face.fast_hash(vectors, signs, num_hash, hash_code_len)
     place = None if variant is None else variant.partition(":")[0]

@@ -1,17 +1,22 @@
 """Checkpoints of the authors' own code, mlpen/YOSO, as models of this library.
 
-The names and what they mean are facts of that repository (github.com/mlpen/YOSO), and of mlpen/Nystromformer and mlpen/mra-attention by the
-same authors, which share its training code:
+The names and what they mean are facts of that repository (github.com/mlpen/YOSO), and of
+mlpen/Nystromformer and mlpen/mra-attention by the same authors, which share its training code:
 
-- Nystromformer ``code/utils.py``, `convert_weight_keys`: ``model.embeddings.*``, ``model.transformer_{i}.*``, ``model.pooler``, ``mlm.*``.
-  The published YOSO was in this layout: transformers' convert_yoso_pytorch_to_pytorch.py renames these keys.
-- YOSO ``encoders/backbones/efficient_attention.py`` and mra-attention ``RoBERTa/get_roberta_pretrained_weights.py``:
-  ``model.backbone.backbone.encoders.{i}.*``, or ``encoder.*`` where the layers share one block, with ``ff.0`` and ``ff.2`` for the two
-  matrices of the feed-forward network.
-- YOSO ``encoders/backbones/efficient_attentions/yoso/yoso_v2/yoso.py``: ``mha.attn.conv.weight``, where there is a ``conv_window``.
-- Nystromformer ``reorganized_code/BERT/model.py``: ``sen_class.*`` on ``tanh`` of ``model.pooler``, and a position table that begins with
-  the first token (``BERT/dataset.py``); the table of ``RoBERT/model.py`` has two rows before it.
-- ``BERT/run_pretrain.py``: a file is ``{"model_state_dict": ...}``, with the state of the optimizer beside it in a ``.cp`` file.
+- Nystromformer ``code/utils.py``, `convert_weight_keys`: ``model.embeddings.*``,
+  ``model.transformer_{i}.*``, ``model.pooler``, ``mlm.*``. The published YOSO was in this layout:
+  transformers' convert_yoso_pytorch_to_pytorch.py renames these keys.
+- YOSO ``encoders/backbones/efficient_attention.py`` and mra-attention
+  ``RoBERTa/get_roberta_pretrained_weights.py``: ``model.backbone.backbone.encoders.{i}.*``, or
+  ``encoder.*`` where the layers share one block, with ``ff.0`` and ``ff.2`` for the two matrices of
+  the feed-forward network.
+- YOSO ``encoders/backbones/efficient_attentions/yoso/yoso_v2/yoso.py``: ``mha.attn.conv.weight``,
+  where there is a ``conv_window``.
+- Nystromformer ``reorganized_code/BERT/model.py``: ``sen_class.*`` on ``tanh`` of ``model.pooler``,
+  and a position table that begins with the first token (``BERT/dataset.py``); the table of
+  ``RoBERT/model.py`` has two rows before it.
+- ``BERT/run_pretrain.py``: a file is ``{"model_state_dict": ...}``, with the state of the optimizer
+  beside it in a ``.cp`` file.
 """
 
 import json
@@ -78,30 +83,36 @@ def convert_original_checkpoint(
     drop: Sequence[str] = (),
     **settings: Any,
 ) -> YosoPreTrainedModel:
-    """A checkpoint that the authors' code wrote (mlpen/YOSO), as a model of this library, in float32 and in evaluation.
+    """A checkpoint that the authors' code wrote (mlpen/YOSO), as a model of this library, in
+    float32 and in evaluation.
 
     Parameters
     ----------
-    path : a file of `torch.save`: a state dict, or ``{"model_state_dict": ...}``, as it is or from inside `DataParallel` (``module.``).
-        Read with ``weights_only=True``, so that a file cannot run code. The state of an optimizer beside the weights is not looked at.
-    config : a `YosoConfig`; or a ``config.json``, the authors' that belongs to the checkpoint or one of transformers. What the shapes
-        show (sizes, number of layers, ``conv_window``) is read from the file, and a ``config`` that says otherwise raises.
-    first_position : row of the position table at which the first token stands in the authors' file: 0 in their ``BERT`` code, 2 in their
-        ``RoBERTa`` code. ``None``: 0 with a sentence classifier (``sen_class``), which only the ``BERT`` code has, and 2 otherwise.
+    path : a file of `torch.save`: a state dict, or ``{"model_state_dict": ...}``, as it is or from
+        inside `DataParallel` (``module.``). Read with ``weights_only=True``, so that a file cannot
+        run code. The state of an optimizer beside the weights is not looked at.
+    config : a `YosoConfig`; or a ``config.json``, the authors' that belongs to the checkpoint or
+        one of transformers. What the shapes show (sizes, number of layers, ``conv_window``) is read
+        from the file, and a ``config`` that says otherwise raises.
+    first_position : row of the position table at which the first token stands in the authors' file:
+        0 in their ``BERT`` code, 2 in their ``RoBERTa`` code. ``None``: 0 with a sentence
+        classifier (``sen_class``), which only the ``BERT`` code has, and 2 otherwise.
     drop : keys, or beginnings of keys up to a dot, to leave out on purpose.
-    settings : fields of `YosoConfig` that no shape shows, above all ``num_attention_heads``; without ``config``, ``hash_code_len`` and
-        the like are `YosoConfig`'s, while ``layer_norm_eps`` is 1e-5 and ``hidden_act`` the exact GELU, as in the authors' code (older code
-        of theirs has the approximation by ``tanh``, ``"gelu_new"``).
+    settings : fields of `YosoConfig` that no shape shows, above all ``num_attention_heads``;
+        without ``config``, ``hash_code_len`` and the like are `YosoConfig`'s, while
+        ``layer_norm_eps`` is 1e-5 and ``hidden_act`` the exact GELU, as in the authors' code (older
+        code of theirs has the approximation by ``tanh``, ``"gelu_new"``).
 
     Returns
     -------
-    `YosoForPreTraining` where the file has a sentence classifier, `YosoForMaskedLM` where it has a masked-LM head, else `YosoModel`.
+    `YosoForPreTraining` where the file has a sentence classifier, `YosoForMaskedLM` where it has a
+    masked-LM head, else `YosoModel`.
 
     Raises
     ------
-    ValueError
-        for keys that a YOSO model has no place for, all of them named; for parameters that are missing or of another shape; and where
-        the file does not show the number of heads. A warning says which known parameters are left out, and why.
+    ValueError for keys that a YOSO model has no place for, all of them named; for parameters that
+        are missing or of another shape; and where the file does not show the number of heads. A
+        warning says which known parameters are left out, and why.
     """
     unknown = sorted(settings.keys() - YosoConfig().to_dict().keys())
     if unknown:
@@ -167,7 +178,9 @@ def _without_dropped(found: StateDict, drop: Sequence[str]) -> StateDict:
 
 
 def _names(key: str, layers: int | None) -> list[str]:
-    """The parameter's names here: one; as many as layers where they share a block; none if it has no place."""
+    """The parameter's names here: one; as many as layers where they share a block; none if it has
+    no place.
+    """
     stem, _, kind = key.rpartition(".")
     if kind not in ("weight", "bias"):
         return []
@@ -213,7 +226,9 @@ def _kind(weights: StateDict) -> type[YosoPreTrainedModel]:
 
 
 def _move_positions(weights: StateDict, first_position: int) -> None:
-    """The first token's row becomes row 2; rows before it that the authors' table lacks are zeros, as they are never looked up."""
+    """The first token's row becomes row 2; rows before it that the authors' table lacks are zeros,
+    as they are never looked up.
+    """
     checks.integer("first_position", first_position, 0, FIRST_POSITION)
     table = weights.get(_POSITIONS)
     if table is not None:
@@ -263,7 +278,9 @@ def _seen(weights: StateDict) -> dict[str, Any]:
 
 
 def _settings_of_file(path: str | PathLike[str]) -> dict[str, Any]:
-    """Fields of `YosoConfig` from its own JSON, or from the section ``model`` of the authors' ``config.json``."""
+    """Fields of `YosoConfig` from its own JSON, or from the section ``model`` of the authors'
+    ``config.json``.
+    """
     try:
         stored = json.loads(Path(path).read_text("utf-8"))
         if stored.get("model_type") == "yoso":
@@ -297,7 +314,9 @@ def _settings_of_file(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _load(model: YosoPreTrainedModel, weights: StateDict, path: str | PathLike[str]) -> None:
-    """Every parameter of the model from ``weights``, and every one of ``weights`` into the model."""
+    """Every parameter of the model from ``weights``, and every one of ``weights`` into the
+    model.
+    """
     if isinstance(model, YosoModel):
         weights = {name.removeprefix("yoso."): tensor for name, tensor in weights.items()}
     else:

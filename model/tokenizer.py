@@ -1,8 +1,9 @@
 """The tokenizer of a YOSO checkpoint.
 
-YOSO models were trained with RoBERTa's byte-level BPE, but `AutoTokenizer` takes `AlbertTokenizer` for ``model_type: yoso``: a folder with
-vocab.json and merges.txt and no class named in tokenizer_config.json becomes a tokenizer of five tokens, which makes every word
-unknown without an error. `load_tokenizer` goes by the files that are there.
+YOSO models were trained with RoBERTa's byte-level BPE, but `AutoTokenizer` takes `AlbertTokenizer`
+for ``model_type: yoso``: a folder with vocab.json and merges.txt and no class named in
+tokenizer_config.json becomes a tokenizer of five tokens, which makes every word unknown without an
+error. `load_tokenizer` goes by the files that are there.
 """
 
 import json
@@ -26,14 +27,17 @@ def load_tokenizer(path_or_name: str | PathLike[str], **kwargs: Any) -> PreTrain
 
     - A class named in tokenizer_config.json: that one.
     - vocab.json and merges.txt, or a tokenizer.json with byte-level BPE: RoBERTa's.
-    - spiece.model, or a tokenizer.json with Unigram: ALBERT's. Another tokenizer.json: as it stands.
+    - spiece.model, or a tokenizer.json with Unigram: ALBERT's. Another tokenizer.json: as it
+      stands.
 
-    RoBERTa's mask token stands for a word with the space before it, as in training (``lstrip``); loaded from vocab.json and merges.txt by
-    `RobertaTokenizer` alone (transformers 5.23), the space would be a token of its own, which no text has. ``model_max_length`` is the
-    model's, where a YOSO config.json is there: files copied from RoBERTa say 512.
+    RoBERTa's mask token stands for a word with the space before it, as in training (``lstrip``);
+    loaded from vocab.json and merges.txt by `RobertaTokenizer` alone (transformers 5.23), the space
+    would be a token of its own, which no text has. ``model_max_length`` is the model's, where a
+    YOSO config.json is there: files copied from RoBERTa say 512.
 
-    ``kwargs`` are those of `from_pretrained`. Raises `FileNotFoundError` where there is no tokenizer, and `ValueError` where it knows no
-    word (it was saved by a program that had not found its files).
+    ``kwargs`` are those of `from_pretrained`. Raises `FileNotFoundError` where there is no
+    tokenizer, and `ValueError` where it knows no word (it was saved by a program that had not found
+    its files).
     """
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     tokenizer = _by_files(path_or_name, where, kwargs)
@@ -83,7 +87,8 @@ def _mask_takes_the_space(tokenizer: RobertaTokenizer) -> None:
 
 
 def stored_file(path_or_name: str | PathLike[str], filename: str, **where: Any) -> Path | None:
-    """The file on this machine, fetched from the hub where it has to be; ``None`` if there is none in the folder or repository.
+    """The file on this machine, fetched from the hub where it has to be; ``None`` if there is none
+    in the folder or repository.
 
     What is neither a folder nor can be a name on the hub raises `FileNotFoundError`.
     """
@@ -101,7 +106,9 @@ def stored_json(path_or_name: str | PathLike[str], filename: str, **where: Any) 
 
 
 class YosoTokenizer:
-    """What `AutoTokenizer` finds for a `YosoConfig` once `register_auto_classes` has run; makes no objects of its own."""
+    """What `AutoTokenizer` finds for a `YosoConfig` once `register_auto_classes` has run; makes no
+    objects of its own.
+    """
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:

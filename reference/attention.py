@@ -23,21 +23,25 @@ def yoso_attention(
     key_mask: Array | None = None,
     normalize_output: bool = True,
 ) -> Array:
-    """``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``: attention by hash collisions, or by their expectation.
+    """``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``: attention by hash collisions, or by
+    their expectation.
 
-    ``C_ij`` is the share of ``num_hash`` hashes in which query and key fall into one bucket (``signs`` or ``planes`` draw the hashes),
-    or, with ``use_expectation``, its expected value ``(1 - arccos(q_i . k_j) / pi)**tau``. The scale of query and key does not matter.
+    ``C_ij`` is the share of ``num_hash`` hashes in which query and key fall into one bucket
+    (``signs`` or ``planes`` draw the hashes), or, with ``use_expectation``, its expected value
+    ``(1 - arccos(q_i . k_j) / pi)**tau``. The scale of query and key does not matter.
 
     Parameters
     ----------
     query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``. value : float ``(..., n_k, d_v)``.
     signs : from `sample_signs`; or planes : from `sample_planes`. Not needed for the expectation.
     query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep.
-    normalize_output : scale every output row to unit length; a row shorter than 1e-12 (a query that met no key) becomes zeros.
+    normalize_output : scale every output row to unit length; a row shorter than 1e-12 (a query that
+        met no key) becomes zeros.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row; a kept key that is not finite gives
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row;
+    a kept key that is not finite gives
     NaN in every row of its head.
 
     Source: Zeng et al. 2021, equation 5 and section 3.4.

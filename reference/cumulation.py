@@ -1,7 +1,8 @@
 """Bernoulli cumulation: every query adds up the values of the keys that share its bucket.
 
-Each operation stands here twice: by *pairs*, which is its definition and costs ``n_q * n_k``, and by *tables*, which is the paper's
-algorithm and costs ``n_q + n_k``. Both return the working dtype of ``value``, rounded once to its dtype at the end.
+Each operation stands here twice: by *pairs*, which is its definition and costs ``n_q * n_k``, and
+by *tables*, which is the paper's algorithm and costs ``n_q + n_k``. Both return the working dtype
+of ``value``, rounded once to its dtype at the end.
 """
 
 import numpy as np
@@ -13,7 +14,9 @@ WEIGHT_BLOCK = 16
 
 
 def collision_rate(query_hash_code: Array, key_hash_code: Array) -> Array:
-    """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of one head, float64."""
+    """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of
+    one head, float64.
+    """
     num_hash = query_hash_code.shape[-1]
     collisions = np.zeros((query_hash_code.shape[0], key_hash_code.shape[0]))
     for h in range(num_hash):
@@ -34,14 +37,16 @@ def lsh_cumulation_pairs(
 
     Parameters
     ----------
-    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in ``[0, hashtable_capacity)``.
+    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in
+        ``[0, hashtable_capacity)``.
     value : float ``(..., n_k, d_v)``.
-    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. A key that is masked is skipped, so it may hold NaN; a
-        query that is masked gets zeros.
+    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. A key that is masked
+        is skipped, so it may hold NaN; a query that is masked gets zeros.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is NaN.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is
+    NaN.
 
     Source: Zeng et al. 2021, equation for the YOSO estimator in section 3.1.
     """
@@ -57,14 +62,18 @@ def lsh_cumulation_pairs(
 
 
 def weighted_sum(weight: Array, met: Array, value: Array) -> Array:
-    """``out_i = sum_j weight_ij v_j`` over the pairs that met; a value that a query never met cannot spoil its row."""
+    """``out_i = sum_j weight_ij v_j`` over the pairs that met; a value that a query never met
+    cannot spoil its row.
+    """
     finite = np.isfinite(value)
     out = np.where(met, weight, 0) @ np.where(finite, value, 0)
     return np.where(met.astype(weight.dtype) @ ~finite > 0, np.nan, out).astype(value.dtype)
 
 
 def bucket_labels(query_code: Array, key_code: Array) -> tuple[int, Array, Array]:
-    """Number the occupied buckets 0, 1, ...; memory then follows the number of vectors, not ``2**tau``."""
+    """Number the occupied buckets 0, 1, ...; memory then follows the number of vectors, not
+    ``2**tau``.
+    """
     occupied, label = np.unique(np.concatenate([query_code, key_code]), return_inverse=True)
     return len(occupied), label[: len(query_code)], label[len(query_code) :]
 
@@ -78,7 +87,8 @@ def lsh_cumulation_tables(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """As `lsh_cumulation_pairs`, in linear time: add every value to its bucket, then let every query read its bucket.
+    """As `lsh_cumulation_pairs`, in linear time: add every value to its bucket, then let every
+    query read its bucket.
 
     ``table[c] = sum_{j : code(k_j) = c} v_j``, ``out_i = 1/m sum_h table_h[code_h(q_i)]``.
 
@@ -110,16 +120,19 @@ def lsh_weighted_cumulation_pairs(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j``: the definition, pair by pair.
+    """``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j``:
+    the definition, pair by pair.
 
     Parameters
     ----------
-    query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of ``value``.
+    query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of
+        ``value``.
     The others are those of `lsh_cumulation_pairs`.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in its row, met or not.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in
+    its row, met or not.
 
     Source: Zeng et al. 2021, section 3.3: it is the shape of every gradient of sampled attention.
     """
@@ -153,9 +166,11 @@ def lsh_weighted_cumulation_tables(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """As `lsh_weighted_cumulation_pairs`, in time linear in n: the weights leave the sum, coordinate by coordinate.
+    """As `lsh_weighted_cumulation_pairs`, in time linear in n: the weights leave the sum,
+    coordinate by coordinate.
 
-    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``: a table of ``key_weight_r * value`` for each coordinate ``r``, some at a time.
+    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``: a table of ``key_weight_r * value`` for
+    each coordinate ``r``, some at a time.
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])

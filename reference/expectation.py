@@ -1,4 +1,6 @@
-"""YOSO-E: attention with the exact expected weights, and the gradients of both kinds of attention."""
+"""YOSO-E: attention with the exact expected weights, and the gradients of both kinds of
+attention.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -13,10 +15,12 @@ Grad = Literal["lower_bound", "exact"]
 
 
 def angles(unit: Array, others: Array) -> Array:
-    """Angle in radians between one unit vector ``(d,)`` and each of ``(n, d)``: ``2 atan2(|q - k|, |q + k|)``.
+    """Angle in radians between one unit vector ``(d,)`` and each of ``(n, d)``:
+    ``2 atan2(|q - k|, |q + k|)``.
 
-    ``arccos(q . k)`` would lose half of its digits where the vectors nearly agree, which is where the weight is largest, and is NaN
-    where rounding lifts the cosine above 1. A zero vector counts as perpendicular to all.
+    ``arccos(q . k)`` would lose half of its digits where the vectors nearly agree, which is where
+    the weight is largest, and is NaN where rounding lifts the cosine above 1. A zero vector counts
+    as perpendicular to all.
     """
     apart = np.sqrt(np.sum((unit - others) ** 2, axis=-1))
     along = np.sqrt(np.sum((unit + others) ** 2, axis=-1))
@@ -25,16 +29,19 @@ def angles(unit: Array, others: Array) -> Array:
 
 
 def expected_weight(theta: Array, hash_code_len: int) -> Array:
-    """``E = (1 - theta / pi)**tau``: the probability that ``tau`` random hyperplanes all fail to separate two vectors."""
+    """``E = (1 - theta / pi)**tau``: the probability that ``tau`` random hyperplanes all fail to
+    separate two vectors.
+    """
     return (1 - theta / np.pi) ** hash_code_len
 
 
 def gradient_factor(theta: Array, hash_code_len: int, grad: Grad) -> Array:
     """``w`` in ``dq_i = sum_j C_ij w_ij (g_i . v_j) k_j``.
 
-    ``"lower_bound"``: ``tau / 2``, the paper's (section 3.3), finite everywhere and no derivative of anything. ``"exact"``:
-    ``tau / ((pi - theta) sin theta)``, which makes ``E w`` the derivative of ``E`` by the cosine; both factors of the denominator
-    are held at 1e-3 at least, since it is infinite for equal and for opposite vectors.
+    ``"lower_bound"``: ``tau / 2``, the paper's (section 3.3), finite everywhere and no derivative
+    of anything. ``"exact"``: ``tau / ((pi - theta) sin theta)``, which makes ``E w`` the derivative
+    of ``E`` by the cosine; both factors of the denominator are held at 1e-3 at least, since it is
+    infinite for equal and for opposite vectors.
     """
     if grad == "lower_bound":
         return np.full_like(theta, hash_code_len / 2)
@@ -44,18 +51,22 @@ def gradient_factor(theta: Array, hash_code_len: int, grad: Grad) -> Array:
 def expectation_attention(
     query: Array, key: Array, value: Array, hash_code_len: int, *, query_mask: Array | None = None, key_mask: Array | None = None
 ) -> Array:
-    """``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``: what sampling estimates.
+    """``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``: what
+    sampling estimates.
 
     Parameters
     ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalised here, in float32 at least, whatever their scale.
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalized here, in float32 at
+        least, whatever their scale.
     value : float ``(..., n_k, d_v)``.
     hash_code_len : ``tau``.
-    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep; masked keys are skipped, masked queries get zeros.
+    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep; masked keys are
+        skipped, masked queries get zeros.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalised. One query at a time, so memory is linear in ``n_q + n_k``.
+    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. One query at a time, so memory is
+    linear in ``n_q + n_k``.
 
     Source: Zeng et al. 2021, section 3.1 (YOSO-E).
     """
@@ -80,17 +91,21 @@ def expectation_attention_backward(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))``, through the normalisation of query and key.
+    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))``, through the
+    normalization of query and key.
 
     With ``E_ij`` the weights and ``w_ij`` of `gradient_factor`, for unit vectors::
 
-        dq_i = sum_j E_ij w_ij (g_i . v_j) k_j      dk_j = sum_i E_ij w_ij (g_i . v_j) q_i      dv_j = sum_i E_ij g_i
+        dq_i = sum_j E_ij w_ij (g_i . v_j) k_j
+        dk_j = sum_i E_ij w_ij (g_i . v_j) q_i
+        dv_j = sum_i E_ij g_i
 
     ``grad_out (..., n_q, d_v)``; the others are those of `expectation_attention`.
 
     Returns
     -------
-    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input; masked rows get zeros.
+    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input; masked rows
+    get zeros.
     """
 
     def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
@@ -112,12 +127,13 @@ def lsh_attention_backward(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of sampled attention for fixed codes: as `expectation_attention_backward`, with the collision rate ``C_ij`` of the
-    codes in place of ``E_ij``.
+    """Gradients of sampled attention for fixed codes: as `expectation_attention_backward`, with the
+    collision rate ``C_ij`` of the codes in place of ``E_ij``.
 
-    ``query_hash_code (..., n_q, m)`` and ``key_hash_code (..., n_k, m)`` are those of the forward pass. Written over all pairs; with
-    ``grad="lower_bound"`` each gradient is also a (weighted) cumulation, which is how a fast variant stays linear. The exact factor
-    depends on the pair, so no variant of it is linear.
+    ``query_hash_code (..., n_q, m)`` and ``key_hash_code (..., n_k, m)`` are those of the forward
+    pass. Written over all pairs; with ``grad="lower_bound"`` each gradient is also a (weighted)
+    cumulation, which is how a fast variant stays linear. The exact factor depends on the pair, so
+    no variant of it is linear.
 
     Source: Zeng et al. 2021, section 3.3.
     """
@@ -139,7 +155,9 @@ def attention_backward(
     query_mask: Array | None,
     key_mask: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """The three sums, one query at a time. ``weight(head, i, keys, theta)`` is ``C_i`` over the kept keys, at angles ``theta``."""
+    """The three sums, one query at a time. ``weight(head, i, keys, theta)`` is ``C_i`` over the
+    kept keys, at angles ``theta``.
+    """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     q, k, v, g = l2_normalize(query), l2_normalize(key), working(value), working(grad_out)
     grad_q, grad_k, grad_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -154,13 +172,15 @@ def attention_backward(
             grad_q[(*head, i)] = pull @ keys
             grad_k[head][kept] += pull[:, None] * q_i
             grad_v[head][kept] += c_i[:, None] * g_i
-    return through_normalisation(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
+    return through_normalization(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
 
 
-def through_normalisation(
+def through_normalization(
     grad_q: Array, grad_k: Array, grad_v: Array, query: Array, key: Array, value: Array, keep_query: Array, keep_key: Array
 ) -> tuple[Array, Array, Array]:
-    """From gradients by the unit vectors to gradients by the caller's query and key, in the callers' dtypes; zeros in masked rows."""
+    """From gradients by the unit vectors to gradients by the caller's query and key, in the
+    callers' dtypes; zeros in masked rows.
+    """
     return (
         np.where(keep_query[..., None], l2_normalize_backward(grad_q, query), 0).astype(query.dtype),
         np.where(keep_key[..., None], l2_normalize_backward(grad_k, key), 0).astype(key.dtype),

@@ -29,7 +29,9 @@ class HashLayout:
 
 
 def hash_layout(num_hash: int, hash_code_len: int, dim: int) -> HashLayout:
-    """The layout for ``num_hash`` codes of ``hash_code_len`` bits from vectors of dimension ``dim`` (that of the paper's kernels)."""
+    """The layout for ``num_hash`` codes of ``hash_code_len`` bits from vectors of dimension ``dim``
+    (that of the paper's kernels).
+    """
     padded_dim = 1 << (dim - 1).bit_length()
     codes_per_part = padded_dim // hash_code_len
     if codes_per_part:
@@ -40,7 +42,8 @@ def hash_layout(num_hash: int, hash_code_len: int, dim: int) -> HashLayout:
 def sample_signs(num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None) -> Array:
     """Draw the random diagonals D1, D2, D3 of the fast projection: independent fair signs.
 
-    Returns int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is applied first.
+    Returns int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is
+    applied first.
     """
     layout = hash_layout(num_hash, hash_code_len, dim)
     shape = (*batch_shape, 3, layout.parts, layout.padded_dim)
@@ -48,16 +51,19 @@ def sample_signs(num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tu
 
 
 def sample_planes(num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None) -> Array:
-    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard normal entries.
+    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard
+    normal entries.
 
-    Returns float32 ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h`` is column ``h * tau + b``.
+    Returns float32 ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h`` is
+    column ``h * tau + b``.
     """
     shape = (*batch_shape, dim, num_hash * hash_code_len)
     return np.random.default_rng(rng).standard_normal(size=shape, dtype=np.float32)
 
 
 def within_range(x: Array) -> Array:
-    """Rows with entries beyond `HUGE` are scaled down by a power of two, so that no later sum overflows.
+    """Rows with entries beyond `HUGE` are scaled down by a power of two, so that no later sum
+    overflows.
 
     The scaling is exact and a sign hash does not see it.
     """
@@ -75,20 +81,25 @@ def pack_bits(bits: Array) -> Array:
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -> Array:
     """Sign bits of the fast random rotation ``H D3 H D2 H D1 x``, ``tau`` bits to a code.
 
-    With ``per = D // tau``, bit ``b`` of code ``h`` is ``projection[h // per][(h % per) * tau + b] > 0`` and is worth ``2**b``.
-    When ``tau > D`` the projections of all parts form one stream, which is cut every ``tau`` bits.
+    With ``per = D // tau``, bit ``b`` of code ``h`` is
+    ``projection[h // per][(h % per) * tau + b] > 0`` and is worth ``2**b``. When ``tau > D`` the
+    projections of all parts form one stream, which is cut every ``tau`` bits.
 
     Parameters
     ----------
-    vectors : float ``(..., n, d)``; padded with zeros to ``D``. Hashed in float32, or float64 if given in it. Scale does not matter.
-    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the vectors' leading dims.
+    vectors : float ``(..., n, d)``; padded with zeros to ``D``. Hashed in float32, or float64 if
+        given in it. Scale does not matter.
+    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the
+        vectors' leading dims.
 
     Returns
     -------
     int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0.
 
-    Source: Zeng et al. 2021, section 3.2, after Andoni et al. 2015 (arXiv 1509.02897). Three rounds make the signs nearly those of
-    Gaussian planes when D is large; for small D the collision probability is biased (the project's documentation says by how much).
+    Source: Zeng et al. 2021, section 3.2, after Andoni et al. 2015 (arXiv 1509.02897). Three rounds
+    make the signs nearly those of
+    Gaussian planes when D is large; for small D the collision probability is biased (the project's
+    documentation says by how much).
     """
     layout = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     padding = [(0, 0)] * (vectors.ndim - 1) + [(0, layout.padded_dim - vectors.shape[-1])]
@@ -109,15 +120,18 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -
 
 
 def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len: int) -> Array:
-    """Sign bits of Gaussian projections: bit ``b`` of code ``h`` is ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
+    """Sign bits of Gaussian projections: bit ``b`` of code ``h`` is
+    ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
 
-    Two vectors at angle ``theta`` agree on one bit with probability ``1 - theta / pi`` exactly (Charikar 2002, "Similarity
-    estimation techniques from rounding algorithms"), so codes of ``tau`` bits collide with probability ``(1 - theta / pi)**tau``.
+    Two vectors at angle ``theta`` agree on one bit with probability ``1 - theta / pi`` exactly
+    (Charikar 2002, "Similarity estimation techniques from rounding algorithms"), so codes of
+    ``tau`` bits collide with probability ``(1 - theta / pi)**tau``.
 
     Parameters
     ----------
     vectors : float ``(..., n, d)``.
-    planes : float ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`; ``batch`` broadcasts against the leading dims.
+    planes : float ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`; ``batch``
+        broadcasts against the leading dims.
 
     Returns
     -------

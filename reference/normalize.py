@@ -9,7 +9,9 @@ TINY_NORM = 1e-12
 
 
 def row_norm(x: Array) -> Array:
-    """Euclidean length of every row, ``(..., n, 1)``; divided by the largest entry first, so that no square overflows or vanishes."""
+    """Euclidean length of every row, ``(..., n, 1)``; divided by the largest entry first, so that
+    no square overflows or vanishes.
+    """
     largest = np.max(np.abs(x), axis=-1, keepdims=True, initial=0)
     scale = np.where(largest > 0, largest, 1).astype(x.dtype)
     with np.errstate(invalid="ignore", over="ignore"):  # a row that is not finite has no finite length, nor has a huge one
@@ -17,9 +19,11 @@ def row_norm(x: Array) -> Array:
 
 
 def l2_normalize(x: Array, tiny: float = 0.0) -> Array:
-    """``y = x / |x|`` for every row. A row with ``|x| <= tiny`` becomes zeros, a row that is not finite becomes NaN.
+    """``y = x / |x|`` for every row. A row with ``|x| <= tiny`` becomes zeros, a row that is not
+    finite becomes NaN.
 
-    ``x (..., n, d)`` of any float dtype, at any scale; the result is in the working dtype (float16 is widened to float32).
+    ``x (..., n, d)`` of any float dtype, at any scale; the result is in the working dtype (float16
+    is widened to float32).
     """
     x = working(x)
     norm = row_norm(x)
@@ -31,7 +35,9 @@ def l2_normalize(x: Array, tiny: float = 0.0) -> Array:
 
 
 def l2_normalize_backward(grad: Array, x: Array, tiny: float = 0.0) -> Array:
-    """Gradient of `l2_normalize`: ``(g - (g . y) y) / |x|`` with ``y = x / |x|``, and zero where ``|x| <= tiny``."""
+    """Gradient of `l2_normalize`: ``(g - (g . y) y) / |x|`` with ``y = x / |x|``, and zero where
+    ``|x| <= tiny``.
+    """
     y, norm = l2_normalize(x, tiny), row_norm(working(x))
     tangent = grad - np.sum(grad * y, axis=-1, keepdims=True) * y
     return np.where(norm <= tiny, 0, tangent / np.where(norm <= tiny, 1, norm)).astype(y.dtype)

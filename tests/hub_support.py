@@ -1,4 +1,6 @@
-"""What the tests of tokenizers, checkpoints and pipelines share: a byte-level BPE as RoBERTa's, and tiny checkpoints."""
+"""What the tests of tokenizers, checkpoints and pipelines share: a byte-level BPE as RoBERTa's, and
+tiny checkpoints.
+"""
 
 import json
 import os
@@ -74,7 +76,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_new_process(code: str, folder: Path) -> str:
-    """What ``code`` prints in a Python of its own that looks for nothing on the hub and keeps the code it loads in ``folder``."""
+    """What ``code`` prints in a Python of its own that looks for nothing on the hub and keeps the
+    code it loads in ``folder``.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr

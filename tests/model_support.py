@@ -1,4 +1,6 @@
-"""What the tests of the model share: tiny models whose attention matters, the same model in transformers' code, and texts."""
+"""What the tests of the model share: tiny models whose attention matters, the same model in
+transformers' code, and texts.
+"""
 
 from typing import Any
 
@@ -42,7 +44,9 @@ def stock_config(ours: YosoConfig) -> transformers.YosoConfig:
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:
-    """Draw every weight anew, so large that attention matters, and biases and LayerNorms such that none could be left out."""
+    """Draw every weight anew, so large that attention matters, and biases and LayerNorms such that
+    none could be left out.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -1,4 +1,6 @@
-"""What the test modules share: cases with readable names, inputs made from them, and the check of one variant against its definition."""
+"""What the test modules share: cases with readable names, inputs made from them, and the check of
+one variant against its definition.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +29,13 @@ class Case:
     hash_code_len: int
     dtype: str = "float32"
     mask: str = "none"
-    """``none``; ``masked``: about a third, hiding NaN and infinity; ``fully``: all keys of the first head; ``broadcast``: dims of 1."""
+    """``none``; ``masked``: about a third, hiding NaN and infinity; ``fully``: all keys of the
+    first head; ``broadcast``: dims of 1.
+    """
     kind: str = "clusters"
-    """Of the vectors: ``clusters`` (so that codes meet), ``repeated`` (few, so that many are equal), ``quantised`` and ``onehot`` (many
-    projections are exactly zero), or a magnitude."""
+    """Of the vectors: ``clusters`` (so that codes meet), ``repeated`` (few, so that many are
+    equal), ``quantized`` and ``onehot`` (many projections are exactly zero), or a magnitude.
+    """
     leading: tuple[int, ...] = (2,)
     mode: str = "signs"
     """Of `yoso_attention`: ``signs``, ``planes`` or ``expectation``."""
@@ -50,10 +55,10 @@ class Case:
 def draw_vectors(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> Array:
     if kind == "onehot":
         return np.eye(shape[-1])[rng.integers(shape[-1], size=shape[:-1])]
-    if kind == "quantised":
+    if kind == "quantized":
         return rng.integers(-2, 3, size=shape).astype(float)
-    centres = np.random.default_rng(7).standard_normal((4, shape[-1]))
-    near = centres[rng.integers(4, size=shape[:-1])]
+    centers = np.random.default_rng(7).standard_normal((4, shape[-1]))
+    near = centers[rng.integers(4, size=shape[:-1])]
     if kind == "repeated":
         return near
     near = near + 0.2 * rng.standard_normal(shape)
@@ -61,7 +66,9 @@ def draw_vectors(rng: np.random.Generator, shape: tuple[int, ...], kind: str) ->
 
 
 def draw_codes(rng: np.random.Generator, shape: tuple[int, ...], capacity: int) -> Array:
-    """Codes from a pool of at most 16, so that they meet however large the range is; its ends and neighbours are among them."""
+    """Codes from a pool of at most 16, so that they meet however large the range is; its ends and
+    neighbors are among them.
+    """
     few = np.append(np.random.default_rng(7).integers(capacity, size=6), [0, capacity - 1])
     return rng.choice(np.append(few, few ^ 1), size=shape).astype(np.int32)
 
@@ -86,7 +93,9 @@ def hide(x: Array, keep: Array | None, mask: str, poison: float) -> Array:
 
 
 def build(op: str, case: Case) -> dict[str, Any]:
-    """Keyword arguments for the face's function of that name, as NumPy arrays; floats are float64 holding values of the case's dtype."""
+    """Keyword arguments for the face's function of that name, as NumPy arrays; floats are float64
+    holding values of the case's dtype.
+    """
     rng = np.random.default_rng(0)
     m, tau, capacity = case.num_hash, case.hash_code_len, 1 << case.hash_code_len
     query_rows, key_rows = (*case.leading, case.n_q), (*case.leading, case.n_k)
@@ -101,7 +110,8 @@ def build(op: str, case: Case) -> dict[str, Any]:
     }
     numbers = {"num_hash": m, "hash_code_len": tau}
     signs = reference.sample_signs(m, tau, case.d, batch_shape=case.leading[-1:], rng=1)
-    # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does not depend on the order of a sum.
+    # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does
+    # not depend on the order of a sum.
     planes = rng.integers(-8, 9, size=(*case.leading[-1:], case.d, m * tau)).astype(np.float32)
     vectors = draw_vectors(rng, (*key_rows, case.d), case.kind)
 
@@ -133,7 +143,9 @@ def build(op: str, case: Case) -> dict[str, Any]:
 
 
 def as_dtype(x: Any, dtype: str) -> Any:
-    """A float64 array as the caller's: NumPy, or torch for bfloat16, which NumPy lacks. What is no float array keeps its dtype."""
+    """A float64 array as the caller's: NumPy, or torch for bfloat16, which NumPy lacks. What is no
+    float array keeps its dtype.
+    """
     is_float = isinstance(x, np.ndarray) and x.dtype == np.float64
     if dtype != "bfloat16":
         return x.astype(dtype) if is_float else x
@@ -171,7 +183,9 @@ def need(*wheres: str) -> None:
 
 
 def on_the_cpu(op: str) -> list[yoso_core.Variant]:
-    """The variants that take CPU arrays and can run here; the emulated and the stepped are among them."""
+    """The variants that take CPU arrays and can run here; the emulated and the stepped are among
+    them.
+    """
     return [v for v in yoso_core.variants(op) if v.available and v.kernel.place.device == "cpu"]
 
 
@@ -186,7 +200,9 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 def check_variant(op: str, name: str, case: Case) -> None:
-    """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly; sums within the derived tolerance."""
+    """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly;
+    sums within the derived tolerance.
+    """
     inputs = {k: as_dtype(x, case.dtype) for k, x in build(op, case).items()}
 
     def outputs(variant: str) -> tuple[Any, ...]:
@@ -208,8 +224,10 @@ def check_variant(op: str, name: str, case: Case) -> None:
 
 
 def check_values(op: str, got: list[Array], inputs: dict[str, Any], case: Case) -> None:
-    """Codes and transforms are the definition's, bit for bit; sums lie within the tolerance of its result in float64."""
-    if op == "hyperplane_hash" and case.kind not in ("quantised", "onehot"):
+    """Codes and transforms are the definition's, bit for bit; sums lie within the tolerance of its
+    result in float64.
+    """
+    if op == "hyperplane_hash" and case.kind not in ("quantized", "onehot"):
         check_sides(got[0].astype(np.int64), case)
     elif op in ("hadamard_transform", "fast_hash", "hyperplane_hash"):
         np.testing.assert_array_equal(got[0], as_float64(getattr(yoso_core, op)(**inputs, variant=definition_of(op).name)))
@@ -223,7 +241,9 @@ def check_values(op: str, got: list[Array], inputs: dict[str, Any], case: Case) 
 
 
 def check_sides(codes: Array, case: Case) -> None:
-    """Every bit of hyperplane codes is the side of its plane, unless the vector is so near that the order of the sum decides."""
+    """Every bit of hyperplane codes is the side of its plane, unless the vector is so near that the
+    order of the sum decides.
+    """
     made = build("hyperplane_hash", case)
     projection = made["vectors"] @ made["planes"].astype(np.float64)
     largest = np.abs(made["vectors"]) @ np.abs(made["planes"]).astype(np.float64)

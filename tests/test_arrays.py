@@ -1,4 +1,6 @@
-"""Arrays in and out: the caller's kind, dtype and memory layout; and which variant does the work."""
+"""Arrays in and out: the caller's kind, dtype and memory layout; and which variant does the
+work.
+"""
 
 import logging
 import sys
@@ -213,7 +215,9 @@ def test_the_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_cupy_array_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy is recognised where it is loaded, and where nothing runs on a GPU, the reason is said."""
+    """CuPy is recognized where it is loaded, and where nothing runs on a GPU, the reason is
+    said.
+    """
 
     class FakeDevice:
         id = 0
@@ -245,7 +249,7 @@ def test_something_that_only_looks_like_an_array_is_refused() -> None:
 # Random draws of the whole attention
 
 
-def test_one_seed_gives_one_result_and_no_neighbour_changes_it() -> None:
+def test_one_seed_gives_one_result_and_no_neighbor_changes_it() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 9, 6)).astype(np.float32)
     out = yoso_core.yoso_attention(x, x, x, num_hash=3, hash_code_len=3, rng=5)

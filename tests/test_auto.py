@@ -64,7 +64,9 @@ def test_adopt_keeps_the_object_its_tensors_and_its_outputs(head: str, window: i
 
 @pytest.mark.parametrize("head", HEADS)
 def test_adopted_it_is_as_if_made_here(head: str) -> None:
-    """No module, no setting of transformers' is left, and the state dict loads into a model of ours."""
+    """No module, no setting of transformers' is left, and the state dict loads into a model of
+    ours.
+    """
     model = adopt(stock(head, conv_window=3))
     fresh = getattr(yoso_core.model, head)(model.config)
     for name, made in fresh.named_modules():
@@ -89,7 +91,9 @@ def test_adopted_the_configuration_is_ours() -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_adopted_padding_has_an_effect(head: str) -> None:
-    """transformers' YOSO reads the padding as words; adopted, a padded text gives what it gives alone."""
+    """transformers' YOSO reads the padding as words; adopted, a padded text gives what it gives
+    alone.
+    """
     model = stock(head)
     ids, cut = inputs(head), 7
     mask = (torch.arange(ids.shape[-1]) < cut).long().expand(ids.shape)
@@ -115,7 +119,9 @@ def test_adopted_it_samples() -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_adopted_in_the_middle_of_training() -> None:
-    """An optimizer goes on with the same tensors and its own state; train mode, frozen weights, hooks and checkpointing stay."""
+    """An optimizer goes on with the same tensors and its own state; train mode, frozen weights,
+    hooks and checkpointing stay.
+    """
     torch.manual_seed(0)
     model = stock("YosoForMaskedLM", hidden_dropout_prob=0.0).train()
     model.gradient_checkpointing_enable()
@@ -222,7 +228,9 @@ AUTO = {
 
 
 def test_registered_the_auto_classes_give_ours(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
-    """With a tokenizer in the files that AutoTokenizer alone gets wrong. transformers' own configuration still gives its own model."""
+    """With a tokenizer in the files that AutoTokenizer alone gets wrong. transformers' own
+    configuration still gives its own model.
+    """
     folder = tmp_path / "model"
     tiny("YosoForMaskedLM").save_pretrained(folder)
     write_bpe(folder)

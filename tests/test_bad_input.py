@@ -1,4 +1,6 @@
-"""Each wrong argument to each public function: the promised error, which begins with the argument's name and says what is needed."""
+"""Each wrong argument to each public function: the promised error, which begins with the argument's
+name and says what is needed.
+"""
 
 import re
 import subprocess
@@ -276,6 +278,8 @@ for variant in yoso_core.variants(op):
 
 @pytest.mark.parametrize("op", CUMULATIONS)
 def test_codes_out_of_range_crash_nothing_when_nobody_checks(op: str) -> None:
-    """``validate=False`` takes the caller's word for the codes; a broken word gives a wrong sum or an error, never a dead process."""
+    """``validate=False`` takes the caller's word for the codes; a broken word gives a wrong sum or
+    an error, never a dead process.
+    """
     done = subprocess.run([sys.executable, "-c", UNCHECKED_CODES, op], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"died with {done.returncode} in {done.stdout}{done.stderr}"

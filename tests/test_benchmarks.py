@@ -1,4 +1,6 @@
-"""The benchmarks measure what they say, and show no number that they should not. Nothing here is a timed assertion."""
+"""The benchmarks measure what they say, and show no number that they should not. Nothing here is a
+timed assertion.
+"""
 
 import gc
 import json
@@ -34,7 +36,9 @@ NUMBERS = {"seconds", "median", "min", "max", "value", "pairs", "working_bytes",
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call a sample, no measuring of the machine, and no time for the garbage of other tests."""
+    """One call a sample, no measuring of the machine, and no time for the garbage of other
+    tests.
+    """
     monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.setattr(runner, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(runner, "measured_rates", lambda device: Rates(1e9, 1e9))
@@ -259,7 +263,8 @@ def test_a_memory_share_is_of_what_the_peer_takes() -> None:
 
 
 def test_the_floor_counts_the_additions_of_the_transforms() -> None:
-    # D = 64, tau = 8: 8 codes a part, so 4 parts for 32 hashes, each of 3 transforms of 64 * 6 additions; then 32 table rows of 64.
+    # D = 64, tau = 8: 8 codes a part, so 4 parts for 32 hashes, each of 3 transforms of 64 * 6
+    # additions; then 32 table rows of 64.
     assert operations(Workload("yoso", n=1, heads=1)) == 2 * (4 * 3 * 64 * 6 + 32 * 64)
 
 
@@ -317,7 +322,8 @@ def largest(dim: int, hash_code_len: int) -> tuple[float, float]:
 
 def test_the_hadamard_hash_is_biased_where_it_is_known_to_be() -> None:
     assert largest(1, 4) == (0.0, 0.0)
-    # A right angle in the plane: (a, b) and (b, -a) agree in exactly one of the two signs, so codes of two bits never collide.
+    # A right angle in the plane: (a, b) and (b, -a) agree in exactly one of the two signs, so codes
+    # of two bits never collide.
     assert largest(2, 2)[0] == pytest.approx(0.25)
     assert largest(2, 2) == largest(2, 2)
 
@@ -345,7 +351,7 @@ def test_committed_biases_keep_the_bound() -> None:
 
 
 TRAINED = replace(TINY, run="yoso_training", variant=None)
-SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+SPOILED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "scaled": lambda g: g * 1.001,
     "first row": lambda g: torch.cat([g[..., :1, :].roll(1, dims=-1), g[..., 1:, :]], dim=-2),
     "last row": lambda g: torch.cat([g[..., :-1, :], g[..., -1:, :].roll(1, dims=-1)], dim=-2),
@@ -361,7 +367,7 @@ def training(run_name: str) -> tuple[contenders.Training, Any, str]:
     return contender, model if contender.op == "yoso_attention" else model.ops, contender.op
 
 
-@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("run_name", ["yoso_training", "yoso_expectation_training"])
 def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str, name: str, how: str) -> None:
@@ -370,7 +376,7 @@ def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str,
 
     def wrong(**given: Any) -> torch.Tensor:
         through = given[name] * 1
-        through.register_hook(SPOILT[how])
+        through.register_hook(SPOILED[how])
         return right(**{**given, name: through})
 
     workload = replace(TRAINED, run=run_name)
@@ -409,7 +415,9 @@ def test_a_wrong_output_is_red_though_its_gradients_are_right(monkeypatch: pytes
 
 @pytest.mark.parametrize("n", [1, 70])
 def test_the_rows_compared_are_those_of_the_whole_definition(n: int) -> None:
-    """Of 70 rows 64 are compared; the definition on the whole head says the same of them as on the parts."""
+    """Of 70 rows 64 are compared; the definition on the whole head says the same of them as on the
+    parts.
+    """
     contender, _, _ = training("yoso_training")
     workload = replace(TRAINED, n=n, run="")
     rows = contenders._spread(n, 64)
@@ -727,7 +735,8 @@ def test_rates_are_measured_on_the_device(waits: list[float]) -> None:
     assert len(waits) == 2 * 2 * 10
 
 
-# Bytes. One head, four rows of two numbers, m = 3, tau = 2: vectors of 4 * 2 * 4 = 32 bytes, codes of 4 * 3 * 4 = 48.
+# Bytes. One head, four rows of two numbers, m = 3, tau = 2: vectors of 4 * 2 * 4 = 32 bytes, codes
+# of 4 * 3 * 4 = 48.
 FEW = Workload("cumulation", 4, heads=1, dim=2, num_hash=3, hash_code_len=2, device="cuda")
 
 
@@ -747,10 +756,12 @@ def test_the_operations_by_hand() -> None:
     assert operations(replace(FEW, run="hash")) == 4 * 3 * 3 * 2
     assert operations(FEW) == 4 * 2 * 3 * 2
     assert operations(replace(FEW, run="yoso")) == 2 * 4 * 3 * 3 * 2 + 4 * 2 * 3 * 2
-    # 3 hashes, each with 4 * 4 / 4 pairs that meet: 12 pairs of 4 multiply-adds; by outer products it would be 2 * 12 * 4.
+    # 3 hashes, each with 4 * 4 / 4 pairs that meet: 12 pairs of 4 multiply-adds; by outer products
+    # it would be 2 * 12 * 4.
     assert operations(replace(FEW, run="weighted")) == 12 * 4
     assert operations(replace(FEW, run="yoso_expectation")) == 16 * 4
-    # Backward: what each of 12 pairs gives the other, and the gradient of the values; four more products of 16 * 2.
+    # Backward: what each of 12 pairs gives the other, and the gradient of the values; four more
+    # products of 16 * 2.
     assert operations(replace(FEW, run="yoso_training")) == operations(replace(FEW, run="yoso")) + 12 * 3 * 2 + 4 * 2 * 3 * 2
     assert operations(replace(FEW, run="yoso_expectation_training")) == 16 * 4 + 16 * 8
 
@@ -771,18 +782,21 @@ def test_the_bytes_of_the_hashes_by_hand() -> None:
 
 def test_the_bytes_of_the_shared_table_by_hand() -> None:
     assert moved("lsh_cumulation", "cupy:shared_table", FEW) == {"shared_table": (2 * 48 + 32, 32, 0)}, "one block does it all"
-    # 5 rows of 4 bytes to a column: room for 4 columns, which 3 hashes share, so each of two blocks has one value dim.
+    # 5 rows of 4 bytes to a column: room for 4 columns, which 3 hashes share, so each of two blocks
+    # has one value dim.
     narrow = Limits(max_shared=80, max_table=1 << 30)
     assert moved("lsh_cumulation", "cupy:shared_table", FEW, narrow) == {"shared_table": (2 * 48 + 32, 32, 2 * 48)}
-    # Room for 2 columns: two rounds of 2 and 1 hashes. The values come twice, and sums wait for the second round.
+    # Room for 2 columns: two rounds of 2 and 1 hashes. The values come twice, and sums wait for the
+    # second round.
     narrower = Limits(max_shared=40, max_table=1 << 30)
     assert moved("lsh_cumulation", "cupy:shared_table", FEW, narrower) == {"shared_table": (2 * 48 + 2 * 32 + 32, 32 + 32, 2 * 48)}
 
 
 def test_the_bytes_of_the_sorted_buckets_by_hand() -> None:
     found = moved("lsh_cumulation", "cupy:sorted_buckets", FEW)
-    # Codes up to 4, which marks what is masked: one pass of four bits, over 12 codes and their rows. No stretch is full.
-    # 3 hashes with 4 buckets of 2 sums; every one of 12 codes reads a row of 8 bytes, after a bisection of at most 3 steps.
+    # Codes up to 4, which marks what is masked: one pass of four bits, over 12 codes and their
+    # rows. No stretch is full. 3 hashes with 4 buckets of 2 sums; every one of 12 codes reads a row
+    # of 8 bytes, after a bisection of at most 3 steps.
     assert found == {
         "transpose_codes": (48, 96, 0),
         "sort_codes": (96, 96, 48),
@@ -798,14 +812,16 @@ def test_the_bytes_of_the_sorted_buckets_by_hand() -> None:
 
 
 def test_the_bytes_of_the_global_table_by_hand() -> None:
-    # 3 hashes of 4 buckets of 32 sums, of which two are used: 1,536 bytes to clear, 96 to fill and to read.
+    # 3 hashes of 4 buckets of 32 sums, of which two are used: 1,536 bytes to clear, 96 to fill and
+    # to read.
     assert moved("lsh_cumulation", "cupy:global_table", FEW) == {
         "(zeros)": (0, 1536, 0),
         "global_table_scatter": (48 + 32 + 96, 96, 96),
         "global_table_gather": (48 + 96, 32, 0),
     }
     assert moved("lsh_cumulation", "cupy:global_table", replace(FEW, dim=33))["(zeros)"] == (0, 2 * 1536, 0)
-    # Numba's has tables of two sums, a byte of a mask for each row, and a result that starts as zeros.
+    # Numba's has tables of two sums, a byte of a mask for each row, and a result that starts as
+    # zeros.
     assert moved("lsh_cumulation", "numba_cuda:global_table", FEW) == {
         "(zeros)": (0, 2 * 4 + 32 + 96, 0),
         "add_keys_to_table": (48 + 4 + 32 + 96, 96, 96),
@@ -821,15 +837,18 @@ def test_the_bytes_of_the_global_table_by_hand() -> None:
 def test_the_bytes_of_the_weighted_cumulations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     outer = moved("lsh_weighted_cumulation", "cupy:outer_products", FEW)
     assert outer["sort_codes"] == (2 * 96, 2 * 96, 2 * 48), "both sides"
-    # Code and row of either side for each of three hashes; three times vectors, and sums in rows of four, which stay in the cache.
+    # Code and row of either side for each of three hashes; three times vectors, and sums in rows of
+    # four, which stay in the cache.
     assert outer["outer_products"] == (3 * 4 * 16 + 3 * 32 + 64, 64, 2 * (3 * 32 + 64 + 64))
     monkeypatch.setattr(weighted, "_CACHE_BYTES", 0)
     assert moved("lsh_weighted_cumulation", "cupy:outer_products", FEW)["outer_products"] == (3 * (4 * 16 + 3 * 32 + 64), 3 * 64, 0)
     assert outer["finish_rows"] == (32 + 32, 32, 0)
-    # 12 pairs that meet, of a row number, a weight and a value each; 8 + 8 bytes; two bisections for each code.
+    # 12 pairs that meet, of a row number, a weight and a value each; 8 + 8 bytes; two bisections
+    # for each code.
     pairs = moved("lsh_weighted_cumulation", "cupy:sorted_pairs", FEW)["sorted_pairs"]
     assert pairs == (3 * 48 + 3 * 32, 32, 12 * (4 + 16) + 2 * 3 * 48 - (48 + 2 * 32))
-    # Each of two coordinates has its own table, and fetches 8 bytes, all that a row has, for one number.
+    # Each of two coordinates has its own table, and fetches 8 bytes, all that a row has, for one
+    # number.
     paper = moved("lsh_weighted_cumulation", "cupy:weight_by_weight", FEW)
     assert paper["(zeros)"] == (0, 32 + 2 * 1536, 0)
     assert paper["weight_by_weight_scatter"] == (2 * (48 + 4 * 8) + 2 * 32 + 2 * 96, 2 * 96, 2 * 96)
@@ -884,7 +903,9 @@ STREAMED = {"warp_per_vector", "hash_vectors", "shared_table", "transpose_codes"
 def test_the_formulas_know_every_launch(
     monkeypatch: pytest.MonkeyPatch, op: str, variant: str, sizes: tuple[int, int, str], limits: Limits, waits: list[float]
 ) -> None:
-    """Which kernels, how often, and where it is simple, how many bytes: as the launchers have it."""
+    """Which kernels, how often, and where it is simple, how many bytes: as the launchers have
+    it.
+    """
     n, dim, dtype = sizes
     name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, Operation) and found.op == op)
     workload = Workload(name, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")

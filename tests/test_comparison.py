@@ -47,7 +47,9 @@ def test_example_inputs_run_and_repeat(op: str, masked: bool) -> None:
 
 
 def test_example_inputs_meet() -> None:
-    """Most queries share some bucket with the key that they were made from; strangers would in one of 256."""
+    """Most queries share some bucket with the key that they were made from; strangers would in one
+    of 256.
+    """
     (query_code, key_code, _, _), _ = example_inputs("lsh_cumulation")
     assert 0.15 < np.mean(query_code == key_code) < 0.45
 
@@ -83,7 +85,9 @@ def test_truth_of_a_sampled_attention_keeps_the_codes_of_its_dtype() -> None:
 
 
 def test_tolerance_of_a_cumulation_by_hand() -> None:
-    """One bucket, integer values: the definition is exact, so 4 ulp of 1/m sum |terms| are left, although the sum is 0."""
+    """One bucket, integer values: the definition is exact, so 4 ulp of 1/m sum |terms| are left,
+    although the sum is 0.
+    """
     codes = np.zeros((2, 1), np.int32)
     value = np.array([[3.0, 1.0], [-3.0, 0.0]], np.float32)
     (allowed,) = tolerance("lsh_cumulation", (codes, codes, value, 2), {})
@@ -111,7 +115,9 @@ def test_tolerance_is_tight(op: str) -> None:
 
 
 def test_tolerance_allows_a_rounded_cosine_only_where_arccos_may_be_taken() -> None:
-    """At cosine 0.98 an arccos in float32 passes; at 1 - 1e-6, where it loses three digits, it does not."""
+    """At cosine 0.98 an arccos in float32 passes; at 1 - 1e-6, where it loses three digits, it does
+    not.
+    """
 
     def share_of_tolerance(cosine: float) -> float:
         query = np.array([[1.0, 0.0]], np.float32)

@@ -1,4 +1,6 @@
-"""What the CPU kernels promise beyond being right: repeatable bits, machine code kept and never stale, threads and forks that work."""
+"""What the CPU kernels promise beyond being right: repeatable bits, machine code kept and never
+stale, threads and forks that work.
+"""
 
 import json
 import os
@@ -210,7 +212,9 @@ def test_machine_code_is_kept_between_processes(tmp_path):
 
 
 def test_an_edit_of_a_helper_in_another_file_is_never_served_stale(tmp_path):
-    """A copy of the package is called; its `lanes.py` learns to multiply where it added; it is called again, `cumulation.py` untouched."""
+    """A copy of the package is called; its `lanes.py` learns to multiply where it added; it is
+    called again, `cumulation.py` untouched.
+    """
     package = tmp_path / "yoso_core"
     shutil.copytree(ROOT / "yoso_core", package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cpu", "reference"):
@@ -270,7 +274,9 @@ def test_polynomials_are_as_close_as_their_docstring_says(dtype):
 
 
 def vectors_at(cosines):
-    """Queries and keys of 20 coordinates: every key has the cosine ``cosines[j]`` with the first query, and 0 with the others."""
+    """Queries and keys of 20 coordinates: every key has the cosine ``cosines[j]`` with the first
+    query, and 0 with the others.
+    """
     query, key = np.zeros((2, 20)), np.zeros((len(cosines), 20))
     query[0, 0] = query[1, 1] = 1
     key[:, 0], key[:, 2] = cosines, np.sqrt(1 - np.square(cosines))
@@ -280,7 +286,9 @@ def vectors_at(cosines):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("largest", [0.3, 0.6499, 0.6501, 0.89, 0.91, 0.9899, 0.9901, 1.0])
 def test_every_way_to_a_weight_is_right_and_all_agree(largest, dtype):
-    """Small cosines, those up to the steep ones, and steep ones: which way is taken depends on the largest of a key, here the query's."""
+    """Small cosines, those up to the steep ones, and steep ones: which way is taken depends on the
+    largest of a key, here the query's.
+    """
     cosines = np.array([-largest, -0.2, 0.0, 0.2, largest])
     vectors = vectors_at(cosines)
     value, grad_out = np.eye(5), np.random.default_rng(0).standard_normal((2, 5))
@@ -389,7 +397,9 @@ def test_threads_that_share_a_head_change_no_bit(monkeypatch, heads, threads):
 @pytest.mark.parametrize(("d", "d_v"), [(64, 64), (20, 33), (33, 20), (130, 7)])
 @pytest.mark.parametrize("hash_code_len", [1, 2, 4, 6, 9, 20], ids=lambda tau: f"tau{tau}")
 def test_sampled_gradients_by_pairs_and_by_outer_products(hash_code_len, d, d_v, dtype):
-    """From one bucket for all to more buckets than vectors: outer products, tiles of pairs, pairs one by one, and numbered buckets."""
+    """From one bucket for all to more buckets than vectors: outer products, tiles of pairs, pairs
+    one by one, and numbered buckets.
+    """
     rng = np.random.default_rng(8)
     exact = sampled_problem(rng, 300, 470, d, d_v, 1 << hash_code_len)
     exact[-2][:] = rng.permutation(exact[-1].reshape(-1))[: exact[-2].size].reshape(exact[-2].shape)  # so that they meet at 20 bits, too
@@ -402,7 +412,9 @@ def test_sampled_gradients_by_pairs_and_by_outer_products(hash_code_len, d, d_v,
 
 
 def test_memory_of_sampled_gradients_is_that_of_one_head():
-    """Beyond the gradients: scratch of one large head, or tables for the value gradient, never copies of all heads."""
+    """Beyond the gradients: scratch of one large head, or tables for the value gradient, never
+    copies of all heads.
+    """
     args, kwargs = yoso_core.example_inputs("lsh_attention_backward", n=16384, heads=6, dim=64, num_hash=4, hash_code_len=8)
     cpu.lsh_attention_backward(*[x[..., :64, :] if isinstance(x, np.ndarray) else x for x in args])  # compiled, threads started
     tracemalloc.start()

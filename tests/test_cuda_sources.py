@@ -1,4 +1,6 @@
-"""The CUDA C++ as text: it compiles offline for every target without a warning, and the registry names the kernels that are there."""
+"""The CUDA C++ as text: it compiles offline for every target without a warning, and the registry
+names the kernels that are there.
+"""
 
 import re
 from collections import Counter
@@ -31,7 +33,9 @@ def builds(file: str) -> list[Defines]:
 
 
 def compile_offline(text: str, flags: tuple[str, ...], target: str) -> tuple[bytes, str]:
-    """What NVRTC makes of it with the flags that CuPy adds: the cubin, empty where it fails, and all that it has to say."""
+    """What NVRTC makes of it with the flags that CuPy adds: the cubin, empty where it fails, and
+    all that it has to say.
+    """
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
     try:
         error, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], [])

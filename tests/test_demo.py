@@ -1,4 +1,6 @@
-"""The demo's parts on texts and matrices small enough to check by hand, and the whole of it on a small text."""
+"""The demo's parts on texts and matrices small enough to check by hand, and the whole of it on a
+small text.
+"""
 
 import importlib.util
 import io
@@ -98,7 +100,9 @@ def test_truncated_svd_is_close_to_the_best_approximation() -> None:
 
 
 def test_words_with_the_same_contexts_get_close_vectors() -> None:
-    """ "aaabb" and "other" stand in the same places, where no word of another topic does: eight topics, eight dimensions."""
+    """ "aaabb" and "other" stand in the same places, where no word of another topic does: eight
+    topics, eight dimensions.
+    """
     rng = np.random.default_rng(1)
     tokens = words.tokenize(made_text(4000))
     tokens = ["other" if token == "aaabb" and rng.random() < 0.5 else token for token in tokens]
@@ -111,7 +115,7 @@ def test_words_with_the_same_contexts_get_close_vectors() -> None:
     assert min(same_topic) > max(different)
 
 
-def test_token_vectors_mix_in_their_neighbours() -> None:
+def test_token_vectors_mix_in_their_neighbors() -> None:
     basis = np.eye(4)
     found = words.token_vectors(basis, np.array([0, 1, 2, 3]), reach=1)
     mixed = np.array([[1, 0.5, 0, 0], [0.5, 1, 0.5, 0], [0, 0.5, 1, 0.5], [0, 0, 0.5, 1]])
@@ -191,7 +195,9 @@ def test_attention_by_word_sums_the_weights_of_every_word() -> None:
 
 
 def test_error_falls_with_slope_one_half() -> None:
-    """Over draws the slope is -0.520 with a spread of 0.006; that of the biased twin below is -0.327."""
+    """Over draws the slope is -0.520 with a spread of 0.006; that of the biased twin below is
+    -0.327.
+    """
     error = measure.sampling_error(unit_vectors(256, 64), [1, 4, 16, 64], 8, 512, np.random.default_rng(0))
     assert error.rms == sorted(error.rms, reverse=True)
     assert error.slope == pytest.approx(-0.5, abs=0.06)
@@ -265,7 +271,7 @@ def test_frequency_score_by_hand() -> None:
     assert found.right == 1 / 4
 
 
-def learnt(text: str | None = None, sizes: LanguageSizes = TINY, seed: int = 0) -> "Language":
+def learned(text: str | None = None, sizes: LanguageSizes = TINY, seed: int = 0) -> "Language":
     from yoso_core.demo.language import learn
 
     return learn(made_text(2000) if text is None else text, sizes, seed, show=False)
@@ -273,9 +279,9 @@ def learnt(text: str | None = None, sizes: LanguageSizes = TINY, seed: int = 0) 
 
 @needs_torch
 def test_the_loss_falls_below_what_the_frequencies_say() -> None:
-    """On a text where a byte's neighbours give it away."""
+    """On a text where a byte's neighbors give it away."""
     text = "\n\n".join("abcdefgh " * 40 + letter for letter in "abcdefghijklmnopqrst")
-    found = learnt(text, replace(TINY, steps=60, learning_rate=1e-2))
+    found = learned(text, replace(TINY, steps=60, learning_rate=1e-2))
     assert [step for step, _ in found.held_out] == [0, 30, 60]
     assert found.held_out[0][1] == pytest.approx(found.untrained.loss, rel=1e-5)
     assert np.mean(found.losses[-5:]) < 0.7 * found.frequencies.loss
@@ -290,10 +296,10 @@ def test_a_seed_repeats_the_training_and_leaves_the_random_numbers_of_others() -
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = learnt(seed=1)
+    first = learned(seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    second, other = learnt(seed=1), learnt(seed=2)
+    second, other = learned(seed=1), learned(seed=2)
     assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
     assert first.losses != other.losses
 
@@ -368,7 +374,7 @@ def test_the_tables_show_the_fills_that_were_found() -> None:
 
     from yoso_core.demo.tables import fills_table, learning_table
 
-    found = learnt()
+    found = learned()
     printed = io.StringIO()
     Console(file=printed, width=200).print(fills_table(found), learning_table(found, TINY.num_hash))
     assert f"{found.trained[8].loss:.3f}" in printed.getvalue()

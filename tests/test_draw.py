@@ -1,4 +1,6 @@
-"""The drawing helpers: what they draw is what the library computes, nothing is cut off, and the same picture has the same bytes."""
+"""The drawing helpers: what they draw is what the library computes, nothing is cut off, and the
+same picture has the same bytes.
+"""
 
 import io
 
@@ -100,7 +102,7 @@ def test_the_circles_arcs_have_the_codes_that_the_hash_gives():
     figure, axes = draw.picture(width=4, height=4)
     draw.bucket_circle(axes, planes, points=np.array([[1.0, 0], [0, 2]]), names=["a", "b"])
     outside = [text for text in axes.texts if np.hypot(*text.get_position()) == pytest.approx(1.22)]
-    assert len(outside) == 6, "three lines through the centre cut a circle into six"
+    assert len(outside) == 6, "three lines through the center cut a circle into six"
     for text in outside:
         (code,) = reference.hyperplane_hash(np.array([text.get_position()]), planes, 1, 3)[0]
         assert text.get_text() == draw.bits_text(code, 3)

@@ -1,4 +1,6 @@
-"""The emulator of CUDA C++: what it computes, the faults that it must find (each beside a twin without), and what it counts."""
+"""The emulator of CUDA C++: what it computes, the faults that it must find (each beside a twin
+without), and what it counts.
+"""
 
 import re
 import signal
@@ -329,7 +331,8 @@ def test_orders_that_are_none(wrong: Any) -> None:
         Emulator(order=wrong)
 
 
-# Faults that every build finds: name -> kernel, its twin without the fault, and what the message says.
+# Faults that every build finds: name -> kernel, its twin without the fault, and what the message
+# says.
 
 FAULTS: dict[str, tuple[str, str, str]] = {
     "divergent barrier": (
@@ -705,12 +708,12 @@ def test_one_library_serves_all_kernels_of_a_file(fresh_cache: Path) -> None:
 
 
 @needs_compiler
-def test_a_spoilt_library_is_made_again(fresh_cache: Path) -> None:
+def test_a_spoiled_library_is_made_again(fresh_cache: Path) -> None:
     ranks()
     forget()
     for path in fresh_cache.glob("kernel-*"):
         path.unlink()  # not overwritten: this process has it mapped
-        path.write_bytes(b"spoilt")
+        path.write_bytes(b"spoiled")
     np.testing.assert_array_equal(ranks(), np.arange(256))
     forget()
 
@@ -910,14 +913,14 @@ def test_check_finds_races_between_blocks() -> None:
 
 
 @needs_counting
-def test_check_without_uninitialised_reads() -> None:
+def test_check_without_uninitialized_reads() -> None:
     text = checked_text("out[i] = s[i];")
     rows = np.arange(64, dtype=np.int32).reshape(4, 16)
-    with checked(uninitialised=False):
+    with checked(uninitialized=False):
         run(text, rows, rows[0], ints(), shared=256)
     with count_traffic() as traffic:
         run(text, rows, rows[0], ints(), shared=256)
-    assert traffic.total.uninitialised_reads == 64
+    assert traffic.total.uninitialized_reads == 64
 
 
 # Traffic: tiny kernels counted by hand
@@ -1109,8 +1112,8 @@ def test_every_barrier_is_needed(file: str, at: int, monkeypatch: pytest.MonkeyP
     text, whole = (source.HERE / file).read_text("utf-8"), source.source(file)
     start = len(whole) - len(text) + at  # headers are put in above
     assert whole[start:] == text[at:]
-    spoilt, real = whole[:start] + BARRIER.sub(";", whole[start:], count=1), source.source
-    monkeypatch.setattr(source, "source", lambda name: spoilt if name == file else real(name))
+    spoiled, real = whole[:start] + BARRIER.sub(";", whole[start:], count=1), source.source
+    monkeypatch.setattr(source, "source", lambda name: spoiled if name == file else real(name))
 
     def run_all() -> None:
         for case in (CROWDED, MASKED):

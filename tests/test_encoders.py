@@ -1,4 +1,6 @@
-"""``attn_implementation="yoso"`` in other people's encoders: beside formulas written out here, padded as truncated, and what must raise."""
+"""``attn_implementation="yoso"`` in other people's encoders: beside formulas written out here,
+padded as truncated, and what must raise.
+"""
 
 import copy
 import math
@@ -73,7 +75,9 @@ def _enabled() -> None:
 
 
 def build(name: str, options: YosoAttentionOptions | None = None, attention: str = "yoso", **settings: Any) -> Any:
-    """A model of the list in evaluation, with the same random weights every time: large enough for attention to matter."""
+    """A model of the list in evaluation, with the same random weights every time: large enough for
+    attention to matter.
+    """
     kind, usual = MODELS[name]
     own = {} if options is None else {"yoso_attention": asdict(options)}
     config = getattr(transformers, f"{kind}Config")(**usual | own | settings, attn_implementation=attention)
@@ -221,7 +225,7 @@ def test_padded_sound_is_what_it_is_alone(options: YosoAttentionOptions) -> None
 
 
 @both_modes
-def test_an_image_meets_neither_its_neighbours_nor_its_masked_patches(options: YosoAttentionOptions) -> None:
+def test_an_image_meets_neither_its_neighbors_nor_its_masked_patches(options: YosoAttentionOptions) -> None:
     model = build("vit", options)
     inputs, mask = inputs_of("vit")
     got = hidden(model, **inputs)
@@ -394,7 +398,9 @@ def test_the_variant_is_taken() -> None:
 
 @both_modes
 def test_grouped_queries_share_keys_and_values(options: YosoAttentionOptions) -> None:
-    """A bidirectional decoder whose four heads share keys and values in pairs, beside one that holds them twice."""
+    """A bidirectional decoder whose four heads share keys and values in pairs, beside one that
+    holds them twice.
+    """
     config = TEXT | {"num_attention_heads": 4, "is_causal": False, "use_cache": False, "yoso_attention": asdict(options)}
     torch.manual_seed(0)
     grouped, plain = (
@@ -484,7 +490,9 @@ def test_weights_of_local_layers_are_the_eager_ones() -> None:
 
 @both_modes
 def test_a_model_learns(options: YosoAttentionOptions) -> None:
-    """One of two marks stands in every text. The answer is read at the first token, the same in all: attention has to bring it there."""
+    """One of two marks stands in every text. The answer is read at the first token, the same in
+    all: attention has to bring it there.
+    """
     torch.manual_seed(0)
     settings = TEXT | {"vocab_size": 16, "hidden_dropout_prob": 0.0, "yoso_attention": asdict(options)}
     model = transformers.BertForSequenceClassification(
@@ -512,13 +520,13 @@ def test_gradients_are_those_of_the_options(options: YosoAttentionOptions, grad:
     chosen = asdict(options) | {"grad": grad, "backward": backward}
     layer = one_layer(**chosen).train()
     generator = torch.Generator().manual_seed(0)
-    states, towards = (torch.randn(2, 9, HIDDEN, generator=generator) for _ in range(2))
+    states, toward = (torch.randn(2, 9, HIDDEN, generator=generator) for _ in range(2))
     heads = [x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (layer.query(states), layer.key(states), layer.value(states))]
     del chosen["seed"]
     gradients = []
     for function in (lambda: layer(states)[0], lambda: yoso_attention(*heads, **chosen).transpose(1, 2).flatten(2)):
         torch.manual_seed(4)
-        gradients += torch.autograd.grad(function(), layer.query.weight, towards)
+        gradients += torch.autograd.grad(function(), layer.query.weight, toward)
     assert gradients[0].abs().max() > 0.1
     assert apart(*gradients) < 1e-5
 
@@ -547,7 +555,8 @@ def test_half_precision(options: YosoAttentionOptions, dtype: torch.dtype) -> No
     expected, got = hidden(model, **inputs), hidden(model.to(dtype), **inputs)
     assert got.dtype == dtype
     assert got.isfinite().all()
-    # Hash codes flip where rounding moves a vector across a plane; the expectation moves by the rounding alone.
+    # Hash codes flip where rounding moves a vector across a plane; the expectation moves by the
+    # rounding alone.
     if options.use_expectation:
         assert apart(got.float()[mask], expected[mask]) < (0.02 if dtype == torch.float16 else 0.15)
 

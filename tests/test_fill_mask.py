@@ -165,7 +165,9 @@ def test_a_model_without_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None: 
 
 
 def test_vocabulary_and_merges_alone(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
-    """The files that become all-unknown in AutoTokenizer give the same answers as the whole tokenizer."""
+    """The files that become all-unknown in AutoTokenizer give the same answers as the whole
+    tokenizer.
+    """
     for name in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, tmp_path)
     write_bpe(tmp_path)

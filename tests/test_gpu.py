@@ -1,4 +1,5 @@
-"""What only a GPU can show: arrays without copies, streams, graphs, repeatability, and NVIDIA's own sanitizer.
+"""What only a GPU can show: arrays without copies, streams, graphs, repeatability, and NVIDIA's own
+sanitizer.
 
 That every variant is right there is in test_registry.py, with the others.
 """

@@ -1,4 +1,6 @@
-"""The backward functions of the face: against finite differences, at the ends where there is no derivative, and in the caller's arrays."""
+"""The backward functions of the face: against finite differences, at the ends where there is no
+derivative, and in the caller's arrays.
+"""
 
 from typing import Any
 
@@ -14,7 +16,9 @@ TAU = 4
 
 
 def separated(rng: np.random.Generator, n_q: int, n_k: int, d: int) -> tuple[Array, Array]:
-    """Queries and keys of any length whose cosines lie within 0.99: nearer the ends the derivative runs off to infinity."""
+    """Queries and keys of any length whose cosines lie within 0.99: nearer the ends the derivative
+    runs off to infinity.
+    """
     while True:
         query, key = rng.standard_normal((2, n_q, d)), rng.standard_normal((2, n_k, d))
         unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key)]
@@ -64,7 +68,9 @@ def test_the_exact_gradient_is_the_slope(variant: str, masked: bool) -> None:
 
 @pytest.mark.parametrize("variant", backward_variants("expectation_attention_backward"))
 def test_the_lower_bound_is_not_the_slope(variant: str) -> None:
-    """For a single pair it points the same way and is short by ``(pi - theta) sin(theta) / 2``, here between 0.1 and 0.91."""
+    """For a single pair it points the same way and is short by ``(pi - theta) sin(theta) / 2``,
+    here between 0.1 and 0.91.
+    """
     (grad_out, query, key, value), _ = problem()
     pair = [x[:, :1] for x in (grad_out, query, key, value)]
     exact = yoso_core.expectation_attention_backward(*pair, TAU, grad="exact", variant=variant)
@@ -99,7 +105,9 @@ EVERY_BACKWARD = both("expectation_attention_backward") + both("lsh_attention_ba
 
 
 def gradients(op: str, arrays: list[Any], **options: Any) -> tuple[Any, Any, Any]:
-    """Either backward function; the codes of the sampled one put everything into one bucket in half of its hashes."""
+    """Either backward function; the codes of the sampled one put everything into one bucket in half
+    of its hashes.
+    """
     if op == "lsh_attention_backward":
         query, key = arrays[1], arrays[2]
         codes = [np.zeros((*x.shape[:-1], 2), np.int32) for x in (query, key)]
@@ -129,8 +137,8 @@ def test_masked_rows_get_zeros_and_nothing_comes_from_them(op: str, variant: str
         truncated = gradients(op, kept, grad=grad, variant=variant)
         for whole, part, keep in zip(got, truncated, (rows, columns, columns), strict=True):
             np.testing.assert_allclose(whole[head][keep], part, rtol=1e-12, atol=1e-14)
-    for spoilt, clean in zip(gradients(op, arrays, grad=grad, **masks, variant=variant), got, strict=True):
-        np.testing.assert_array_equal(spoilt, clean)
+    for spoiled, clean in zip(gradients(op, arrays, grad=grad, **masks, variant=variant), got, strict=True):
+        np.testing.assert_array_equal(spoiled, clean)
 
 
 @pytest.mark.parametrize(("op", "variant"), EVERY_BACKWARD)
@@ -153,7 +161,9 @@ def test_gradients_stay_finite_where_there_is_no_derivative(op: str, variant: st
 @pytest.mark.parametrize(("op", "variant"), EVERY_BACKWARD)
 @pytest.mark.parametrize("grad", ["lower_bound", "exact"])
 def test_a_gradient_lies_across_its_vector(op: str, variant: str, grad: str) -> None:
-    """Only directions matter, so a step along the vector itself changes nothing; and twice the length halves the gradient."""
+    """Only directions matter, so a step along the vector itself changes nothing; and twice the
+    length halves the gradient.
+    """
     arrays, _ = problem()
     grad_out, query, key, value = arrays
     got = gradients(op, arrays, grad=grad, variant=variant)

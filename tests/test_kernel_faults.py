@@ -1,4 +1,6 @@
-"""Every CUDA kernel is the one that runs, and one wrong line in a copy of it turns the registry's check red."""
+"""Every CUDA kernel is the one that runs, and one wrong line in a copy of it turns the registry's
+check red.
+"""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from yoso_core.gpu.catalog import NUMBA_FOLDER, catalog
 from yoso_core.gpu.cupy_kernels import source
 
 SMALL = Case(9, 11, 20, 12, 5, 3, mask="masked")
-TIES = Case(3, 9, 8, 4, 5, 3, kind="quantised")
+TIES = Case(3, 9, 8, 4, 5, 3, kind="quantized")
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ def test_every_kernel_has_a_fault() -> None:
 
 
 def meets_what_is_not_finite(op: str, variant: str) -> None:
-    """A query and a key that are kept and not finite, which the cases of the registry's test do not have."""
+    """A query and a key that are kept and not finite, which the cases of the registry's test do not
+    have.
+    """
     given = {name: support.as_dtype(x, "float32") for name, x in build(op, replace(SMALL, mask="none")).items()}
     query, key = ("query", "key") if "query" in given else ("query_weight", "key_weight")
     given[query][1, 2, 3], given[key][1, 4, 5] = np.nan, np.inf
@@ -233,14 +237,14 @@ def test_a_wrong_line_of_cuda_turns_the_check_red(fault: Fault, monkeypatch: pyt
     (file,) = (text.file for text in catalog() if (text.language, text.name) == ("CUDA C++", fault.kernel))
     right = source.source
 
-    def spoilt(name: str) -> str:
+    def spoiled(name: str) -> str:
         text = right(name)
         if name == file:
             assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
             text = text.replace(fault.line, fault.wrong)
         return text
 
-    monkeypatch.setattr(source, "source", spoilt)
+    monkeypatch.setattr(source, "source", spoiled)
     with pytest.raises((AssertionError, gpu.emulator.KernelFault)):
         check(fault.op, fault.variant, fault.case)
 
@@ -250,7 +254,7 @@ def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, monkeypatch: p
     file, _, launcher = fault.variant.partition(":")
     text = (NUMBA_FOLDER / f"{file}.py").read_text("utf-8")
     assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
-    for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "spoilt")):
+    for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "spoiled")):
         (tmp_path / f"{name}.py").write_text(written, "utf-8")
         spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
         assert spec is not None
@@ -262,7 +266,7 @@ def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, monkeypatch: p
         monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
     check(fault.op, "stepped:sound", fault.case)
     with pytest.raises((AssertionError, gpu.emulator.KernelFault, IndexError)):
-        check(fault.op, "stepped:spoilt", fault.case)
+        check(fault.op, "stepped:spoiled", fault.case)
 
 
 LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated", "stepped")]

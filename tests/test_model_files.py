@@ -68,7 +68,9 @@ def as_pytorch_bin(model: Any, folder: Path) -> None:
 
 
 def as_old_pytorch_bin(model: Any, folder: Path) -> None:
-    """As transformers wrote them before 2023: with the numbers of positions and types among the weights, and every tied weight."""
+    """As transformers wrote them before 2023: with the numbers of positions and types among the
+    weights, and every tied weight.
+    """
     model.config.save_pretrained(folder)
     prefix = "" if type(model).__name__ == "YosoModel" else "yoso."
     table = torch.arange(model.config.max_position_embeddings)[None] + 2
@@ -206,7 +208,9 @@ def test_one_head_reads_anothers_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", [*SHARED, "YosoForPreTraining"])
 def test_new_weights_are_drawn_as_in_transformers(head: str) -> None:
-    """Normal with the config's deviation, LayerNorms the identity, biases and the padding's word zero."""
+    """Normal with the config's deviation, LayerNorms the identity, biases and the padding's word
+    zero.
+    """
     torch.manual_seed(0)
     settings = config(hidden_size=96, initializer_range=0.05, conv_window=3)
     model = getattr(ours, head)(settings)
@@ -277,7 +281,7 @@ def test_embeddings_can_be_exchanged() -> None:
 @pytest.mark.parametrize("head", ["YosoModel", "YosoForMaskedLM"])
 @pytest.mark.parametrize("wanted", [25, 48, 100], ids="to{}".format)
 def test_the_position_table_can_be_lengthened(wanted: int, head: str, tmp_path: Path) -> None:
-    """By repeating the learnt rows in order, from row 2 on: 24 of them."""
+    """By repeating the learned rows in order, from row 2 on: 24 of them."""
     model = lively(head).requires_grad_(True)
     table = model.base_model.embeddings.position_embeddings.weight.detach().clone()
     with torch.no_grad():

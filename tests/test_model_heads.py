@@ -1,4 +1,6 @@
-"""Every head beside transformers' with the same weights: outputs, losses and gradients, where transformers is right."""
+"""Every head beside transformers' with the same weights: outputs, losses and gradients, where
+transformers is right.
+"""
 
 import math
 from typing import Any
@@ -93,10 +95,10 @@ def test_outputs_losses_and_gradients_are_those_of_transformers(head: str, conv_
 
 @every_head
 @pytest.mark.parametrize("asked", [False, True], ids=["outputs", "outputs_and_hidden_states"])
-@pytest.mark.parametrize("labelled", [False, True], ids=["unlabelled", "labelled"])
-def test_tuples_hold_what_dicts_hold_in_the_order_of_transformers(head: str, labelled: bool, asked: bool) -> None:
+@pytest.mark.parametrize("labeled", [False, True], ids=["unlabeled", "labeled"])
+def test_tuples_hold_what_dicts_hold_in_the_order_of_transformers(head: str, labeled: bool, asked: bool) -> None:
     model, inputs, labels = build(head)
-    inputs = inputs | labels if labelled else inputs
+    inputs = inputs | labels if labeled else inputs
     with torch.no_grad():
         whole = model(**inputs, output_hidden_states=asked)
         found = model(**inputs, output_hidden_states=asked, return_dict=False)
@@ -278,7 +280,9 @@ def test_labels_of_one_column_are_taken_as_a_row() -> None:
 
 
 def test_the_problem_follows_from_the_labels_each_time() -> None:
-    """A model that was asked for one kind of loss can be asked for another; the config stays as it was."""
+    """A model that was asked for one kind of loss can be asked for another; the config stays as it
+    was.
+    """
     model, inputs, labels = build("single_label")
     several = HEADS["multi_label"][2]
     with torch.no_grad():
@@ -368,7 +372,9 @@ def split(x: Tensor, heads: int = 3) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "padded"])
 @pytest.mark.parametrize("conv_window", [None, 5], ids="conv{}".format)
 def test_attentions_are_the_weights_of_the_context(conv_window: int | None, masked: bool) -> None:
-    """``E_ij = (1 - theta_ij / pi)**tau``; rows of them times the values, scaled to unit length, are the context."""
+    """``E_ij = (1 - theta_ij / pi)**tau``; rows of them times the values, scaled to unit length,
+    are the context.
+    """
     model = lively("YosoModel", conv_window=conv_window)
     keep = torch.arange(N) < torch.tensor([N, 8, 1])[:, None] if masked else torch.ones(BATCH, N, dtype=torch.bool)
     mask = {"attention_mask": keep.long()} if masked else {}
@@ -404,7 +410,9 @@ def test_attentions_do_not_change_the_output() -> None:
 
 
 def reference_weights(query: Tensor, key: Tensor, tau: int) -> Tensor:
-    """In float64, by arctangent: from two vectors of one length, half the angle is that between their sum and their difference."""
+    """In float64, by arctangent: from two vectors of one length, half the angle is that between
+    their sum and their difference.
+    """
     q, k = (F.normalize(x.double(), dim=-1) for x in (query, key))
     apart, along = (q[..., :, None, :] - k[..., None, :, :]).norm(dim=-1), (q[..., :, None, :] + k[..., None, :, :]).norm(dim=-1)
     return (1 - 2 * torch.atan2(apart, along) / math.pi) ** tau
@@ -413,7 +421,9 @@ def reference_weights(query: Tensor, key: Tensor, tau: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tau", [1, 9, 30], ids="tau{}".format)
 def test_expected_weights_are_the_formula(tau: int, dtype: torch.dtype) -> None:
-    """Equal vectors weigh 1, opposite ones nothing, and a zero vector is at a right angle to all; whatever their lengths."""
+    """Equal vectors weigh 1, opposite ones nothing, and a zero vector is at a right angle to all;
+    whatever their lengths.
+    """
     query = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     key = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     key[0, 0], key[0, 1], key[0, 2] = query[0, 0], -query[0, 1], 0
@@ -444,7 +454,9 @@ def test_expected_weights_have_the_true_derivative() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradients_of_expected_weights_are_finite_where_there_is_none(dtype: torch.dtype) -> None:
-    """Of equal, opposite, zero and masked vectors; a zero vector has no direction to turn, so its gradient is zero."""
+    """Of equal, opposite, zero and masked vectors; a zero vector has no direction to turn, so its
+    gradient is zero.
+    """
     query = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     key = torch.stack([query[0], -query[1], torch.zeros(6, dtype=dtype), torch.full((6,), torch.nan, dtype=dtype), query[3] + 1])
     query.requires_grad_()
@@ -478,7 +490,9 @@ def draw(way: str, model: YosoModel, layer: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("lsh_backward", [True, False], ids=["lsh", "dense"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_layer_attends_as_its_config_says(way: str, lsh_backward: bool, grad: Any) -> None:
-    """Context and gradients are those of `yoso_attention` with the settings and the draw of layer and heads; padded, with a convolution."""
+    """Context and gradients are those of `yoso_attention` with the settings and the draw of layer
+    and heads; padded, with a convolution.
+    """
     model = lively("YosoModel", conv_window=3, lsh_backward=lsh_backward, grad=grad, hash_seed=5, **WAYS[way])
     keep = torch.arange(N) < torch.tensor([N, 8, 1])[:, None]
     for layer in (0, 1):
@@ -550,7 +564,9 @@ def test_settings_are_read_at_every_call() -> None:
 
 
 def test_many_hashes_come_near_the_expectation() -> None:
-    """The error falls as one over the square root of the number of hashes: 64 times as many, an eighth."""
+    """The error falls as one over the square root of the number of hashes: 64 times as many, an
+    eighth.
+    """
     model, words = lively("YosoModel", hash_code_len=2), ids(BATCH, N)
     attention = model.encoder.layer[0].attention.self
     with torch.no_grad():
@@ -565,7 +581,8 @@ def test_many_hashes_come_near_the_expectation() -> None:
                     model.config.hash_seed = seed
                     draws.append((attention(hidden)[0] - right).square().mean())
                 errors.append(float(torch.stack(draws).mean().sqrt()))
-            # The fast hash of 16 dims is a little biased; what is left of it is far below half of the first error.
+            # The fast hash of 16 dims is a little biased; what is left of it is far below half of
+            # the first error.
             assert errors[1] < errors[0] / (3 if way == "sampled" else 6)
             model.config.use_expectation = True
 

@@ -1,4 +1,5 @@
-"""A padded batch gives each row what it would get alone, evaluation repeats, training draws afresh, and nothing turns into NaN.
+"""A padded batch gives each row what it would get alone, evaluation repeats, training draws afresh,
+and nothing turns into NaN.
 
 The last tests show what transformers' YOSO does in the same places.
 """
@@ -44,8 +45,8 @@ def alone(model: Any, words: Tensor, keep: Tensor) -> list[Tensor]:
 @with_and_without_convolution
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_padded_row_is_what_it_is_alone(side: str, conv_window: int | None, way: str) -> None:
-    """In float64, where no code differs: matrix products of another shape round differently, and a bit may turn over where a projection
-    is nearly zero.
+    """In float64, where no code differs: matrix products of another shape round differently, and a
+    bit may turn over where a projection is nearly zero.
     """
     model = lively("YosoModel", conv_window=conv_window, **WAYS[way]).double()
     keep = RIGHT if side == "right" else RIGHT.flip(1)
@@ -71,7 +72,9 @@ def test_a_padded_row_is_what_it_is_alone_in_float32(way: str, conv_window: int 
 
 @pytest.mark.parametrize("way", ["sampled", "planes"])
 def test_a_padded_row_in_float32_has_the_codes_that_it_has_alone(way: str) -> None:
-    """At most 1 bit of 100,000 may differ, and where all of a layer's do agree, so does what it gives."""
+    """At most 1 bit of 100,000 may differ, and where all of a layer's do agree, so does what it
+    gives.
+    """
     settings = {"num_hash": 64, "hash_code_len": 9, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 128}
     model = lively("YosoModel", **WAYS[way] | settings)
     attention = model.encoder.layer[0].attention.self
@@ -108,7 +111,9 @@ def test_a_padded_row_in_float32_has_the_codes_that_it_has_alone(way: str) -> No
 
 @every_way
 def test_what_stands_at_padding_does_not_matter(way: str) -> None:
-    """Not even which words, which positions or how they are counted; bit for bit, since the shape is the same."""
+    """Not even which words, which positions or how they are counted; bit for bit, since the shape
+    is the same.
+    """
     model = lively("YosoModel", conv_window=5, **WAYS[way])
     words = ids(BATCH, N)
     with torch.no_grad():
@@ -129,10 +134,10 @@ def test_padding_may_hold_nan(conv_window: int | None, way: str) -> None:
     with torch.no_grad():
         right = model(inputs_embeds=embeds, attention_mask=RIGHT.long()).last_hidden_state[RIGHT]
         for bad in (torch.nan, torch.inf):
-            spoilt = embeds.masked_fill(~RIGHT[..., None], bad)
-            got = model(inputs_embeds=spoilt, attention_mask=RIGHT.long()).last_hidden_state[RIGHT]
+            spoiled = embeds.masked_fill(~RIGHT[..., None], bad)
+            got = model(inputs_embeds=spoiled, attention_mask=RIGHT.long()).last_hidden_state[RIGHT]
             torch.testing.assert_close(got, right, rtol=0, atol=0)
-            assert model(inputs_embeds=spoilt).last_hidden_state[RIGHT].isnan().any()  # unmasked it shows
+            assert model(inputs_embeds=spoiled).last_hidden_state[RIGHT].isnan().any()  # unmasked it shows
 
 
 @every_way
@@ -194,7 +199,7 @@ def test_a_row_that_is_all_padding_leaves_the_others_alone(way: str) -> None:
 
 
 @every_way
-def test_neighbours_in_the_batch_do_not_matter(way: str) -> None:
+def test_neighbors_in_the_batch_do_not_matter(way: str) -> None:
     model = lively("YosoModel", conv_window=5, **WAYS[way]).double()
     words = ids(BATCH, N)
     with torch.no_grad():
@@ -235,7 +240,9 @@ def test_hashes_are_no_part_of_the_weights(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["sampled", "planes"])
 def test_inference_mode_first_does_not_spoil_training(way: str) -> None:
-    """Evaluation hashes are kept; those first used in inference mode must still serve where gradients are wanted."""
+    """Evaluation hashes are kept; those first used in inference mode must still serve where
+    gradients are wanted.
+    """
     model = lively("YosoForMaskedLM", hash_seed=987_654, **WAYS[way])
     with torch.inference_mode():
         first = model(ids(2, N)).logits
@@ -260,9 +267,11 @@ PLANES = {(0, 0, 0): [-0.1177767, 0.9424543, 2.5141597, 0.2620285], (7, 11, 2): 
 
 
 def words_of(hash_seed: int, layer: int, head: int, count: int) -> list[int]:
-    """The outputs of PCG64 (XSL-RR 128/64), stepped here in Python's whole numbers from the seeded state.
+    """The outputs of PCG64 (XSL-RR 128/64), stepped here in Python's whole numbers from the seeded
+    state.
 
-    Source: O'Neill 2014, "PCG: a family of simple fast space-efficient statistically good algorithms for random number generation".
+    Source: O'Neill 2014, "PCG: a family of simple fast space-efficient statistically good
+    algorithms for random number generation".
     """
     seeded = np.random.PCG64(np.random.SeedSequence([hash_seed, layer, head])).state["state"]
     state, increment = int(seeded["state"]), int(seeded["inc"])
@@ -315,7 +324,9 @@ def test_golden_planes(at: tuple[int, int, int]) -> None:
 
 
 def test_draws_of_evaluation_are_fair_and_unrelated() -> None:
-    """Signs and normal numbers have the right moments; those of heads, layers and seeds do not correlate. Within 4.5 standard errors."""
+    """Signs and normal numbers have the right moments; those of heads, layers and seeds do not
+    correlate. Within 4.5 standard errors.
+    """
     heads = [evaluation_signs(seed, layer, 2, 64, 9, 64)[head].flatten() for seed in (0, 1) for layer in (0, 1) for head in (0, 1)]
     signs = torch.stack(heads).double()
     assert signs.abs().eq(1).all()
@@ -448,7 +459,9 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 @HALF
 @with_and_without_convolution
 def test_the_expectation_in_half_precision_is_near_float32(conv_window: int | None, dtype: torch.dtype) -> None:
-    """Twenty roundings of a unit's size in each of two layers, and never as far off as another attention would be."""
+    """Twenty roundings of a unit's size in each of two layers, and never as far off as another
+    attention would be.
+    """
     model = lively("YosoForMaskedLM", conv_window=conv_window).to(dtype).float()
     words = padded(ids(BATCH, N), RIGHT)
     words[0] = 5  # one word again and again
@@ -488,9 +501,11 @@ def test_sampling_in_half_precision_is_near_float32(way: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 300.0, 1e-4], ids=["plain", "large", "small"])
 def test_zero_rows_and_repeated_rows_are_harmless(size: float, dtype: torch.dtype, way: str) -> None:
-    """Queries of 300 have squares beyond float16, those of 1e-4 have squares that vanish there; a zero query has no direction.
+    """Queries of 300 have squares beyond float16, those of 1e-4 have squares that vanish there; a
+    zero query has no direction.
 
-    Their lengths are taken in float32, so the context does not depend on the size of queries and keys.
+    Their lengths are taken in float32, so the context does not depend on the size of queries and
+    keys.
     """
     model = lively("YosoModel", **WAYS[way])
     attention = model.encoder.layer[0].attention.self.to(dtype)
@@ -540,7 +555,9 @@ def test_repeated_words_at_one_position_have_no_nan(training: bool, way: str) ->
 
 
 def test_transformers_has_no_padding() -> None:
-    """Its mask changes nothing at all, so a padded row is another row; ours is theirs cut to its tokens."""
+    """Its mask changes nothing at all, so a padded row is another row; ours is theirs cut to its
+    tokens.
+    """
     model = lively("YosoForMaskedLM")
     theirs = stock(model)
     words = padded(ids(BATCH, N), RIGHT)
@@ -555,7 +572,9 @@ def test_transformers_has_no_padding() -> None:
 
 
 def test_transformers_has_nan_where_a_query_is_its_key() -> None:
-    """The inner product of a unit vector with itself may round to more than 1, where arccos is not defined."""
+    """The inner product of a unit vector with itself may round to more than 1, where arccos is not
+    defined.
+    """
     model = lively("YosoModel")
     with torch.no_grad():
         for layer in model.encoder.layer:

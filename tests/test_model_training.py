@@ -1,4 +1,6 @@
-"""Training with Trainer, on one process and two, with adapters; compiled and exported models; and what bad input says."""
+"""Training with Trainer, on one process and two, with adapters; compiled and exported models; and
+what bad input says.
+"""
 
 import io
 import os
@@ -72,7 +74,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def texts(count: int) -> list[dict[str, list[int]]]:
-    """One word, again and again, in lines of 5 to 14: what was masked stands elsewhere in the line."""
+    """One word, again and again, in lines of 5 to 14: what was masked stands elsewhere in the
+    line.
+    """
     generator = torch.Generator().manual_seed(0)
     words, lengths = torch.randint(WORDS, (count,), generator=generator), torch.randint(5, 15, (count,), generator=generator)
     encode = tokenizer()
@@ -112,14 +116,16 @@ def loss_falls_by(folder: Path, *, freeze_values: bool = False, steps: int = 120
 @needs_accelerate
 @every_way
 def test_a_masked_lm_learns_with_trainer(way: str, tmp_path: Path) -> None:
-    """From the logarithm of the number of words, 2.5, to a sixth and less. Without values to attend to it stays above two thirds."""
+    """From the logarithm of the number of words, 2.5, to a sixth and less. Without values to attend
+    to it stays above two thirds.
+    """
     factor, trainer = loss_falls_by(tmp_path, **WAYS[way])
     assert factor > 6
     assert trainer.evaluate()["eval_loss"] < 1
 
 
 @needs_accelerate
-def test_the_text_is_learnt_through_attention_alone(tmp_path: Path) -> None:
+def test_the_text_is_learned_through_attention_alone(tmp_path: Path) -> None:
     assert loss_falls_by(tmp_path, freeze_values=True)[0] < 1.5
 
 
@@ -165,7 +171,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def weights_after(head: str, folder: Path, batch: int, pieces: int, **settings: Any) -> dict[str, Tensor]:
-    """After three steps of plain gradient descent over the same eight texts, and how far the first went."""
+    """After three steps of plain gradient descent over the same eight texts, and how far the first
+    went.
+    """
     model = lively(head, **SETTINGS[head], **NO_DROPOUT, **settings).double()
     how = arguments(
         folder,
@@ -206,7 +214,9 @@ def test_the_comparison_sees_a_mean_of_means(head: str, tmp_path: Path, monkeypa
 
 @needs_accelerate
 def test_pre_training_in_pieces_weighs_both_losses_alike(tmp_path: Path) -> None:
-    """Only the words' labels are counted for a whole step, so both losses are means of the pieces: equal pieces give the large batch."""
+    """Only the words' labels are counted for a whole step, so both losses are means of the pieces:
+    equal pieces give the large batch.
+    """
     rows = table("YosoForPreTraining")
     rows.columns["labels"] = ids(8, 10, seed=1).masked_fill(torch.arange(10) >= 2, -100)  # two labels in every text
     with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +249,9 @@ dist.destroy_process_group()
 
 @needs_accelerate
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    """With the same seed they draw the same hashes, which a batch shares, so even a sampled step is the same."""
+    """With the same seed they draw the same hashes, which a batch shares, so even a sampled step is
+    the same.
+    """
     (tmp_path / "train.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", "."]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,6 @@
-"""The cooperative stepper, by faults that it must report; and the Numba CUDA kernels: stepped, simulated by Numba, and compiled to PTX."""
+"""The cooperative stepper, by faults that it must report; and the Numba CUDA kernels: stepped,
+simulated by Numba, and compiled to PTX.
+"""
 
 import importlib.metadata
 import inspect
@@ -233,7 +235,7 @@ def test_a_missing_barrier_shows_itself_in_some_order() -> None:
     assert all(result != backwards for result in results_in_every_order(reverses_without_a_barrier))
 
 
-def test_shared_memory_that_was_not_initialised_is_nan_and_minus_one() -> None:
+def test_shared_memory_that_was_not_initialized_is_nan_and_minus_one() -> None:
     assert results_in_every_order(sums_what_it_cleared) == [[28] * 8] * 3
     for kernel in (sums_what_it_did_not_clear, sums_dynamic_memory_that_it_did_not_clear):
         assert np.isnan(results_in_every_order(kernel)).all()
@@ -264,7 +266,7 @@ def test_orders_are_what_they_are_called() -> None:
 
 
 @cuda.jit(device=True)
-def doubled_and_synchronised(x):
+def doubled_and_synchronized(x):
     cuda.syncthreads()
     return 2 * x
 
@@ -274,7 +276,7 @@ def kernel_from_a_factory(shift: int) -> Any:
     def kernel(x, out, votes):
         i, j = cuda.grid(2)
         n, m = cuda.gridsize(2)
-        out[i, j] = doubled_and_synchronised(x[i, j]) + shift + n + m
+        out[i, j] = doubled_and_synchronized(x[i, j]) + shift + n + m
         out[i][j] += len(x) * 1000
         me = cuda.threadIdx.x + cuda.threadIdx.y * cuda.blockDim.x
         votes[cuda.blockIdx.x, 0] = cuda.syncthreads_count(me < 3)
@@ -408,7 +410,9 @@ def as_device(x: Any) -> Any:
 
 
 def check(launcher: Callable[..., Array], op: str, case: Case, device: Stepper | None = None) -> Array:
-    """Assert that a launcher computes what the definition does; return what it computed, as a device has it."""
+    """Assert that a launcher computes what the definition does; return what it computed, as a
+    device has it.
+    """
     inputs = {name: as_dtype(x, case.dtype) for name, x in build(op, case).items()}
     given = {name: as_device(x) for name, x in inputs.items()}
     kept = {name: x.copy() for name, x in given.items() if isinstance(x, np.ndarray)}
@@ -432,12 +436,12 @@ HASHES = (
     Case(1, 7, 7, 1, 7, 30),
     Case(1, 7, 4, 1, 33, 13, "float64"),
     Case(1, 7, 20, 1, 33, 9, "float64", kind="onehot"),
-    Case(1, 7, 64, 1, 1, 1, "float16", kind="quantised"),
+    Case(1, 7, 64, 1, 1, 1, "float16", kind="quantized"),
     Case(1, 7, 80, 1, 33, 13, "bfloat16"),
     Case(1, 7, 48, 1, 7, 8, kind="1e35"),
     Case(1, 7, 48, 1, 7, 8, "float64", kind="1e35"),
     Case(1, 7, 48, 1, 7, 8, "float64", kind="1e-15"),
-    Case(1, 2, 1024, 1, 7, 30, kind="quantised", leading=()),
+    Case(1, 2, 1024, 1, 7, 30, kind="quantized", leading=()),
     Case(1, 1, 1500, 1, 70, 30, leading=()),
 )
 SUMS = (
@@ -579,10 +583,10 @@ def test_half_types_are_rounded_to_the_nearest_even() -> None:
     np.testing.assert_array_equal(widened, torch.from_numpy(every.view(np.int16)).view(torch.bfloat16).float().numpy())
 
 
-# One line of a kernel spoilt in a copy: some order must show it.
+# One line of a kernel spoiled in a copy: some order must show it.
 
 BARRIER = "cuda.syncthreads()\n"
-SPOILT = [
+SPOILED = [
     (hashing, "hash_vectors", f"{BARRIER}                stride //= 2", "stride //= 2"),
     (hashing, "hash_vectors", f"codes[vector, h] = code\n        {BARRIER}", "codes[vector, h] = code\n"),
     (hashing, "hash_vectors", "stride = padded_dim // 2", "stride = padded_dim // 4"),
@@ -618,7 +622,7 @@ def edited(module: ModuleType, kernel: str, old: str, new: str) -> Any:
 
 
 def right_in_every_order(launcher: Callable[..., Array]) -> bool:
-    case = Case(1, 3, 16, 1, 9, 3, kind="quantised") if launcher is fast_hash_shared_memory else IN_EVERY_ORDER[launcher]
+    case = Case(1, 3, 16, 1, 9, 3, kind="quantized") if launcher is fast_hash_shared_memory else IN_EVERY_ORDER[launcher]
     try:
         for chosen in ORDERS:
             with emulator.order(chosen):
@@ -628,12 +632,12 @@ def right_in_every_order(launcher: Callable[..., Array]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("module", "kernel", "old", "new"), SPOILT, ids=[f"{kernel}-{i}" for i, (_, kernel, _, _) in enumerate(SPOILT)])
-def test_a_spoilt_line_shows(module: ModuleType, kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, spoilt = edited(module, kernel, old, old), edited(module, kernel, old, new)
+@pytest.mark.parametrize(("module", "kernel", "old", "new"), SPOILED, ids=[f"{kernel}-{i}" for i, (_, kernel, _, _) in enumerate(SPOILED)])
+def test_a_spoiled_line_shows(module: ModuleType, kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, spoiled = edited(module, kernel, old, old), edited(module, kernel, old, new)
     monkeypatch.setattr(module, kernel, copy)
     assert right_in_every_order(LAUNCHER_OF[kernel])
-    monkeypatch.setattr(module, kernel, spoilt)
+    monkeypatch.setattr(module, kernel, spoiled)
     assert not right_in_every_order(LAUNCHER_OF[kernel])
 
 

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS, POSITIONS, TYPES, DIM, HIDDEN, HEADS, TAU, WINDOW = 50, 18, 2, 24, 40, 2, 5, 3
 
-# The keys that convert_weight_keys of the authors' code lists (mlpen/Nystromformer, code/utils.py), with the shapes of their modules.
+# The keys that convert_weight_keys of the authors' code lists (mlpen/Nystromformer, code/utils.py),
+# with the shapes of their modules.
 EMBEDDINGS = {
     "model.embeddings.word_embeddings.weight": (WORDS, DIM),
     "model.embeddings.position_embeddings.weight": (POSITIONS, DIM),
@@ -62,8 +63,9 @@ MASKED_LM = {
 }
 ROBERTA = EMBEDDINGS | {f"model.transformer_{i}.{key}": shape for i in range(2) for key, shape in (ATTENTION | FEED_FORWARD).items()}
 
-# mlpen/YOSO, encoders/backbones/efficient_attention.py: Backbone.encoders, Block.ff is a Sequential of Linear, GELU, Linear (listed in
-# mlpen/mra-attention, RoBERTa/get_roberta_pretrained_weights.py); yoso_v2/yoso.py: YOSOAttention.conv.
+# mlpen/YOSO, encoders/backbones/efficient_attention.py: Backbone.encoders, Block.ff is a Sequential
+# of Linear, GELU, Linear (listed in mlpen/mra-attention,
+# RoBERTa/get_roberta_pretrained_weights.py); yoso_v2/yoso.py: YOSOAttention.conv.
 # mlpen/Nystromformer, reorganized_code/BERT/model.py: ModelWrapper.sen_class, Model.pooler.
 SEQUENTIAL = {key.replace("ff1", "ff.0").replace("ff2", "ff.2"): shape for key, shape in FEED_FORWARD.items()}
 CONV = {"mha.attn.conv.weight": (HEADS, 1, WINDOW, 1)}
@@ -98,7 +100,9 @@ def written(path: Path, stored: Any) -> Path:
 
 
 def authors_forward(state: dict[str, Tensor], ids: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
-    """The authors' model from its own parameters, with the expected attention: masked-LM scores, and the scores of the sentence order."""
+    """The authors' model from its own parameters, with the expected attention: masked-LM scores,
+    and the scores of the sentence order.
+    """
 
     def norm(name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, (DIM,), state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
@@ -301,7 +305,8 @@ def test_a_file_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-# The section "model" of mlpen/YOSO's BERT/models/yoso-v2-32-small/config.json, in the sizes of this file.
+# The section "model" of mlpen/YOSO's BERT/models/yoso-v2-32-small/config.json, in the sizes of this
+# file.
 AUTHORS_CONFIG = {
     "mixed_precision": True, "vocab_size": WORDS, "num_sen_type": TYPES, "max_seq_len": POSITIONS, "num_classes": 4, "shared_weight": False,
     "num_layers": 2, "dropout_prob": 0.2, "embedding_dim": DIM, "dim": DIM, "hidden_dim": HIDDEN, "num_head": HEADS, "head_dim": 12,

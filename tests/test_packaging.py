@@ -1,4 +1,6 @@
-"""What the package promises before anything is computed: a light import, the names it lists, and files that agree with each other."""
+"""What the package promises before anything is computed: a light import, the names it lists, and
+files that agree with each other.
+"""
 
 import inspect
 import re
@@ -74,13 +76,15 @@ def test_version_is_one() -> None:
 def explained(name: str) -> str:
     """A function's docstring, with those it refers to in the words "those of `other`"."""
     doc = getattr(yoso_core, name).__doc__ or ""
-    others = {other for those in re.findall(r"those of ([^.]*)\.", doc) for other in re.findall(r"(?<!`)`(\w+)`", those)}
+    others = {other for those in re.findall(r"those\s+of\s+([^.]*)\.", doc) for other in re.findall(r"(?<!`)`(\w+)`", those)}
     return "\n".join([doc, *(explained(other) for other in others & set(PUBLIC_FUNCTIONS))])
 
 
 @pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
 def test_docstring_names_every_parameter(name: str) -> None:
-    """But ``variant``, which means the same everywhere, and which the package's own docstring explains."""
+    """But ``variant``, which means the same everywhere, and which the package's own docstring
+    explains.
+    """
     parameters = set(inspect.signature(getattr(yoso_core, name)).parameters) - {"variant"}
     words = set(re.findall(r"\w+", explained(name)))
     assert parameters - words == set()

@@ -1,4 +1,6 @@
-"""transformers' pipelines with a model of ours: a batch of texts of unequal lengths gives what each gives alone."""
+"""transformers' pipelines with a model of ours: a batch of texts of unequal lengths gives what each
+gives alone.
+"""
 
 import os
 import socket
@@ -81,7 +83,9 @@ def test_token_classification(way: str, tokenizer: Any) -> None:
 
 @every_way
 def test_zero_shot_classification(way: str, tokenizer: Any) -> None:
-    """A text is paired with a sentence for every label, and the pairs, of unequal lengths, make one batch."""
+    """A text is paired with a sentence for every label, and the pairs, of unequal lengths, make one
+    batch.
+    """
     labels = {0: "contradiction", 1: "neutral", 2: "entailment"}
     model = tiny(
         "YosoForSequenceClassification", num_labels=3, id2label=labels, label2id={name: i for i, name in labels.items()}, **WAYS[way]
@@ -139,7 +143,9 @@ def test_question_answering(way: str, tokenizer: Any) -> None:
 
 
 def test_left_padding_needs_positions(tokenizer: Any) -> None:
-    """Pipelines give none, so a tokenizer that pads on the left changes results: the first token must stand at row 2."""
+    """Pipelines give none, so a tokenizer that pads on the left changes results: the first token
+    must stand at row 2.
+    """
     model = tiny("YosoModel")
     right = words(tokenizer, TEXTS[0], "Few words.")
     tokenizer.padding_side = "left"
@@ -187,7 +193,8 @@ def test_published_model_answers_as_its_card(published: str) -> None:
     assert [row["token"] for row in run("Paris is the <mask> of France.")] == [812, 3497, 1515, 2201, 270]
 
 
-# transformers' tests/models/yoso/test_modeling_yoso.py: the first three numbers of the first three tokens.
+# transformers' tests/models/yoso/test_modeling_yoso.py: the first three numbers of the first three
+# tokens.
 HIDDEN = [[-0.0611, 0.1242, 0.0840], [0.0280, -0.0048, 0.1125], [0.0106, 0.0226, 0.0751]]
 LOGITS = [[-2.1313, -3.7285, -2.2407], [-2.7047, -3.3314, -2.6408], [0.0629, -2.5166, -0.3356]]
 LONG_LOGITS = [[-2.3914, -4.3742, -5.0956], [-4.0988, -4.2384, -7.0406], [-3.1427, -3.7192, -6.6800]]

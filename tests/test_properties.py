@@ -1,6 +1,7 @@
 """What holds for any input, tried on random sizes: every variant that can run here.
 
-Values are whole numbers and hashes a power of two, so that sums are exact whatever their order: equal means equal.
+Values are whole numbers and hashes a power of two, so that sums are exact whatever their order:
+equal means equal.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,9 @@ ATTENTIONS = runnable("expectation_attention", "yoso_attention")
 
 
 class Sums:
-    """A random call of a cumulation, plain or weighted, with the key side held apart so that it can be cut and shuffled."""
+    """A random call of a cumulation, plain or weighted, with the key side held apart so that it can
+    be cut and shuffled.
+    """
 
     def __init__(self, op: str, variant: str, seed: int, n_q: int, n_k: int, tau: int, dtype: str) -> None:
         self.rng = np.random.default_rng(seed)
@@ -138,7 +141,9 @@ def test_a_batch_is_its_heads_one_by_one(
 @given(seed=SEEDS, d=DIMS, tau=CODE_LENGTHS, m=st.integers(1, 5), exponent=st.integers(-30, 30), dtype=FLOATS)
 @where_it_fits
 def test_a_positive_scale_changes_no_code(op: str, variant: str, seed: int, d: int, tau: int, m: int, exponent: int, dtype: str) -> None:
-    """By powers of two, which round nothing; the opposite vector has the opposite bits where no projection is zero."""
+    """By powers of two, which round nothing; the opposite vector has the opposite bits where no
+    projection is zero.
+    """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((9, d)).astype(dtype)
     drawn = (yoso_core.sample_signs if op == "fast_hash" else yoso_core.sample_planes)(m, tau, d, rng=rng)
@@ -149,7 +154,9 @@ def test_a_positive_scale_changes_no_code(op: str, variant: str, seed: int, d: i
 
 
 class Attention:
-    """A random call of the expectation, or of the whole attention by signs, planes or expectation."""
+    """A random call of the expectation, or of the whole attention by signs, planes or
+    expectation.
+    """
 
     def __init__(
         self, op: str, variant: str, seed: int, leading: tuple[int, ...], n_q: int, n_k: int, d: int, tau: int, dtype: str

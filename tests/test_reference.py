@@ -15,7 +15,8 @@ ROOT_3 = np.sqrt(3.0)
 
 
 def test_hadamard_of_4_numbers() -> None:
-    # (1, 2, 3, 4): stride 2 gives sums (4, 6) and differences (-2, -2); stride 1 gives (10, -2) and (-4, 0).
+    # (1, 2, 3, 4): stride 2 gives sums (4, 6) and differences (-2, -2); stride 1 gives (10, -2) and
+    # (-4, 0).
     x = np.array([1.0, 2.0, 3.0, 4.0])
     np.testing.assert_array_equal(reference.hadamard_transform(x), [10, -2, -4, 0])
 
@@ -37,13 +38,15 @@ def test_hadamard_is_the_product_with_sylvesters_matrix() -> None:
 
 
 def test_hadamard_adds_the_largest_stride_first() -> None:
-    # In float32 2**24 + 1 is 2**24. With (a, b, c, d) = (2**24, 1, -2**24, 0) (a + c) + (b + d) is 1; (a + b) + (c + d) is 0.
+    # In float32 2**24 + 1 is 2**24. With (a, b, c, d) = (2**24, 1, -2**24, 0) (a + c) + (b + d) is
+    # 1; (a + b) + (c + d) is 0.
     x = np.array([2.0**24, 1, -(2.0**24), 0], np.float32)
     assert reference.hadamard_transform(x)[0] == 1
 
 
 def test_hadamard_adds_float16_in_float32_and_rounds_once() -> None:
-    # 2048 + 1 is 2048 in float16, twice over; in float32 the sum of (2048, 1, 0, 1) is 2050, which float16 has.
+    # 2048 + 1 is 2048 in float16, twice over; in float32 the sum of (2048, 1, 0, 1) is 2050, which
+    # float16 has.
     x = np.array([2048, 1, 0, 1], np.float16)
     transformed = reference.hadamard_transform(x)
     assert transformed.dtype == np.float16
@@ -77,18 +80,20 @@ def test_hash_layout(num_hash: int, tau: int, d: int, padded: int, per: int, par
 
 
 def test_bits_of_a_code_by_hand() -> None:
-    # d = 3, so D = 4; tau = 2, so 2 codes per part; 3 codes need 2 parts. H H = 4, so two idle diagonals leave H D3 H D2 H D1 x = 4 H D1 x.
+    # d = 3, so D = 4; tau = 2, so 2 codes per part; 3 codes need 2 parts. H H = 4, so two idle
+    # diagonals leave H D3 H D2 H D1 x = 4 H D1 x.
     x = np.array([[1.0, 2.0, 3.0]])
     signs = np.ones((3, 2, 4), np.int8)
     signs[0, 1] = [-1, 1, 1, 1]
-    # Part 0: H(1, 2, 3, 0) = (6, 2, 0, -4): bits 1, 1 | 0, 0, since zero is not positive: codes 1 + 2 = 3 and 0.
-    # Part 1: H(-1, 2, 3, 0) = (4, 0, -2, -6): bits 1, 0 | ...: code 1.
+    # Part 0: H(1, 2, 3, 0) = (6, 2, 0, -4): bits 1, 1 | 0, 0, since zero is not positive: codes 1 +
+    # 2 = 3 and 0. Part 1: H(-1, 2, 3, 0) = (4, 0, -2, -6): bits 1, 0 | ...: code 1.
     np.testing.assert_array_equal(reference.fast_hash(x, signs, 3, 2), [[3, 0, 1]])
 
 
 def test_the_first_diagonal_is_applied_first() -> None:
-    # H D1 x = H(-1, 2, 3, 0) = (4, 0, -2, -6); D2 makes it (-4, 0, 2, -6); H H only multiplies by 4: bits 0, 0, 1, 0, worth 4.
-    # From the other end, D3 H D2 H x = (8, -4, 0, -12), and H of it (-8, 24, 16, 0): bits 0, 1, 1, 0, worth 6.
+    # H D1 x = H(-1, 2, 3, 0) = (4, 0, -2, -6); D2 makes it (-4, 0, 2, -6); H H only multiplies by
+    # 4: bits 0, 0, 1, 0, worth 4. From the other end, D3 H D2 H x = (8, -4, 0, -12), and H of it
+    # (-8, 24, 16, 0): bits 0, 1, 1, 0, worth 6.
     x = np.array([[1.0, 2.0, 3.0, 0.0]])
     signs = np.ones((3, 1, 4), np.int8)
     signs[0, 0], signs[1, 0] = [-1, 1, 1, 1], [-1, 1, -1, 1]
@@ -97,16 +102,17 @@ def test_the_first_diagonal_is_applied_first() -> None:
 
 
 def test_a_code_longer_than_a_part_by_hand() -> None:
-    # D = 2, tau = 3, m = 2: 6 bits from 3 parts of 2. With idle D2 and D3 a part is 2 H D1 x.
-    # D1 = (+, +): H(1, 2) = (3, -1), bits 1, 0. D1 = (+, -): H(1, -2) = (-1, 3), bits 0, 1. D1 = (-, -): (-3, 1), bits 0, 1.
-    # The stream 1, 0, 0 | 1, 0, 1 is cut into 1 and 1 + 4 = 5.
+    # D = 2, tau = 3, m = 2: 6 bits from 3 parts of 2. With idle D2 and D3 a part is 2 H D1 x. D1 =
+    # (+, +): H(1, 2) = (3, -1), bits 1, 0. D1 = (+, -): H(1, -2) = (-1, 3), bits 0, 1. D1 = (-, -):
+    # (-3, 1), bits 0, 1. The stream 1, 0, 0 | 1, 0, 1 is cut into 1 and 1 + 4 = 5.
     signs = np.ones((3, 3, 2), np.int8)
     signs[0, 1], signs[0, 2] = [1, -1], [-1, -1]
     np.testing.assert_array_equal(reference.fast_hash(np.array([[1.0, 2.0]]), signs, 2, 3), [[1, 5]])
 
 
 def test_hyperplane_bits_by_hand() -> None:
-    # x = (1, -2) against planes (1, 0), (0, 1), (2, 1), (-1, -1): products 1, -2, 0, 1: bits 1, 0 | 0, 1: codes 1 and 2.
+    # x = (1, -2) against planes (1, 0), (0, 1), (2, 1), (-1, -1): products 1, -2, 0, 1: bits 1, 0 |
+    # 0, 1: codes 1 and 2.
     planes = np.array([[1, 0, 2, -1], [0, 1, 1, -1]], np.float32)
     np.testing.assert_array_equal(reference.hyperplane_hash(np.array([[1.0, -2.0]]), planes, 2, 2), [[1, 2]])
 
@@ -165,13 +171,15 @@ def test_collision_rate_by_hand() -> None:
 
 @pytest.mark.parametrize("cumulation", CUMULATIONS)
 def test_cumulation_by_hand(cumulation: Any) -> None:
-    # Query 0: (1 + 2) + (2 + 4 + 8) = 17, over 2 hashes 8.5. Query 1: 4 + 14 = 18, so 9. Query 2 meets no key.
+    # Query 0: (1 + 2) + (2 + 4 + 8) = 17, over 2 hashes 8.5. Query 1: 4 + 14 = 18, so 9. Query 2
+    # meets no key.
     np.testing.assert_array_equal(cumulation(QUERY_CODE, KEY_CODE, VALUE, 4), [[8.5, 85], [9, 90], [0, 0]])
 
 
 @pytest.mark.parametrize("cumulation", CUMULATIONS)
 def test_masked_cumulation_by_hand(cumulation: Any) -> None:
-    # Without key 2: query 0 has (1 + 2) + (2 + 8) = 13, query 1 has 0 + 10. The masked value may hold anything; query 0 is masked below.
+    # Without key 2: query 0 has (1 + 2) + (2 + 8) = 13, query 1 has 0 + 10. The masked value may
+    # hold anything; query 0 is masked below.
     value = VALUE.copy()
     value[2] = [np.nan, np.inf]
     keep_key = np.array([1, 1, 0, 5])
@@ -191,15 +199,16 @@ def test_a_value_that_is_not_finite_spoils_what_it_meets(cumulation: Any) -> Non
 
 @pytest.mark.parametrize("cumulation", WEIGHTED)
 def test_weighted_cumulation_by_hand(cumulation: Any) -> None:
-    # Weights a_0 . b = 1, 3, 0, -1 and a_1 . b = 3, 5, 2, 2.
-    # Query 0: (1 * 1 + 3 * 2) + (3 * 2 + 0 * 4 - 1 * 8) = 7 - 2 = 5, so 2.5. Query 1: 2 * 4 + (5 * 2 + 2 * 4 + 2 * 8) = 42, so 21.
+    # Weights a_0 . b = 1, 3, 0, -1 and a_1 . b = 3, 5, 2, 2. Query 0: (1 * 1 + 3 * 2) + (3 * 2 + 0
+    # * 4 - 1 * 8) = 7 - 2 = 5, so 2.5. Query 1: 2 * 4 + (5 * 2 + 2 * 4 + 2 * 8) = 42, so 21.
     out = cumulation(QUERY_CODE, QUERY_WEIGHT, KEY_CODE, KEY_WEIGHT, VALUE, 4)
     np.testing.assert_array_equal(out, [[2.5, 25], [21, 210], [0, 0]])
 
 
 @pytest.mark.parametrize("cumulation", WEIGHTED)
 def test_masked_weighted_cumulation_by_hand(cumulation: Any) -> None:
-    # Without key 1: query 0: 1 * 1 + (0 * 4 - 1 * 8) = -7, so -3.5. Query 1: 2 * 4 + (2 * 4 + 2 * 8) = 32, so 16.
+    # Without key 1: query 0: 1 * 1 + (0 * 4 - 1 * 8) = -7, so -3.5. Query 1: 2 * 4 + (2 * 4 + 2 *
+    # 8) = 32, so 16.
     value, key_weight = VALUE.copy(), KEY_WEIGHT.copy()
     value[1] = key_weight[1] = np.nan
     keep = np.array([True, False, True, True])
@@ -269,13 +278,13 @@ def test_a_vector_that_is_not_finite_gives_nan() -> None:
     value = np.ones((4, 1))
     query = np.array([[1.0, 0.0], [np.inf, 0.0], [np.nan, 1.0]])
     np.testing.assert_array_equal(np.isnan(reference.expectation_attention(query, DIRECTIONS, value, 2)), [[False], [True], [True]])
-    for spoilt in (np.nan, np.inf):
+    for spoiled in (np.nan, np.inf):
         key = DIRECTIONS.copy()
-        key[3, 1] = spoilt
+        key[3, 1] = spoiled
         assert np.isnan(reference.expectation_attention(query, key, value, 2)).all()
 
 
-# Normalisation
+# Normalization
 
 
 def test_l2_normalize_by_hand() -> None:
@@ -312,7 +321,8 @@ def test_l2_normalize_backward_by_hand() -> None:
 
 
 def test_one_pair_at_a_right_angle_by_hand() -> None:
-    # E = 2**-tau at 90 degrees, g . v = 6. Lower bound: dq = E tau/2 6 k; exact: E tau / (pi/2 * 1) 6 k. tau = 2: 1.5 and 1.5 * 4 / pi.
+    # E = 2**-tau at 90 degrees, g . v = 6. Lower bound: dq = E tau/2 6 k; exact: E tau / (pi/2 * 1)
+    # 6 k. tau = 2: 1.5 and 1.5 * 4 / pi.
     query, key = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
     grad_out, value = np.array([[2.0]]), np.array([[3.0]])
     lower = reference.expectation_attention_backward(grad_out, query, key, value, 2)
@@ -325,7 +335,8 @@ def test_one_pair_at_a_right_angle_by_hand() -> None:
 
 @pytest.mark.parametrize("tau", [1, 8])
 def test_the_lower_bound_lies_at_least_9_percent_below_the_derivative(tau: int) -> None:
-    # (pi - theta) sin(theta) is at most 1.8197 (at theta = 1.1127), so exact / lower = 2 / that is at least 1.099; it has no upper bound.
+    # (pi - theta) sin(theta) is at most 1.8197 (at theta = 1.1127), so exact / lower = 2 / that is
+    # at least 1.099; it has no upper bound.
     theta = np.linspace(0.01, np.pi - 0.01, 10_000)
     ratio = reference.gradient_factor(theta, tau, "exact") / reference.gradient_factor(theta, tau, "lower_bound")
     assert ratio.min() == pytest.approx(1.0991, abs=1e-4)
@@ -373,8 +384,9 @@ def test_sampled_gradients_are_the_double_sum(grad: Any, masked: bool) -> None:
 
 
 def test_attention_by_hand() -> None:
-    # One hash of one bit in one dimension: D = 1, the bit is the sign of x times D1 D2 D3 = 1. Queries +, -, 0 and keys +, +, -:
-    # codes 1, 0, 0 and 1, 1, 0. Sums (3, 4) + (0, 0), then (0, 0) alone, which has no direction; unnormalised 3, 4 and 0, 0.
+    # One hash of one bit in one dimension: D = 1, the bit is the sign of x times D1 D2 D3 = 1.
+    # Queries +, -, 0 and keys +, +, -: codes 1, 0, 0 and 1, 1, 0. Sums (3, 4) + (0, 0), then (0, 0)
+    # alone, which has no direction; unnormalized 3, 4 and 0, 0.
     query, key = np.array([[2.0], [-0.5], [0.0]]), np.array([[1.0], [7.0], [-1.0]])
     value = np.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
     signs = np.ones((3, 1, 1), np.int8)

@@ -1,4 +1,6 @@
-"""Every variant of every operation against its definition: one parametrised test over the registry, and the faults that it must catch."""
+"""Every variant of every operation against its definition: one parametrised test over the registry,
+and the faults that it must catch.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +36,7 @@ SIZES = (
     Case(137, 137, 128, 128, 7, 13, "bfloat16", mask="fully"),
     Case(137, 137, 80, 20, 1, 1, mask="broadcast", leading=(2, 3)),
     Case(137, 137, 20, 64, 7, 9, kind="onehot"),
-    Case(63, 63, 64, 7, 7, 8, kind="quantised", leading=()),
+    Case(63, 63, 64, 7, 7, 8, kind="quantized", leading=()),
     Case(63, 63, 48, 48, 7, 9, kind="repeated"),
     Case(63, 63, 48, 48, 7, 30, "bfloat16", kind="repeated"),
     Case(63, 63, 64, 7, 7, 8, leading=(0, 2)),
@@ -45,9 +47,9 @@ SIZES = (
 MAGNITUDES = ("1e-15", "1e-8", "1e8", "1e15", "1e35")
 HASHES = (
     *SIZES,
-    *(Case(1, 63, 48, 1, 33, 9, dtype, kind=kind) for dtype in ("float32", "float64") for kind in ("quantised", "onehot", *MAGNITUDES)),
-    *(Case(1, 63, d, 1, 7, tau, kind="quantised") for d, tau in ((1, 13), (7, 30), (20, 1), (128, 9), (1024, 30))),
-    Case(1, 63, 48, 1, 33, 9, "float16", kind="quantised"),
+    *(Case(1, 63, 48, 1, 33, 9, dtype, kind=kind) for dtype in ("float32", "float64") for kind in ("quantized", "onehot", *MAGNITUDES)),
+    *(Case(1, 63, d, 1, 7, tau, kind="quantized") for d, tau in ((1, 13), (7, 30), (20, 1), (128, 9), (1024, 30))),
+    Case(1, 63, 48, 1, 33, 9, "float16", kind="quantized"),
     Case(1, 63, 128, 1, 33, 9, "bfloat16", kind="onehot"),
 )
 
@@ -56,7 +58,7 @@ ATTENTIONS = (
     *(Case(63, 63, 48, 48, 7, 9, dtype, mask="masked", normalize_output=False) for dtype in ("float32", "float64", "float16", "bfloat16")),
     *(Case(63, 137, 48, 48, 7, 8, mask=mask, mode="expectation") for mask in ("masked", "fully")),
     Case(63, 63, 48, 48, 7, 9, mask="masked", mode="expectation", normalize_output=False),
-    *(Case(63, 63, 20, 48, 7, 9, dtype, mask="fully", kind="quantised", mode="planes") for dtype in ("float32", "float64", "float16")),
+    *(Case(63, 63, 20, 48, 7, 9, dtype, mask="fully", kind="quantized", mode="planes") for dtype in ("float32", "float64", "float16")),
     Case(63, 63, 20, 48, 33, 9, mask="broadcast", kind="onehot", mode="planes", leading=(2, 3), normalize_output=False),
     Case(63, 137, 64, 20, 7, 8, kind="1e35"),
     Case(63, 137, 64, 20, 7, 8, kind="1e-15", mode="expectation"),
@@ -80,7 +82,8 @@ CASES = {
 }
 
 
-# In the stepper every CUDA thread is a Python function: small, but every size that matters is there.
+# In the stepper every CUDA thread is a Python function: small, but every size that matters is
+# there.
 STEPPED = (
     Case(0, 7, 8, 7, 7, 9),
     Case(7, 0, 8, 7, 7, 9),
@@ -94,7 +97,7 @@ STEPPED = (
     Case(7, 137, 80, 20, 1, 1, mask="broadcast", leading=()),
     Case(7, 7, 128, 7, 33, 4, mask="fully", leading=(1, 2)),
     Case(7, 7, 20, 64, 7, 9, kind="onehot"),
-    Case(7, 7, 64, 7, 7, 8, kind="quantised", leading=()),
+    Case(7, 7, 64, 7, 7, 8, kind="quantized", leading=()),
     Case(7, 7, 64, 7, 7, 8, leading=(0, 2)),
     Case(1, 7, 48, 1, 7, 9, kind="1e15", leading=()),
 )
@@ -153,7 +156,9 @@ def max_shared(where: str) -> int:
 
 
 def expecting_room(kernel: registry.Kernel, case: Case) -> AbstractContextManager[Any]:
-    """Tables of every bucket do not fit where there are very many: that must be said, with the way out, before anything runs."""
+    """Tables of every bucket do not fit where there are very many: that must be said, with the way
+    out, before anything runs.
+    """
     if not kernel.kernels or case.mode == "expectation" or min(case.n_q, case.n_k, *case.leading) == 0:
         return nullcontext()
     shared = kernel.name.endswith(":shared_table")
@@ -263,7 +268,7 @@ def starts_with_the_smallest_stride(run: Callable[..., Any], call: dict[str, Any
     return run(call["x"][..., reversal])[..., reversal]
 
 
-def forgets_to_normalise(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+def forgets_to_normalize(run: Callable[..., Any], call: dict[str, Any]) -> Any:
     return run(**{**call, "normalize_output": False})
 
 
@@ -306,13 +311,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "expectation_attention": (*ON_SUMS, ignores_the_query_mask, takes_one_bit_more, uses_arccos),
     "expectation_attention_backward": (*ON_GRADIENTS, takes_one_bit_more),
     "lsh_attention_backward": (*ON_GRADIENTS, shifts_the_codes),
-    "yoso_attention": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, forgets_to_normalise, applies_the_diagonals_in_reverse),
+    "yoso_attention": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, forgets_to_normalize, applies_the_diagonals_in_reverse),
 }
 
 # The case that a fault is tried on: small, and of the sort that the fault is about.
 PLAIN = Case(63, 63, 48, 48, 7, 9, mask="masked")
 TRIED_ON = {
-    counts_zero_as_positive: Case(1, 63, 48, 1, 33, 9, kind="quantised"),
+    counts_zero_as_positive: Case(1, 63, 48, 1, 33, 9, kind="quantized"),
     uses_one_part_throughout: Case(1, 63, 48, 1, 33, 9),
     forgets_one_over_m: replace(PLAIN, normalize_output=False),
     uses_arccos: Case(63, 63, 48, 48, 7, 9, kind="repeated"),
@@ -321,16 +326,16 @@ EVERY_FAULT = [pytest.param(op, fault, id=f"{op}-{fault.__name__}") for op, faul
 
 
 def register(monkeypatch: pytest.MonkeyPatch, op: str, fault: Fault | None) -> str:
-    """Put the definition, spoilt by a fault, into the registry as one more variant."""
+    """Put the definition, spoiled by a fault, into the registry as one more variant."""
     run = definition_of(op).kernel.load()
     names = run.__code__.co_varnames[: run.__code__.co_argcount]
 
-    def spoilt(*args: Any, **options: Any) -> Any:
+    def spoiled(*args: Any, **options: Any) -> Any:
         call = {**dict(zip(names, args, strict=False)), **options}
         return fault(run, call) if fault else run(**call)
 
-    monkeypatch.setattr(support, "spoilt", spoilt, raising=False)
-    kernel = registry.Kernel(op, "numpy:spoilt", "support:spoilt", "a definition with one line spoilt")
+    monkeypatch.setattr(support, "spoiled", spoiled, raising=False)
+    kernel = registry.Kernel(op, "numpy:spoiled", "support:spoiled", "a definition with one line spoiled")
     monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
     return kernel.name
 

@@ -1,4 +1,6 @@
-"""Every CUDA C++ kernel under AddressSanitizer and ThreadSanitizer, beside planted faults that they must find."""
+"""Every CUDA C++ kernel under AddressSanitizer and ThreadSanitizer, beside planted faults that they
+must find.
+"""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +23,8 @@ def needs(kind: sanitizers.Kind) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
-# name -> the sanitizer that must find it, the body of the kernel, what is found, the lines that are named, and a body without the fault
+# name -> the sanitizer that must find it, the body of the kernel, what is found, the lines that are
+# named, and a body without the fault
 
 FAULTS: dict[str, tuple[sanitizers.Kind, str, str, set[int], str]] = {
     "past_the_end": ("address", "out[i + 1] = x[i];", "heap-buffer-overflow", {2}, "out[i] = x[i];"),
@@ -102,7 +105,8 @@ CASES = (
     Case(7, 33, 7, 33, 5, 13, "float16", mask="fully", kind="repeated"),
 )
 
-# bfloat16 would need torch in the child, where the sanitizer watches its threads too; float16 takes the same way through the kernels.
+# bfloat16 would need torch in the child, where the sanitizer watches its threads too; float16 takes
+# the same way through the kernels.
 EVERY_KERNEL = """
 import pathlib, yoso_core
 from yoso_core.gpu.device import launches

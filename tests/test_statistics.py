@@ -1,6 +1,8 @@
-"""The estimator against its expectation, over many draws; and for every check a biased twin of the estimator that it must reject.
+"""The estimator against its expectation, over many draws; and for every check a biased twin of the
+estimator that it must reject.
 
-Seeds are fixed, so a check that passes passes always; the limits are such that a sound estimator passes at nearly every seed.
+Seeds are fixed, so a check that passes passes always; the limits are such that a sound estimator
+passes at nearly every seed.
 """
 
 from collections.abc import Callable
@@ -66,7 +68,9 @@ def with_one_bit_more(estimate: Twin) -> Twin:
 
 
 def with_one_plane_for_all_bits(estimate: Twin) -> Twin:
-    """Every bit of a code repeats the first, so that codes collide as often as a single bit does."""
+    """Every bit of a code repeats the first, so that codes collide as often as a single bit
+    does.
+    """
     return lambda query, key, num_hash, tau, rng: estimate(query, key, num_hash, 1, rng)
 
 
@@ -81,7 +85,9 @@ TWINS = [with_one_bit_more, with_one_plane_for_all_bits, without_one_over_m]
 
 
 def check_unbiased(estimate: Twin, tau: int) -> None:
-    """Deviations in standard errors are standard normal: none beyond 4, and their squares add up to about their number."""
+    """Deviations in standard errors are standard normal: none beyond 4, and their squares add up to
+    about their number.
+    """
     rng, num_hash = np.random.default_rng(0), 4000
     query, key = dense_pairs(rng, 16)
     right = expected(tau)
@@ -105,7 +111,9 @@ def test_the_check_of_hyperplanes_rejects(twin: Callable[[Twin], Twin], tau: int
 # The fast projection is nearly so, once D is large
 
 DENSE_BOUND, SPARSE_BOUND = 0.02, 0.06
-"""Of ``|mean collision rate - expectation|``, for D >= 64 and tau <= 9. The first is promised; the second says what sparse vectors cost."""
+"""Of ``|mean collision rate - expectation|``, for D >= 64 and tau <= 9. The first is promised; the
+second says what sparse vectors cost.
+"""
 
 
 def largest_bias(estimate: Twin, dim: int, tau: int, pairs: Callable[[np.random.Generator, int], tuple[Array, Array]]) -> float:
@@ -148,7 +156,7 @@ def test_hyperplanes_are_not_biased_where_the_fast_projection_is() -> None:
 # The error falls as 1 / sqrt(m)
 
 Sampled = Callable[..., Array]
-"""``attention(x, value, num_hash, tau, rng)``, not normalised."""
+"""``attention(x, value, num_hash, tau, rng)``, not normalized."""
 
 
 def attention(x: Array, value: Array, num_hash: int, tau: int, rng: np.random.Generator) -> Array:
@@ -158,8 +166,8 @@ def attention(x: Array, value: Array, num_hash: int, tau: int, rng: np.random.Ge
 def slope_of_the_error(sampled: Sampled) -> float:
     """Of log RMS error over log m, for m from 4 to 256, in 64 dimensions."""
     rng, tau = np.random.default_rng(0), 6
-    centres = rng.standard_normal((8, 64))
-    x = (centres[rng.integers(8, size=128)] + 0.7 * rng.standard_normal((128, 64))).astype(np.float32)
+    centers = rng.standard_normal((8, 64))
+    x = (centers[rng.integers(8, size=128)] + 0.7 * rng.standard_normal((128, 64))).astype(np.float32)
     value = rng.standard_normal((128, 16)).astype(np.float32)
     right = yoso_core.expectation_attention(x, x, value, tau)
     counts = np.array([4, 16, 64, 256])

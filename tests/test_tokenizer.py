@@ -28,14 +28,18 @@ def json_file(path: Path, content: Any) -> None:
 
 
 def test_what_autotokenizer_does_with_vocabulary_and_merges(bpe: Path) -> None:
-    """Why this module is there: transformers 5.23 takes AlbertTokenizer for a YOSO, and every word is unknown, without an error."""
+    """Why this module is there: transformers 5.23 takes AlbertTokenizer for a YOSO, and every word
+    is unknown, without an error.
+    """
     tokenizer = AutoTokenizer.from_pretrained(bpe)
     assert isinstance(tokenizer, AlbertTokenizer)
     assert set(tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]) == {tokenizer.unk_token_id}
 
 
 def test_what_robertas_tokenizer_does_with_a_mask(bpe: Path) -> None:
-    """And its RobertaTokenizer, from the same files, makes a token of the space before a mask, which no text has."""
+    """And its RobertaTokenizer, from the same files, makes a token of the space before a mask,
+    which no text has.
+    """
     assert "Ġ" in RobertaTokenizer.from_pretrained(bpe).tokenize(MASKED)
 
 

@@ -1,4 +1,6 @@
-"""Differentiable attention: its gradients beside the reference's, under torch's transformations, and in a layer that learns."""
+"""Differentiable attention: its gradients beside the reference's, under torch's transformations,
+and in a layer that learns.
+"""
 
 import re
 from collections.abc import Callable
@@ -52,7 +54,9 @@ def gradients(function: Callable[..., Tensor], tensors: list[Tensor], grad_out: 
 
 
 def by_reference(tensors: list[Tensor], grad_out: Tensor, signs: Tensor, mode: dict[str, Any], **masks: Tensor) -> list[Any]:
-    """Output and gradients by the reference alone: explicit loops over all pairs, and the gradient of the output's normalisation."""
+    """Output and gradients by the reference alone: explicit loops over all pairs, and the gradient
+    of the output's normalization.
+    """
     query, key, value, g = (x.detach().numpy() for x in (*tensors, grad_out))
     numpy_masks: dict[str, Any] = {name: x.numpy() for name, x in masks.items()}
     grad, dense = mode.get("grad", "lower_bound"), mode.get("backward") == "expectation" or mode.get("use_expectation", False)
@@ -70,7 +74,9 @@ def by_reference(tensors: list[Tensor], grad_out: Tensor, signs: Tensor, mode: d
 
 
 def close(got: Any, expected: Any, tolerance: float) -> None:
-    """Relative to the largest entry, or to 1, the size of a term: an entry is a sum whose terms may cancel."""
+    """Relative to the largest entry, or to 1, the size of a term: an entry is a sum whose terms may
+    cancel.
+    """
     got, expected = np.asarray(got.detach(), np.float64), np.asarray(expected.detach() if isinstance(expected, Tensor) else expected)
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=1))
 
@@ -106,7 +112,9 @@ def test_the_comparison_rejects_other_codes(mode: dict[str, Any]) -> None:
 
 
 def separated(n_q: int = 5, n_k: int = 7) -> list[Tensor]:
-    """Two heads in float64 whose cosines lie within 0.99: nearer the ends the derivative runs off to infinity."""
+    """Two heads in float64 whose cosines lie within 0.99: nearer the ends the derivative runs off
+    to infinity.
+    """
     for seed in range(100):
         query, key, value, _ = problem(2, n_q=n_q, n_k=n_k, d=3, dtype=torch.float64, seed=seed)
         if (nn.functional.normalize(query, dim=-1) @ nn.functional.normalize(key, dim=-1).mT).abs().max() <= 0.99:
@@ -123,7 +131,9 @@ def test_the_exact_gradient_is_the_derivative(normalize_output: bool) -> None:
 
 
 def test_the_lower_bound_is_not_the_derivative() -> None:
-    """For one pair it is the derivative times ``(pi - theta) sin(theta) / 2``, never more than 0.91; that of the value is the same."""
+    """For one pair it is the derivative times ``(pi - theta) sin(theta) / 2``, never more than
+    0.91; that of the value is the same.
+    """
 
     def by(grad: Any) -> Callable[..., Tensor]:
         return lambda *tensors: attention(*tensors, use_expectation=True, grad=grad, normalize_output=False)
@@ -148,7 +158,9 @@ DRAWS = 600
 
 
 def deviations(mode: dict[str, Any], spoil: Callable[[Tensor], Tensor] = lambda planes: planes, *, factor: float = 1) -> list[Tensor]:
-    """How far the mean gradients of many draws are from those of the expectation, in standard errors. Every draw is a head."""
+    """How far the mean gradients of many draws are from those of the expectation, in standard
+    errors. Every draw is a head.
+    """
     *tensors, grad_out = problem(n_q=4, n_k=5, d=5, d_v=3, dtype=torch.float64)
     planes = torch.from_numpy(yoso_core.sample_planes(M, TAU, 5, batch_shape=(DRAWS,), rng=0))
     heads = [x.detach().expand(DRAWS, *x.shape).clone().requires_grad_() for x in tensors]
@@ -159,7 +171,9 @@ def deviations(mode: dict[str, Any], spoil: Callable[[Tensor], Tensor] = lambda 
 
 
 def check_unbiased(found: list[Tensor]) -> None:
-    """Deviations in standard errors are nearly standard normal: none beyond 4.5, and their squares are 1 on average."""
+    """Deviations in standard errors are nearly standard normal: none beyond 4.5, and their squares
+    are 1 on average.
+    """
     for deviation in found:
         assert deviation.abs().max() < 4.5
         assert deviation.square().mean() < 2
@@ -296,7 +310,9 @@ def test_any_number_of_leading_dims(mode: dict[str, Any], leading: tuple[int, ..
 
 @every_mode
 def test_non_contiguous_and_broadcast_inputs(mode: dict[str, Any]) -> None:
-    """Heads beside the tokens, columns first, one key for both batches, and a gradient of one number for all."""
+    """Heads beside the tokens, columns first, one key for both batches, and a gradient of one
+    number for all.
+    """
     query, key, value, _ = problem(2, 3)
     with torch.no_grad():
         key[1] = key[0]
@@ -396,7 +412,9 @@ def test_not_finite_input_shows_where_it_matters() -> None:
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_dtypes_are_computed_in_float32(mode: dict[str, Any], dtype: torch.dtype) -> None:
-    """What is left is the rounding of each result, and that of the output that the gradient of its normalisation sees."""
+    """What is left is the rounding of each result, and that of the output that the gradient of its
+    normalization sees.
+    """
     *tensors, grad_out = problem(2, dtype=dtype)
     wide = [x.detach().float().requires_grad_() for x in tensors]
     ulp = torch.finfo(dtype).eps
@@ -420,7 +438,9 @@ def test_a_short_row_in_float16_has_finite_gradients() -> None:
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_takes_the_value_in_the_low_dtype_and_hashes_in_float32(mode: dict[str, Any], dtype: torch.dtype) -> None:
-    """Mixed inputs as a model under autocast has them; the codes are those of the tensors as they come."""
+    """Mixed inputs as a model under autocast has them; the codes are those of the tensors as they
+    come.
+    """
     *tensors, grad_out = problem(2)
     mixed = [tensors[0], tensors[1].detach().to(dtype).requires_grad_(), tensors[2]]
     with torch.autocast("cpu", dtype=dtype):
@@ -467,7 +487,9 @@ def test_compiled_code_gives_the_same(mode: dict[str, Any], dynamic: bool) -> No
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_with_work_around_the_attention() -> None:
-    """The code that runs in production: pieces before and after are fused by the compiler, so their roundings differ."""
+    """The code that runs in production: pieces before and after are fused by the compiler, so their
+    roundings differ.
+    """
     torch.compiler.reset()
     signs, mask = drawn(3), torch.arange(7) < torch.tensor([7, 4])[:, None, None]
 
@@ -484,7 +506,9 @@ def test_inductor_with_work_around_the_attention() -> None:
 
 
 def test_a_compiled_draw_is_a_draw() -> None:
-    """Signs drawn in compiled code: fresh at every call, fair, and the same in the backward pass."""
+    """Signs drawn in compiled code: fresh at every call, fair, and the same in the backward
+    pass.
+    """
     torch.compiler.reset()
     *tensors, grad_out = problem(2, 3)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -647,7 +671,9 @@ def test_gradients_of_some_inputs_alone() -> None:
 
 @pytest.mark.parametrize(("variant", "hashed_by"), [(None, "cpu:tiles"), ("cpu:fused", "cpu:tiles"), ("numpy:formula", "numpy:formula")])
 def test_planes_give_gradients_too(variant: str | None, hashed_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass hashes by planes where the forward pass did: the sums of two places may fall on two sides of a plane."""
+    """The backward pass hashes by planes where the forward pass did: the sums of two places may
+    fall on two sides of a plane.
+    """
     *tensors, grad_out = problem(2, 3)
     planes = torch.from_numpy(yoso_core.sample_planes(M, TAU, 6, batch_shape=(3,), rng=0))
     codes = [yoso_core.hyperplane_hash(x.detach(), planes, M, TAU) for x in tensors[:2]]
@@ -753,8 +779,9 @@ KEYS, VALUES = 8, 4
 
 
 class Retriever(nn.Module):
-    """Is shown pairs of a key and a value, and one of the keys again, whose value it must name. It starts with unrelated vectors for a key
-    that is shown and one that is asked for, so it has to learn which belong together: through the gradients of query and key.
+    """Is shown pairs of a key and a value, and one of the keys again, whose value it must name. It
+    starts with unrelated vectors for a key that is shown and one that is asked for, so it has to
+    learn which belong together: through the gradients of query and key.
     """
 
     def __init__(self, mode: dict[str, Any], *, no_context: bool = False) -> None:
@@ -791,7 +818,9 @@ def accuracy_after_training(model: Retriever) -> float:
 @every_mode
 @pytest.mark.usefixtures("one_thread")
 def test_a_layer_learns_to_retrieve(mode: dict[str, Any]) -> None:
-    """Chance is 0.25, with a deviation of 0.014. Without its context the model stays there; with queries and keys as drawn it gets half."""
+    """Chance is 0.25, with a deviation of 0.014. Without its context the model stays there; with
+    queries and keys as drawn it gets half.
+    """
     torch.manual_seed(0)
     assert accuracy_after_training(Retriever(mode)) > 0.95
     torch.manual_seed(0)

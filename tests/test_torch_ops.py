@@ -1,4 +1,6 @@
-"""The operators ``torch.ops.yoso_core.*``: registered as the compiler needs them, with the face's results, errors and gradients."""
+"""The operators ``torch.ops.yoso_core.*``: registered as the compiler needs them, with the face's
+results, errors and gradients.
+"""
 
 import re
 import subprocess
@@ -116,7 +118,9 @@ def test_an_operator_returns_what_the_face_does(op: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("use_expectation", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_attention_returns_what_the_face_does(dtype: torch.dtype, use_expectation: bool) -> None:
-    """The same bits without gradients. With them the length is taken in a second step, by another order of additions."""
+    """The same bits without gradients. With them the length is taken in a second step, by another
+    order of additions.
+    """
     call = arguments("yoso_attention", dtype) | {"use_expectation": use_expectation}
     expected = yoso_core.yoso_attention(**call)
     out, length = OPS.yoso_attention(**call, for_backward=False)
@@ -207,7 +211,9 @@ def test_the_gradients_of_a_weighted_cumulation_are_its_derivatives() -> None:
 
 
 def separated(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose cosines lie within 0.99: nearer the ends the derivative runs off to infinity."""
+    """Queries and keys whose cosines lie within 0.99: nearer the ends the derivative runs off to
+    infinity.
+    """
     while True:
         query, key = (torch.randn(2, n, 3, generator=generator, dtype=torch.float64) for n in (N_Q, N_K))
         cosine = torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(key, dim=-1).mT

@@ -1,4 +1,6 @@
-"""The tutorials run, their checkers tell right from wrong, and the notebooks are those of the sources; and what does all this can fail."""
+"""The tutorials run, their checkers tell right from wrong, and the notebooks are those of the
+sources; and what does all this can fail.
+"""
 
 import os
 import re
@@ -77,7 +79,8 @@ def test_the_index_is_that_of_the_tutorials(readme, folder):
     assert text.partition(before)[2].partition(after)[0] == tutorials.index(folder) + "\n", "make tutorials"
 
 
-# ---------------------------------------------------------------- a small tutorial, right and with one fault each
+# ---------------------------------------------------------------- a small tutorial, right and with
+# one fault each
 
 HEAD = """# %% [markdown]
 # # 1. Doubling

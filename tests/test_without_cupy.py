@@ -1,6 +1,8 @@
-"""The way to a GPU and back, walked on the CPU: a stand-in for CuPy, whose kernels the emulator runs.
+"""The way to a GPU and back, walked on the CPU: a stand-in for CuPy, whose kernels the emulator
+runs.
 
-It shows what is handed to CuPy: text, flags, arguments, shared memory, device and stream. What CuPy makes of it only a GPU can show.
+It shows what is handed to CuPy: text, flags, arguments, shared memory, device and stream. What CuPy
+makes of it only a GPU can show.
 """
 
 import sys

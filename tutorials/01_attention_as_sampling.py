@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 1. Attention as sampling
 #
-# **You will be able to** say what YOSO attention computes, why zeros and ones drawn at random can stand for attention weights, and how far
-# off an average of such draws is.
+# **You will be able to** say what YOSO attention computes, why zeros and ones drawn at random can
+# stand for attention weights, and how far off an average of such draws is.
 #
 # **Time:** 30 minutes, and 15 for the exercises.
 #
 # **You need:** NumPy, and to have seen softmax attention once.
 #
 # **Source:** [`yoso_core.reference.expectation`](../reference/expectation.py) and
-# [`yoso_core.reference.cumulation`](../reference/cumulation.py); section 3.1 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# [`yoso_core.reference.cumulation`](../reference/cumulation.py); section 3.1 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import numpy as np
@@ -24,17 +25,18 @@ rng = np.random.default_rng(1)
 # %% [markdown]
 # ## Eight words that attend to each other
 #
-# Attention starts with three lists of vectors. Every token has a *query* $q_i$ (what it looks for), a *key* $k_j$ (what it offers) and a
-# *value* $v_j$ (what it says). We make up eight tokens in three groups: words of one group get keys that point roughly the same way.
-# All queries and keys have length 1, so $q_i \cdot k_j$ is the cosine of the angle between them.
+# Attention starts with three lists of vectors. Every token has a *query* $q_i$ (what it looks for),
+# a *key* $k_j$ (what it offers) and a *value* $v_j$ (what it says). We make up eight tokens in
+# three groups: words of one group get keys that point roughly the same way. All queries and keys
+# have length 1, so $q_i \cdot k_j$ is the cosine of the angle between them.
 
 # %%
 words = ["cat", "dog", "horse", "red", "green", "blue", "one", "two"]
 group = np.array([0, 0, 0, 1, 1, 1, 2, 2])
 n, dim = len(words), 16
 
-centre = rng.standard_normal((3, dim))
-key = l2_normalize(centre[group] + 0.35 * rng.standard_normal((n, dim)))
+center = rng.standard_normal((3, dim))
+key = l2_normalize(center[group] + 0.35 * rng.standard_normal((n, dim)))
 query = l2_normalize(key + 0.06 * rng.standard_normal((n, dim)))
 value = rng.standard_normal((n, 2))  # two numbers each, so that we can draw them
 
@@ -42,11 +44,14 @@ assert np.allclose(np.linalg.norm(query, axis=1), 1)
 assert np.allclose(np.linalg.norm(key, axis=1), 1)
 
 # %% [markdown]
-# Softmax attention, as you know it, gives token $i$ the average of all values, weighted by similarity:
+# Softmax attention, as you know it, gives token $i$ the average of all values, weighted by
+# similarity:
 #
-# $$\mathrm{out}_i = \sum_j W_{ij} v_j, \qquad W_{ij} = \frac{\exp(\beta\, q_i \cdot k_j)}{\sum_l \exp(\beta\, q_i \cdot k_l)}.$$
+# $$\mathrm{out}_i = \sum_j W_{ij} v_j, \qquad W_{ij}
+# = \frac{\exp(\beta\, q_i \cdot k_j)}{\sum_l \exp(\beta\, q_i \cdot k_l)}.$$
 #
-# The scale $\beta$ says how picky it is. In a transformer it hides in the lengths of $q$ and $k$; here it stands in the open.
+# The scale $\beta$ says how picky it is. In a transformer it hides in the lengths of $q$ and $k$;
+# here it stands in the open.
 
 # %%
 tau = 8
@@ -57,12 +62,13 @@ softmax /= softmax.sum(axis=1, keepdims=True)
 # %% [markdown]
 # ## Another way to say "similar"
 #
-# YOSO keeps the sum and changes the weight. Let $\theta_{ij}$ be the angle between $q_i$ and $k_j$. Then
+# YOSO keeps the sum and changes the weight. Let $\theta_{ij}$ be the angle between $q_i$ and $k_j$.
+# Then
 #
 # $$E_{ij} = \left(1 - \frac{\theta_{ij}}{\pi}\right)^{\tau}.$$
 #
-# It is 1 for vectors that point the same way and 0 for opposite ones, and the whole number $\tau$ says how picky it is.
-# Here are both weights, for the same eight words.
+# It is 1 for vectors that point the same way and 0 for opposite ones, and the whole number $\tau$
+# says how picky it is. Here are both weights, for the same eight words.
 
 # %%
 theta = np.stack([angles(q, key) for q in query])
@@ -74,22 +80,23 @@ assert np.allclose(weight, (1 - np.arccos(cosine) / np.pi) ** tau)
 draw.matrices({"softmax": softmax, f"$(1 - \\theta / \\pi)^{{{tau}}}$": weight}, rows=words, columns=words, numbers=".2f", height=4.2)
 
 # %% [markdown]
-# The same words find each other. One thing differs: a row of softmax sums to 1, a row of the new weights does not. YOSO needs no
-# denominator: after the sum it scales every output to length 1 instead.
+# The same words find each other. One thing differs: a row of softmax sums to 1, a row of the new
+# weights does not. YOSO needs no denominator: after the sum it scales every output to length 1
+# instead.
 
 # %%
 assert np.allclose(softmax.sum(axis=1), 1)
 assert not np.allclose(weight.sum(axis=1), 1)
 
 # %% [markdown]
-# How alike are the two as functions of the cosine? Without its denominator, and scaled to be 1 at cosine 1, softmax is
-# $\exp(\beta (\cos\theta - 1))$.
+# How alike are the two as functions of the cosine? Without its denominator, and scaled to be 1 at
+# cosine 1, softmax is $\exp(\beta (\cos\theta - 1))$.
 
 # %%
 line = np.linspace(-1, 1, 400)
 figure, axes = draw.picture(2, sharey=True)
 for panel, strength in zip(axes, (4, 8), strict=True):
-    panel.plot(line, np.exp(strength * (line - 1)), color=draw.GREY, linewidth=3, label="softmax")
+    panel.plot(line, np.exp(strength * (line - 1)), color=draw.GRAY, linewidth=3, label="softmax")
     panel.plot(line, (1 - np.arccos(line) / np.pi) ** strength, color=draw.BLUE, linewidth=2, label="collision")
     panel.set(title=f"$\\beta = \\tau = {strength}$", xlabel="cosine of query and key")
     panel.grid(True)
@@ -103,8 +110,9 @@ assert collision[-1] == 1
 figure
 
 # %% [markdown]
-# Both rise from almost nothing to 1, and both rise late. They are not equal, and YOSO does not claim to compute softmax. It claims to be an
-# attention that does the same job, with a weight that has one property softmax lacks: *it is a probability that we know how to draw*.
+# Both rise from almost nothing to 1, and both rise late. They are not equal, and YOSO does not
+# claim to compute softmax. It claims to be an attention that does the same job, with a weight that
+# has one property softmax lacks: *it is a probability that we know how to draw*.
 #
 # ## A probability can play a weight
 #
@@ -112,7 +120,8 @@ figure
 #
 # $$\mathbb{E}[B] = 1 \cdot p + 0 \cdot (1 - p) = p.$$
 #
-# So wherever a sum wants the weight $E_{ij}$, we may put a coin that shows 1 with probability $E_{ij}$, and *on average* the sum is right:
+# So wherever a sum wants the weight $E_{ij}$, we may put a coin that shows 1 with probability
+# $E_{ij}$, and *on average* the sum is right:
 #
 # $$\mathbb{E}\Big[\sum_j B_{ij} v_j\Big] = \sum_j \mathbb{E}[B_{ij}]\, v_j = \sum_j E_{ij} v_j .$$
 #
@@ -125,8 +134,8 @@ mean = draws.mean(axis=0)
 draw.matrices({"one draw": draws[0], "mean of 64": draws[:64].mean(axis=0), "the weights": weight}, rows=words, columns=words, height=3.3)
 
 # %% [markdown]
-# How near must the mean of 10,000 draws be? Theory, in the next section, says: its standard deviation is $\sqrt{p (1 - p) / 10{,}000}$.
-# We ask for five of those, for every pair.
+# How near must the mean of 10,000 draws be? Theory, in the next section, says: its standard
+# deviation is $\sqrt{p (1 - p) / 10{,}000}$. We ask for five of those, for every pair.
 
 # %%
 deviation = np.sqrt(weight * (1 - weight) / len(draws))
@@ -135,13 +144,16 @@ assert np.all(np.abs(mean - weight) <= 5 * deviation + 1e-12)
 # %% [markdown]
 # ## How wrong is one draw, and how wrong are m?
 #
-# The square of 0 is 0 and the square of 1 is 1, so $B^2 = B$, and the variance comes out in one line:
+# The square of 0 is 0 and the square of 1 is 1, so $B^2 = B$, and the variance comes out in one
+# line:
 #
 # $$\mathrm{Var}[B] = \mathbb{E}[B^2] - \mathbb{E}[B]^2 = p - p^2 = p\,(1 - p).$$
 #
-# Now average $m$ independent draws. Variances of independent draws add, and dividing by $m$ divides the variance by $m^2$:
+# Now average $m$ independent draws. Variances of independent draws add, and dividing by $m$ divides
+# the variance by $m^2$:
 #
-# $$\mathrm{Var}\Big[\frac{1}{m} \sum_{h=1}^m B_h\Big] = \frac{m \cdot p (1-p)}{m^2} = \frac{p\,(1 - p)}{m}.$$
+# $$\mathrm{Var}\Big[\frac{1}{m} \sum_{h=1}^m B_h\Big] = \frac{m \cdot p (1-p)}{m^2}
+# = \frac{p\,(1 - p)}{m}.$$
 #
 # The curve is the formula. Each dot is measured: the variance of 4,000 averages.
 
@@ -177,16 +189,19 @@ assert abs(slope + 0.5) < 0.02
 figure
 
 # %% [markdown]
-# Read the right picture as a price list: **four times the draws, half the error.** It is the price of every sampling method, and the reason
-# why YOSO is an estimate that you can make better, never an exact answer.
+# Read the right picture as a price list: **four times the draws, half the error.** It is the price
+# of every sampling method, and the reason why YOSO is an estimate that you can make better, never
+# an exact answer.
 #
-# Two things in the left picture are worth keeping in mind. The variance is 0 at both ends: a pair that always meets, or never, costs no
-# error at all. And far from the ends it does not depend on how long the text is.
+# Two things in the left picture are worth keeping in mind. The variance is 0 at both ends: a pair
+# that always meets, or never, costs no error at all. And far from the ends it does not depend on
+# how long the text is.
 #
 # ## The output is a cloud around the right answer
 #
-# Replace every weight by an average of $m$ coins, and the output of a token becomes a random point. Its mean is the exact output. When all
-# coins are independent, coordinate $c$ of it has the variance
+# Replace every weight by an average of $m$ coins, and the output of a token becomes a random point.
+# Its mean is the exact output. When all coins are independent, coordinate $c$ of it has the
+# variance
 #
 # $$\mathrm{Var}[\mathrm{out}_{ic}] = \frac{1}{m} \sum_j v_{jc}^2\, E_{ij} (1 - E_{ij}).$$
 
@@ -212,12 +227,14 @@ figure
 # %% [markdown]
 # ## You only sample (almost) once
 #
-# So far we have gained nothing: a coin for each of the $n^2$ pairs costs as much as a weight for each pair. Here is the idea that gives the
-# method its name. **Draw one random hash function, hash every query and every key with it once, and let "same bucket" be the coin.** That
-# is $2n$ hashes in place of $n^2$ coins, and every pair has its coin.
+# So far we have gained nothing: a coin for each of the $n^2$ pairs costs as much as a weight for
+# each pair. Here is the idea that gives the method its name. **Draw one random hash function, hash
+# every query and every key with it once, and let "same bucket" be the coin.** That is $2n$ hashes
+# in place of $n^2$ coins, and every pair has its coin.
 #
-# Which hash meets with probability exactly $(1 - \theta/\pi)^\tau$? That is tutorial 2. Here we only use it: `hyperplane_hash` takes
-# random planes and returns a bucket number, the *hash code*, for each vector and each of $m$ hashes.
+# Which hash meets with probability exactly $(1 - \theta/\pi)^\tau$? That is tutorial 2. Here we
+# only use it: `hyperplane_hash` takes random planes and returns a bucket number, the *hash code*,
+# for each vector and each of $m$ hashes.
 
 # %%
 m = 32
@@ -237,9 +254,10 @@ draw.matrices(
 )
 
 # %% [markdown]
-# Is a mean over hashes still right? A mean does not care whether coins depend on each other, so nothing changes: over many hash functions,
-# each pair meets in the share $E_{ij}$ of them. And seen one pair at a time, the coins of different hashes are independent, so the variance
-# of each weight is still $E_{ij}(1 - E_{ij})/m$. We check both over 1,500 fresh sets of hashes.
+# Is a mean over hashes still right? A mean does not care whether coins depend on each other, so
+# nothing changes: over many hash functions, each pair meets in the share $E_{ij}$ of them. And seen
+# one pair at a time, the coins of different hashes are independent, so the variance of each weight
+# is still $E_{ij}(1 - E_{ij})/m$. We check both over 1,500 fresh sets of hashes.
 
 # %%
 m, repeats = 8, 1500
@@ -266,11 +284,13 @@ assert np.allclose(rates.var(axis=0), variance, rtol=0.25, atol=5e-4)
 figure
 
 # %% [markdown]
-# What *does* change is a sum of several coins. Two keys that are near each other tend to fall into one bucket together, so their coins come
-# up together. Below is the covariance of the coins that "dog" flips with each word. Independent coins would show the diagonal alone.
+# What *does* change is a sum of several coins. Two keys that are near each other tend to fall into
+# one bucket together, so their coins come up together. Below is the covariance of the coins that
+# "dog" flips with each word. Independent coins would show the diagonal alone.
 #
-# Take the plainest sum, the number of words that "dog" meets in one hash. Its mean is $\sum_j E_{ij}$ either way, but its variance now
-# holds the covariances too, $\mathrm{Var} = \sum_{jl} \mathrm{Cov}[B_{ij}, B_{il}]$, and is larger. This is the price of hashing once.
+# Take the plainest sum, the number of words that "dog" meets in one hash. Its mean is $\sum_j
+# E_{ij}$ either way, but its variance now holds the covariances too, $\mathrm{Var} = \sum_{jl}
+# \mathrm{Cov}[B_{ij}, B_{il}]$, and is larger. This is the price of hashing once.
 
 # %%
 covariance = m * np.cov(rates[:, i, :].T, bias=True)  # of one hash: a rate is the mean of m
@@ -290,8 +310,9 @@ figure
 # %% [markdown]
 # ## The whole thing in one call
 #
-# `yoso_core.yoso_attention` normalises, hashes, adds up and scales the outputs to length 1. With `use_expectation=True` it uses the exact
-# weights $E_{ij}$, in time $n^2$; without, it samples. The more hashes, the nearer the two.
+# `yoso_core.yoso_attention` normalizes, hashes, adds up and scales the outputs to length 1. With
+# `use_expectation=True` it uses the exact weights $E_{ij}$, in time $n^2$; without, it samples. The
+# more hashes, the nearer the two.
 
 # %%
 expectation = yoso_core.yoso_attention(query, key, value, hash_code_len=tau, use_expectation=True)
@@ -318,16 +339,20 @@ figure
 # %% [markdown]
 # ## What to keep
 #
-# - YOSO's weight $E_{ij} = (1 - \theta_{ij}/\pi)^\tau$ is a probability, so a coin can stand for it.
-# - The estimate has the right mean. The variance of a weight is $E_{ij}(1 - E_{ij})/m$, so the error falls as $1/\sqrt{m}$.
-# - One hash function flips the coins of all pairs at once. That leaves the mean of the sum as it is, and couples the coins of similar keys.
+# - YOSO's weight $E_{ij} = (1 - \theta_{ij}/\pi)^\tau$ is a probability, so a coin can stand for
+#   it.
+# - The estimate has the right mean. The variance of a weight is $E_{ij}(1 - E_{ij})/m$, so the
+#   error falls as $1/\sqrt{m}$.
+# - One hash function flips the coins of all pairs at once. That leaves the mean of the sum as it
+#   is, and couples the coins of similar keys.
 #
 # Next: [2. Hashing with hyperplanes](02_hashing_with_hyperplanes.ipynb), where the coins come from.
 #
 # ## Exercise 1: how many hashes?
 #
-# A weight $p$ is estimated by $m$ draws. Which is the smallest $m$ for which the standard deviation of the estimate is at most the share
-# `relative_error` of $p$ itself? (Small weights need many hashes. The formula shows how many.)
+# A weight $p$ is estimated by $m$ draws. Which is the smallest $m$ for which the standard deviation
+# of the estimate is at most the share `relative_error` of $p$ itself? (Small weights need many
+# hashes. The formula shows how many.)
 
 
 # %% tags=["exercise-1"]
@@ -348,8 +373,9 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: attention from coins
 #
-# Write the estimator of this tutorial: given the weights, return $\frac{1}{m} \sum_h \sum_j B^{(h)}_{ij} v_j$ with independent coins, fresh
-# for every $h$, $i$ and $j$. The checker looks at the mean *and* at the variance.
+# Write the estimator of this tutorial: given the weights, return $\frac{1}{m} \sum_h \sum_j
+# B^{(h)}_{ij} v_j$ with independent coins, fresh for every $h$, $i$ and $j$. The checker looks at
+# the mean *and* at the variance.
 
 
 # %% tags=["exercise-2"]
@@ -375,8 +401,8 @@ print("Exercise 2: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** The standard deviation is $\sqrt{p(1-p)/m}$. It is at most $\varepsilon p$ when $m \ge (1 - p) / (p\, \varepsilon^2)$: a
-# weight ten times smaller needs ten times as many hashes.
+# **Exercise 1.** The standard deviation is $\sqrt{p(1-p)/m}$. It is at most $\varepsilon p$ when $m
+# \ge (1 - p) / (p\, \varepsilon^2)$: a weight ten times smaller needs ten times as many hashes.
 
 
 # %% tags=["solution-1"]

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 2. Hashing with hyperplanes
 #
-# **You will be able to** turn vectors into bucket numbers with random planes, and say exactly how often two vectors at a given angle share
-# a bucket, and why.
+# **You will be able to** turn vectors into bucket numbers with random planes, and say exactly how
+# often two vectors at a given angle share a bucket, and why.
 #
 # **Time:** 30 minutes, and 20 for the exercises.
 #
 # **You need:** NumPy, and tutorial 1.
 #
-# **Source:** [`yoso_core.reference.hashing`](../reference/hashing.py); section 3.1 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714),
-# after Charikar 2002, "Similarity estimation techniques from rounding algorithms".
+# **Source:** [`yoso_core.reference.hashing`](../reference/hashing.py); section 3.1 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714), after Charikar 2002, "Similarity estimation techniques
+# from rounding algorithms".
 
 # %%
 from math import comb
@@ -23,17 +24,19 @@ draw.use_look()
 rng = np.random.default_rng(2)
 
 # %% [markdown]
-# Tutorial 1 ended with a debt. It needed coins that show 1 with probability $(1 - \theta/\pi)^\tau$, where $\theta$ is the angle between a
-# query and a key, and it took them from a function called `hyperplane_hash`. Now we build that function, one bit at a time.
+# Tutorial 1 ended with a debt. It needed coins that show 1 with probability $(1 -
+# \theta/\pi)^\tau$, where $\theta$ is the angle between a query and a key, and it took them from a
+# function called `hyperplane_hash`. Now we build that function, one bit at a time.
 #
 # ## One plane, one bit
 #
-# A plane through the origin cuts space in two halves. Name the plane by its normal, a vector $w$ at right angles to it. Which half does $x$
-# lie in? Look at the sign of $w \cdot x$:
+# A plane through the origin cuts space in two halves. Name the plane by its normal, a vector $w$ at
+# right angles to it. Which half does $x$ lie in? Look at the sign of $w \cdot x$:
 #
 # $$\mathrm{bit}(x) = [\,w \cdot x > 0\,].$$
 #
-# In two dimensions a "plane" is a line. Here are two lines and the same two vectors: one line keeps $q$ and $k$ together, one parts them.
+# In two dimensions a "plane" is a line. Here are two lines and the same two vectors: one line keeps
+# $q$ and $k$ together, one parts them.
 
 
 # %%
@@ -56,13 +59,15 @@ figure
 # %% [markdown]
 # ## How often does a random line part two vectors?
 #
-# Let the line turn to a random direction, all directions alike. It parts $q$ and $k$ exactly when it falls *between* them, into the angle
-# $\theta$ that they span, or into the same angle on the other side (a line has two ends). A line can turn by $\pi$ before it is itself
-# again, and $\theta$ of that is bad:
+# Let the line turn to a random direction, all directions alike. It parts $q$ and $k$ exactly when
+# it falls *between* them, into the angle $\theta$ that they span, or into the same angle on the
+# other side (a line has two ends). A line can turn by $\pi$ before it is itself again, and $\theta$
+# of that is bad:
 #
 # $$\Pr[\text{parted}] = \frac{\theta}{\pi}, \qquad \Pr[\text{same bit}] = 1 - \frac{\theta}{\pi}.$$
 #
-# Below are 60 random lines, and then the count for many angles. Each dot is the share of 4,000 random lines that keep two vectors together.
+# Below are 60 random lines, and then the count for many angles. Each dot is the share of 4,000
+# random lines that keep two vectors together.
 
 # %%
 figure, (left, right) = draw.picture(2, height=3.7)
@@ -70,7 +75,7 @@ for turn in rng.uniform(0, np.pi, size=60):
     along = at_angle(turn)[0]
     parts = (along[0] * q[1] > along[1] * q[0]) != (along[0] * k[1] > along[1] * k[0])  # which side of the line is each on?
     ends = np.stack([-along, along])
-    left.plot(*ends.T, color=draw.VERMILION if parts else draw.GREY, linewidth=1.4 if parts else 0.8, linestyle="--" if parts else "-")
+    left.plot(*ends.T, color=draw.VERMILION if parts else draw.GRAY, linewidth=1.4 if parts else 0.8, linestyle="--" if parts else "-")
 for name, vector in (("q", q), ("k", k)):
     left.annotate("", vector, (0, 0), arrowprops={"arrowstyle": "-|>", "color": draw.INK, "linewidth": 2, "shrinkA": 0, "shrinkB": 0})
     left.text(*(1.12 * vector), name, ha="center", va="center", fontweight="bold")
@@ -96,16 +101,18 @@ figure
 # %% [markdown]
 # ## In any dimension: Gaussian normals
 #
-# Real queries have 64 numbers, not two. Still only one flat sheet matters: the one that $q$ and $k$ span. A plane in 64 dimensions meets
-# that sheet in a line, and the line parts $q$ and $k$ or does not. So all we need is that *this line* has a random direction, all alike,
-# whatever sheet we happen to look at.
+# Real queries have 64 numbers, not two. Still only one flat sheet matters: the one that $q$ and $k$
+# span. A plane in 64 dimensions meets that sheet in a line, and the line parts $q$ and $k$ or does
+# not. So all we need is that *this line* has a random direction, all alike, whatever sheet we
+# happen to look at.
 #
-# Draw every entry of $w$ from a normal distribution, and that is so. The density of such a vector depends on its length alone,
+# Draw every entry of $w$ from a normal distribution, and that is so. The density of such a vector
+# depends on its length alone,
 #
 # $$\prod_c e^{-w_c^2/2} = e^{-|w|^2/2},$$
 #
-# so no direction is preferred, in the whole space or in any sheet of it. Other distributions do prefer some. Entries that are uniform in
-# $[-1, 1]$ fill a square, and a square has corners:
+# so no direction is preferred, in the whole space or in any sheet of it. Other distributions do
+# prefer some. Entries that are uniform in $[-1, 1]$ fill a square, and a square has corners:
 
 # %%
 count = 40_000
@@ -130,7 +137,8 @@ assert np.any(np.abs(heights["Uniform entries"] - count / 48) > 5 * deviation)
 figure
 
 # %% [markdown]
-# Now pairs in 2, 16 and 64 dimensions at the same angles, with Gaussian normals. The dimension plays no part.
+# Now pairs in 2, 16 and 64 dimensions at the same angles, with Gaussian normals. The dimension
+# plays no part.
 
 
 # %%
@@ -160,13 +168,14 @@ figure
 # %% [markdown]
 # ## From bits to a code
 #
-# One bit makes two buckets, and in each you find half of the text. To be pickier, take $\tau$ planes and ask that *all* bits agree. The
-# planes are independent, so probabilities multiply, and there is the weight of tutorial 1:
+# One bit makes two buckets, and in each you find half of the text. To be pickier, take $\tau$
+# planes and ask that *all* bits agree. The planes are independent, so probabilities multiply, and
+# there is the weight of tutorial 1:
 #
 # $$\Pr[\text{all } \tau \text{ bits agree}] = \left(1 - \frac{\theta}{\pi}\right)^{\tau}.$$
 #
-# The bits, read as a binary number, are the *hash code*: bit $b$ is worth $2^b$. Two vectors agree on all bits exactly when their codes are
-# equal numbers, and numbers are good names for buckets.
+# The bits, read as a binary number, are the *hash code*: bit $b$ is worth $2^b$. Two vectors agree
+# on all bits exactly when their codes are equal numbers, and numbers are good names for buckets.
 
 
 # %%
@@ -195,8 +204,9 @@ assert np.array_equal(codes, yoso_core.hyperplane_hash(points, planes, num_hash=
 figure
 
 # %% [markdown]
-# The library's function gives the same codes. In the picture every sector has its code, written in binary, the last bit first as always.
-# From one of the six sectors to the next a single line is crossed, so a single bit changes.
+# The library's function gives the same codes. In the picture every sector has its code, written in
+# binary, the last bit first as always. From one of the six sectors to the next a single line is
+# crossed, so a single bit changes.
 #
 # And the count, for several $\tau$ in 16 dimensions. More bits, and only near vectors meet.
 
@@ -211,9 +221,9 @@ for number, tau in enumerate((1, 2, 4, 8)):
     met = [np.mean(np.equal(*yoso_core.hyperplane_hash(pair, planes, count, tau))) for pair in pairs]
     p = (1 - theta / np.pi) ** tau
     assert np.all(np.abs(met - p) <= 5 * np.sqrt(p * (1 - p) / count) + 1 / count)
-    colour = draw.PALETTE[number]
-    axes.plot(fine, (1 - fine / np.pi) ** tau, color=colour, linewidth=1.5)
-    axes.plot(theta, met, draw.MARKERS[number], color=colour, markersize=6, label=rf"$\tau$ = {tau}")
+    color = draw.PALETTE[number]
+    axes.plot(fine, (1 - fine / np.pi) ** tau, color=color, linewidth=1.5)
+    axes.plot(theta, met, draw.MARKERS[number], color=color, markersize=6, label=rf"$\tau$ = {tau}")
 axes.set(title="Two vectors share a bucket", xlabel=r"angle $\theta$, radians", ylabel="share of 4,000 hashes")
 axes.set_xticks([0, np.pi / 4, np.pi / 2, 3 * np.pi / 4, np.pi], ["0", r"$\pi/4$", r"$\pi/2$", r"$3\pi/4$", r"$\pi$"])
 axes.grid(True)
@@ -221,14 +231,16 @@ axes.legend(title="dots measured,\nlines expected")
 figure
 
 # %% [markdown]
-# Independent planes are essential. With *one* plane used for all $\tau$ bits the code has $\tau$ equal bits, and two vectors meet with
-# probability $1 - \theta/\pi$, whatever $\tau$ says. Bits must not know of each other. Keep that in mind for tutorial 3, where we save work
-# on exactly this point.
+# Independent planes are essential. With *one* plane used for all $\tau$ bits the code has $\tau$
+# equal bits, and two vectors meet with probability $1 - \theta/\pi$, whatever $\tau$ says. Bits
+# must not know of each other. Keep that in mind for tutorial 3, where we save work on exactly this
+# point.
 #
 # ## One hash is coarse, many are fine
 #
-# A bucket has hard walls. Two vectors that almost touch may stand on two sides of one, and then this hash gives them nothing in common.
-# That is why YOSO takes $m$ hashes and averages: here are three for the same six points. Watch a and b, 0.2 radians apart.
+# A bucket has hard walls. Two vectors that almost touch may stand on two sides of one, and then
+# this hash gives them nothing in common. That is why YOSO takes $m$ hashes and averages: here are
+# three for the same six points. Watch a and b, 0.2 radians apart.
 
 # %%
 points = at_angle(1.3, 1.5, 1.9, 3.4, 4.9, 6.0)
@@ -246,10 +258,11 @@ print("codes, a row to a point:\n", codes)
 figure
 
 # %% [markdown]
-# The layout is part of the definition: bit $b$ of hash $h$ uses column $h\tau + b$ of the planes. That is what the slice above says, and
-# every variant of the library follows it.
+# The layout is part of the definition: bit $b$ of hash $h$ uses column $h\tau + b$ of the planes.
+# That is what the slice above says, and every variant of the library follows it.
 #
-# In three dimensions the planes cut a sphere into patches, like a badly peeled orange. This is the front of one, with 60 points on it.
+# In three dimensions the planes cut a sphere into patches, like a badly peeled orange. This is the
+# front of one, with 60 points on it.
 
 # %%
 points = rng.standard_normal((60, 3))
@@ -262,13 +275,15 @@ figure
 # %% [markdown]
 # ## How many buckets are there?
 #
-# $\tau$ bits can name $2^\tau$ buckets, but few dimensions do not have room for all. In two dimensions $\tau$ lines through the centre make
-# $2\tau$ sectors, and that is that. In $d$ dimensions, planes in general position make
+# $\tau$ bits can name $2^\tau$ buckets, but few dimensions do not have room for all. In two
+# dimensions $\tau$ lines through the center make $2\tau$ sectors, and that is that. In $d$
+# dimensions, planes in general position make
 #
 # $$2 \sum_{i=0}^{d-1} \binom{\tau - 1}{i}$$
 #
-# regions (Schläfli; see Cover 1965). From $d = \tau$ on that is all $2^\tau$. We count them by hashing many random points.
-# (A thin sliver of a region could hide from random points. With these planes none does.)
+# regions (Schläfli; see Cover 1965). From $d = \tau$ on that is all $2^\tau$. We count them by
+# hashing many random points. (A thin sliver of a region could hide from random points. With these
+# planes none does.)
 
 # %%
 tau = 5
@@ -282,14 +297,15 @@ assert expected[tau - 1] == 2**tau
 print("dimensions:", *range(1, 8), "\nbuckets:   ", *found)
 
 # %% [markdown]
-# So in 64 dimensions every code can occur. Do they occur equally often? For vectors that point everywhere alike, each bucket waits for the
-# share $2^{-\tau}$ of them, on the average over planes. Real vectors come in groups, and a group falls into few buckets:
+# So in 64 dimensions every code can occur. Do they occur equally often? For vectors that point
+# everywhere alike, each bucket waits for the share $2^{-\tau}$ of them, on the average over planes.
+# Real vectors come in groups, and a group falls into few buckets:
 
 # %%
 n, dim, tau = 4096, 64, 6
 spread = rng.standard_normal((n, dim))
-centres = rng.standard_normal((10, dim))
-grouped = centres[rng.integers(10, size=n)] + 0.3 * rng.standard_normal((n, dim))
+centers = rng.standard_normal((10, dim))
+grouped = centers[rng.integers(10, size=n)] + 0.3 * rng.standard_normal((n, dim))
 planes = yoso_core.sample_planes(1, tau, dim, rng=0)
 
 figure, axes = draw.picture(2, sharey=True)
@@ -310,13 +326,15 @@ assert largest["Ten groups"] > 3 * n / 2**tau
 figure
 
 # %% [markdown]
-# Uneven buckets are not a fault. Vectors of a group *should* meet. But they decide how fast a kernel is, and tutorials 4 and 6 come back
-# to it.
+# Uneven buckets are not a fault. Vectors of a group *should* meet. But they decide how fast a
+# kernel is, and tutorials 4 and 6 come back to it.
 #
 # ## Three things that follow at once
 #
-# - **Length does not matter.** A positive factor changes no sign. This is why YOSO speaks of angles only.
-# - **Opposites never meet.** All bits of $-x$ are the other ones, so the codes of $x$ and $-x$ add up to $2^\tau - 1$.
+# - **Length does not matter.** A positive factor changes no sign. This is why YOSO speaks of angles
+#   only.
+# - **Opposites never meet.** All bits of $-x$ are the other ones, so the codes of $x$ and $-x$ add
+#   up to $2^\tau - 1$.
 # - **A zero vector has code 0**, since $0 > 0$ is false for every plane.
 
 # %%
@@ -331,17 +349,20 @@ assert np.all(yoso_core.hyperplane_hash(np.zeros((1, 64)), planes, 4, 8) == 0)
 # %% [markdown]
 # ## What to keep
 #
-# - A random plane keeps two vectors together with probability $1 - \theta/\pi$, in any dimension, if its normal is Gaussian.
-# - $\tau$ independent planes give a code of $\tau$ bits; codes are equal with probability $(1 - \theta/\pi)^\tau$. That is YOSO's weight.
-# - Hashing a vector costs $d \cdot m \cdot \tau$ multiplications: 16,384 for $d = 64$, $m = 32$, $\tau = 8$. Tutorial 3 does it with
-#   additions, and fewer of them.
+# - A random plane keeps two vectors together with probability $1 - \theta/\pi$, in any dimension,
+#   if its normal is Gaussian.
+# - $\tau$ independent planes give a code of $\tau$ bits; codes are equal with probability $(1 -
+#   \theta/\pi)^\tau$. That is YOSO's weight.
+# - Hashing a vector costs $d \cdot m \cdot \tau$ multiplications: 16,384 for $d = 64$, $m = 32$,
+#   $\tau = 8$. Tutorial 3 does it with additions, and fewer of them.
 #
 # Next: [3. The fast Hadamard transform](03_fast_hadamard_transform.ipynb).
 #
 # ## Exercise 1: all codes at once
 #
-# Write the whole hash for $m$ hashes in NumPy, without calling the library: vectors `(n, d)` and planes `(d, m * tau)` in, codes `(n, m)`
-# out. Bit $b$ of hash $h$ is column $h\tau + b$ and is worth $2^b$.
+# Write the whole hash for $m$ hashes in NumPy, without calling the library: vectors `(n, d)` and
+# planes `(d, m * tau)` in, codes `(n, m)` out. Bit $b$ of hash $h$ is column $h\tau + b$ and is
+# worth $2^b$.
 
 
 # %% tags=["exercise-1"]
@@ -367,8 +388,8 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: read the angle back
 #
-# You are given only the codes of two vectors, `(m,)` each, for many hashes of `tau` bits. Estimate the angle between the vectors. (Turn the
-# formula of this tutorial around.)
+# You are given only the codes of two vectors, `(m,)` each, for many hashes of `tau` bits. Estimate
+# the angle between the vectors. (Turn the formula of this tutorial around.)
 
 
 # %% tags=["exercise-2"]
@@ -389,8 +410,8 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: choose tau
 #
-# Related tokens are about `near` radians apart, unrelated ones about `far`. How many bits does it take, at least, until a related pair
-# meets `times` as often as an unrelated one?
+# Related tokens are about `near` radians apart, unrelated ones about `far`. How many bits does it
+# take, at least, until a related pair meets `times` as often as an unrelated one?
 
 
 # %% tags=["exercise-3"]
@@ -424,7 +445,8 @@ def all_codes(vectors, planes, m, tau):
 
 
 # %% [markdown]
-# **Exercise 2.** The share of equal codes estimates $(1 - \theta/\pi)^\tau$, so $\theta \approx \pi (1 - \mathrm{share}^{1/\tau})$.
+# **Exercise 2.** The share of equal codes estimates $(1 - \theta/\pi)^\tau$, so $\theta \approx \pi
+# (1 - \mathrm{share}^{1/\tau})$.
 
 
 # %% tags=["solution-2"]
@@ -434,8 +456,9 @@ def estimate_angle(first_code, second_code, tau):
 
 
 # %% [markdown]
-# **Exercise 3.** The ratio of the two probabilities grows by the factor $(\pi - \mathrm{near}) / (\pi - \mathrm{far})$ with every bit, so
-# the answer is a quotient of logarithms, rounded up. Each bit also makes related pairs meet less often: more hashes are needed then.
+# **Exercise 3.** The ratio of the two probabilities grows by the factor $(\pi - \mathrm{near}) /
+# (\pi - \mathrm{far})$ with every bit, so the answer is a quotient of logarithms, rounded up. Each
+# bit also makes related pairs meet less often: more hashes are needed then.
 
 
 # %% tags=["solution-3"]

@@ -1,15 +1,17 @@
 # %% [markdown]
 # # 3. The fast Hadamard transform
 #
-# **You will be able to** turn a vector by a random rotation with additions alone, say why it takes three rounds and what they cost, and
-# read where every bit of a hash code comes from.
+# **You will be able to** turn a vector by a random rotation with additions alone, say why it takes
+# three rounds and what they cost, and read where every bit of a hash code comes from.
 #
 # **Time:** 35 minutes, and 25 for the exercises.
 #
 # **You need:** NumPy, and tutorial 2.
 #
-# **Source:** [`yoso_core.reference.hadamard`](../reference/hadamard.py) and [`yoso_core.reference.hashing`](../reference/hashing.py);
-# section 3.2 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714), after [Andoni et al. 2015](https://arxiv.org/abs/1509.02897).
+# **Source:** [`yoso_core.reference.hadamard`](../reference/hadamard.py) and
+# [`yoso_core.reference.hashing`](../reference/hashing.py); section 3.2 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714), after [Andoni et al.
+# 2015](https://arxiv.org/abs/1509.02897).
 
 # %%
 import time
@@ -25,16 +27,19 @@ draw.use_look()
 rng = np.random.default_rng(3)
 
 # %% [markdown]
-# Tutorial 2 hashed a vector with $m \tau$ random planes. Each plane is a dot product, so one vector of 64 numbers costs
-# $64 \cdot 32 \cdot 8 = 16{,}384$ multiplications when $m = 32$ and $\tau = 8$. Here is a way that multiplies by nothing but $+1$ and $-1$.
+# Tutorial 2 hashed a vector with $m \tau$ random planes. Each plane is a dot product, so one vector
+# of 64 numbers costs $64 \cdot 32 \cdot 8 = 16{,}384$ multiplications when $m = 32$ and $\tau = 8$.
+# Here is a way that multiplies by nothing but $+1$ and $-1$.
 #
 # ## A matrix of signs
 #
-# Start from the number 1, and double: put four copies side by side, and turn the sign of the last one.
+# Start from the number 1, and double: put four copies side by side, and turn the sign of the last
+# one.
 #
 # $$H_1 = [1], \qquad H_{2D} = \begin{bmatrix} H_D & H_D \\ H_D & -H_D \end{bmatrix}.$$
 #
-# This is Sylvester's matrix (1867). $H_D x$ is the *Hadamard transform* of $x$, or Walsh-Hadamard transform.
+# This is Sylvester's matrix (1867). $H_D x$ is the *Hadamard transform* of $x$, or Walsh-Hadamard
+# transform.
 
 
 # %%
@@ -55,9 +60,10 @@ for (k, j), entry in np.ndenumerate(sylvester(8)):
 figure
 
 # %% [markdown]
-# Three things make it useful. The entry in row $k$ and column $j$ is $-1$ exactly when $j$ and $k$, as binary numbers, have an odd number
-# of ones in common. Any two rows are at right angles. And all rows have the same length, $\sqrt{D}$. So $H_D / \sqrt{D}$ keeps every length
-# and every angle, and to undo the transform you transform again and divide by $D$.
+# Three things make it useful. The entry in row $k$ and column $j$ is $-1$ exactly when $j$ and $k$,
+# as binary numbers, have an odd number of ones in common. Any two rows are at right angles. And all
+# rows have the same length, $\sqrt{D}$. So $H_D / \sqrt{D}$ keeps every length and every angle, and
+# to undo the transform you transform again and divide by $D$.
 
 # %%
 D = 64
@@ -72,18 +78,23 @@ assert np.array_equal(yoso_core.hadamard_transform(yoso_core.hadamard_transform(
 # %% [markdown]
 # ## Butterflies
 #
-# A product with $H_8$ is eight rows of seven additions or subtractions, 56. But look at its upper half: $[H_4\ H_4]$. It does the same to
-# the first four numbers as to the last four, and adds. So add first, and transform once:
+# A product with $H_8$ is eight rows of seven additions or subtractions, 56. But look at its upper
+# half: $[H_4\ H_4]$. It does the same to the first four numbers as to the last four, and adds. So
+# add first, and transform once:
 #
-# $$H_8 \begin{bmatrix} u \\ l \end{bmatrix} = \begin{bmatrix} H_4 (u + l) \\ H_4 (u - l) \end{bmatrix}.$$
+# $$H_8 \begin{bmatrix} u \\ l \end{bmatrix} = \begin{bmatrix} H_4 (u
+# + l) \\ H_4 (u - l) \end{bmatrix}.$$
 #
-# One pair of numbers goes in, their sum and their difference come out: a *butterfly*, from the shape of its wires. Four butterflies between
-# entries four apart leave two problems of size four. Do it again with entries two apart, then one apart, and nothing is left to do.
+# One pair of numbers goes in, their sum and their difference come out: a *butterfly*, from the
+# shape of its wires. Four butterflies between entries four apart leave two problems of size four.
+# Do it again with entries two apart, then one apart, and nothing is left to do.
 
 
 # %%
 def butterflies(x):
-    """The Hadamard transform of a list: the numbers before every step, and the result. Largest stride first."""
+    """The Hadamard transform of a list: the numbers before every step, and the result. Largest
+    stride first.
+    """
     stages, stride = [list(x)], len(x) // 2
     while stride:
         y = stages[-1]
@@ -107,13 +118,15 @@ axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2)
 figure
 
 # %% [markdown]
-# The partner of entry $i$ at stride $s$ is $i$ with one bit turned, `i ^ s` in Python. The sum goes to the place without that bit, upper
-# minus lower to the place with it. That is the whole algorithm, and a GPU thread finds its partner by the same expression.
+# The partner of entry $i$ at stride $s$ is $i$ with one bit turned, `i ^ s` in Python. The sum goes
+# to the place without that bit, upper minus lower to the place with it. That is the whole
+# algorithm, and a GPU thread finds its partner by the same expression.
 #
 # ## n log n against n squared
 #
-# Every step makes $D$ numbers with one addition each, and there are $\log_2 D$ steps. So the transform takes $D \log_2 D$ additions, where
-# the matrix product takes $D (D - 1)$. We count them, with numbers that count.
+# Every step makes $D$ numbers with one addition each, and there are $\log_2 D$ steps. So the
+# transform takes $D \log_2 D$ additions, where the matrix product takes $D (D - 1)$. We count them,
+# with numbers that count.
 
 
 # %%
@@ -160,9 +173,10 @@ assert np.array_equal(counted["matrix product"], dims * (dims - 1))
 
 
 # %% [markdown]
-# And the time? We transform $2^{16}$ numbers, cut into vectors of $D$. The butterflies are `yoso_core.hadamard_transform`, which runs on
-# all cores where Numba is installed; the product is NumPy's, which is as fast as matrix products get on this machine. Seconds differ from
-# machine to machine, so they are drawn and nothing is claimed about them.
+# And the time? We transform $2^{16}$ numbers, cut into vectors of $D$. The butterflies are
+# `yoso_core.hadamard_transform`, which runs on all cores where Numba is installed; the product is
+# NumPy's, which is as fast as matrix products get on this machine. Seconds differ from machine to
+# machine, so they are drawn and nothing is claimed about them.
 
 
 # %%
@@ -201,13 +215,15 @@ for panel, shown in ((left, dims[::2]), (right, timed_dims)):
 figure
 
 # %% [markdown]
-# On the left the gap opens with the dimension: the product does $(D - 1) / \log_2 D$ times the work. On the right, how much of that reaches
-# the clock depends on the machine: a product is what processors are built to do, and small matrices stay in their fastest memory.
+# On the left the gap opens with the dimension: the product does $(D - 1) / \log_2 D$ times the
+# work. On the right, how much of that reaches the clock depends on the machine: a product is what
+# processors are built to do, and small matrices stay in their fastest memory.
 #
 # ## Largest stride first
 #
-# In exact arithmetic the strides may come in any order. In floating point they may not, if you want the same bits, because sums are
-# rounded, and $(a + c) + (b + d)$ need not equal $(a + b) + (c + d)$. Here is a vector of four tenths that add up to zero.
+# In exact arithmetic the strides may come in any order. In floating point they may not, if you want
+# the same bits, because sums are rounded, and $(a + c) + (b + d)$ need not equal $(a + b) + (c +
+# d)$. Here is a vector of four tenths that add up to zero.
 
 
 # %%
@@ -231,9 +247,10 @@ assert second > 0
 print(f"largest stride first: {first:g}, smallest first: {second:g}")
 
 # %% [markdown]
-# A difference in the eighth digit would not matter, but a hash keeps the *sign* only: 0 gives bit 0, and $10^{-8}$ gives bit 1. How often
-# does it happen? Hardly ever with smooth random numbers, which seldom come so near zero. But real activations are often rounded, to tenths,
-# to a few levels, to half precision, and then many projections are exactly zero, up to rounding.
+# A difference in the eighth digit would not matter, but a hash keeps the *sign* only: 0 gives bit
+# 0, and $10^{-8}$ gives bit 1. How often does it happen? Hardly ever with smooth random numbers,
+# which seldom come so near zero. But real activations are often rounded, to tenths, to a few
+# levels, to half precision, and then many projections are exactly zero, up to rounding.
 
 # %%
 smooth = rng.standard_normal((4000, 64)).astype(np.float32)
@@ -263,9 +280,10 @@ assert differ["rounded to tenths"] > 1e-3
 figure
 
 # %% [markdown]
-# That is why **the tree of additions is part of the definition**: largest stride first, every number a sum of two. Who keeps to it gets the
-# same bits, on any machine, in any language. Multiplying by $\pm 1$ rounds nothing, so no other choice is left to an implementation.
-# Ours, a few lines of NumPy above, and every one of the library's that runs here agree on each bit.
+# That is why **the tree of additions is part of the definition**: largest stride first, every
+# number a sum of two. Who keeps to it gets the same bits, on any machine, in any language.
+# Multiplying by $\pm 1$ rounds nothing, so no other choice is left to an implementation. Ours, a
+# few lines of NumPy above, and every one of the library's that runs here agree on each bit.
 
 # %%
 for variant in yoso_core.variants("hadamard_transform"):
@@ -277,18 +295,21 @@ for variant in yoso_core.variants("hadamard_transform"):
 # %% [markdown]
 # ## From signs to a rotation
 #
-# The rows of $H$ are $D$ directions at right angles. They could serve as the normals of $D$ planes, but they are always the same ones, and
-# a hash must be random. So turn random signs of the vector first. Written as a matrix, that is a diagonal $D_1$ of fair $\pm 1$, and
-# $H D_1 x$ is one *round*.
+# The rows of $H$ are $D$ directions at right angles. They could serve as the normals of $D$ planes,
+# but they are always the same ones, and a hash must be random. So turn random signs of the vector
+# first. Written as a matrix, that is a diagonal $D_1$ of fair $\pm 1$, and $H D_1 x$ is one
+# *round*.
 #
-# One round is not enough. Watch a vector with a single entry, 1 in place 5. Whatever the signs, it becomes plus or minus column 5 of $H$:
-# all its projections have the same size, and there are only two outcomes. Two rounds more, with fresh signs $D_2$ and $D_3$, and it looks
-# like anything.
+# One round is not enough. Watch a vector with a single entry, 1 in place 5. Whatever the signs, it
+# becomes plus or minus column 5 of $H$: all its projections have the same size, and there are only
+# two outcomes. Two rounds more, with fresh signs $D_2$ and $D_3$, and it looks like anything.
 
 
 # %%
 def rounds(x, signs):
-    """``H D_r ... H D_1 x`` scaled to keep lengths: ``signs (r, ..., D)`` of +1 and -1, the first applied first."""
+    """``H D_r ... H D_1 x`` scaled to keep lengths: ``signs (r, ..., D)`` of +1 and -1, the
+    first applied first.
+    """
     for diagonal in signs:
         x = transform(x * diagonal) / np.sqrt(x.shape[-1])
     return x
@@ -300,8 +321,8 @@ signs = rng.choice([-1.0, 1.0], size=(3, D))
 figure, axes = draw.picture(3, height=3.0, sharey=True)
 for r, panel in enumerate(axes, 1):
     projection = rounds(one_hot, signs[:r]) * np.sqrt(D)
-    colours = [draw.BLUE if number > 0 else draw.ORANGE for number in projection]
-    panel.vlines(range(D), 0, projection, colors=colours, linewidth=1.5)
+    colors = [draw.BLUE if number > 0 else draw.ORANGE for number in projection]
+    panel.vlines(range(D), 0, projection, colors=colors, linewidth=1.5)
     panel.axhline(0, color=draw.INK, linewidth=0.8)
     panel.set(title=f"after {r} round{'s' if r > 1 else ''}", xlabel="coordinate")
     assert np.isclose(np.sum(projection**2), D)
@@ -313,13 +334,14 @@ assert np.allclose(rounds(one_hot, signs[:1]) * np.sqrt(D), signs[0, 5] * column
 figure
 
 # %% [markdown]
-# Each round keeps lengths and angles, since $H / \sqrt{D}$ does and signs do. So do three, and the whole is a rotation (or a rotation with
-# a reflection):
+# Each round keeps lengths and angles, since $H / \sqrt{D}$ does and signs do. So do three, and the
+# whole is a rotation (or a rotation with a reflection):
 #
 # $$R = \frac{H D_3\, H D_2\, H D_1}{D^{3/2}}, \qquad R^\top R = I.$$
 #
-# All angles survive. What changes is how the vectors lie to the coordinate planes, and those are our hyperplanes now: the sign of
-# coordinate $c$ of $Rx$ says on which side of the plane with normal "row $c$ of $R$" the vector lies.
+# All angles survive. What changes is how the vectors lie to the coordinate planes, and those are
+# our hyperplanes now: the sign of coordinate $c$ of $Rx$ says on which side of the plane with
+# normal "row $c$ of $R$" the vector lies.
 
 # %%
 D = 16
@@ -337,14 +359,16 @@ assert np.isclose((R @ x) @ (R @ y), x @ y)
 draw.matrices(rotations, signed=True, x="coordinate of x", y="row: a plane's normal", height=3.3)
 
 # %% [markdown]
-# After one round every entry of $R$ is $\pm 1/4$; the rows are corners of a cube. After three they look like rows of a Gaussian matrix,
-# the ones that tutorial 2 asked for.
+# After one round every entry of $R$ is $\pm 1/4$; the rows are corners of a cube. After three they
+# look like rows of a Gaussian matrix, the ones that tutorial 2 asked for.
 #
 # ## Why three?
 #
-# Looks can deceive. What counts is how often two vectors share a code. Take vectors with a single entry, in places $i$ and $j$. They are at
-# right angles, so codes of $\tau = 8$ bits should be equal with probability $(1/2)^8 = 0.0039$. Because of the symmetry of $H$ only the
-# places where $i$ and $j$ differ in binary matter, the number `i ^ j`. We draw 1,000 rotations with $D = 64$ and look at all pairs.
+# Looks can deceive. What counts is how often two vectors share a code. Take vectors with a single
+# entry, in places $i$ and $j$. They are at right angles, so codes of $\tau = 8$ bits should be
+# equal with probability $(1/2)^8 = 0.0039$. Because of the symmetry of $H$ only the places where
+# $i$ and $j$ differ in binary matter, the number `i ^ j`. We draw 1,000 rotations with $D = 64$ and
+# look at all pairs.
 
 # %%
 D, tau, draws = 64, 8, 1000
@@ -380,14 +404,16 @@ assert np.all(shared[3][whole_codes] > 1.3 * ideal)
 figure
 
 # %% [markdown]
-# - **One round** knows all or nothing. Two columns of $H$ agree on all eight bits of a code, or on none, or on four. So the vectors share a
-#   code half of the time, or never.
-# - **Two rounds** fool the eye but not the count. When $i$ and $j$ differ in the last three binary places only, the two vectors get *the
-#   same numbers in another order*, and share a code 13 times as often as they should.
-# - **Three rounds** bring all pairs near the ideal. Not quite onto it: where `i ^ j` is a multiple of 8 a trace is left.
+# - **One round** knows all or nothing. Two columns of $H$ agree on all eight bits of a code, or on
+#   none, or on four. So the vectors share a code half of the time, or never.
+# - **Two rounds** fool the eye but not the count. When $i$ and $j$ differ in the last three binary
+#   places only, the two vectors get *the same numbers in another order*, and share a code 13 times
+#   as often as they should.
+# - **Three rounds** bring all pairs near the ideal. Not quite onto it: where `i ^ j` is a multiple
+#   of 8 a trace is left.
 #
-# The claim about two rounds is easy to check: the projections of the vector in place $j$ are those of place $i$, with coordinate $c$ moved
-# to `c ^ i ^ j`, and perhaps all signs turned.
+# The claim about two rounds is easy to check: the projections of the vector in place $j$ are those
+# of place $i$, with coordinate $c$ moved to `c ^ i ^ j`, and perhaps all signs turned.
 
 # %%
 signs = rng.choice([-1.0, 1.0], size=(2, D))
@@ -397,12 +423,13 @@ assert np.allclose(first, signs[0, 5] * signs[0, 6] * second[places ^ 5 ^ 6])
 # %% [markdown]
 # ## From projections to codes
 #
-# One rotation of a vector padded with zeros to $D$ numbers, a power of two, yields $D$ sign bits. Each code takes $\tau$ of them, so one
-# rotation makes $\lfloor D / \tau \rfloor$ codes, and what is left over stays unused. For more codes take more rotations, each with its own
-# signs. The library calls a rotation a *part*.
+# One rotation of a vector padded with zeros to $D$ numbers, a power of two, yields $D$ sign bits.
+# Each code takes $\tau$ of them, so one rotation makes $\lfloor D / \tau \rfloor$ codes, and what
+# is left over stays unused. For more codes take more rotations, each with its own signs. The
+# library calls a rotation a *part*.
 #
-# When a code is longer than a rotation ($\tau > D$), the bits of all parts form one stream, which is cut every $\tau$ bits. Both cases,
-# small enough to draw:
+# When a code is longer than a rotation ($\tau > D$), the bits of all parts form one stream, which
+# is cut every $\tau$ bits. Both cases, small enough to draw:
 
 
 # %%
@@ -428,7 +455,7 @@ for panel, (title, (dim, m, tau)) in zip(axes, cases.items(), strict=True):
             panel.text(coordinate, part - 0.2, f"code {h}" if dim == 4 else f"{h}", ha="center", va="center", fontsize=8, fontweight="bold")
     for (part, coordinate), h in np.ndenumerate(owner):
         look = {"facecolor": draw.PALETTE[h], "alpha": 0.35} if h >= 0 else {"facecolor": "white", "hatch": "////"}
-        panel.fill_between([coordinate - 0.5, coordinate + 0.5], part - 0.5, part + 0.5, edgecolor=draw.GREY, linewidth=0.7, **look)
+        panel.fill_between([coordinate - 0.5, coordinate + 0.5], part - 0.5, part + 0.5, edgecolor=draw.GRAY, linewidth=0.7, **look)
     panel.set(
         title=title,
         xlabel="coordinate of the rotated vector" if dim > 4 else "coordinate",
@@ -445,8 +472,9 @@ assert hash_layout(3, 6, 4).parts == 5
 figure
 
 # %% [markdown]
-# Bold is the code, below it the bit; hatched bits stay unused. Bit $b$ is worth $2^b$, and it is 1 where the projection is above zero.
-# That is all there is to `yoso_core.fast_hash`. Our own, with the loops in the open, gives the same codes.
+# Bold is the code, below it the bit; hatched bits stay unused. Bit $b$ is worth $2^b$, and it is 1
+# where the projection is above zero. That is all there is to `yoso_core.fast_hash`. Our own, with
+# the loops in the open, gives the same codes.
 
 
 # %%
@@ -472,9 +500,11 @@ for d, m, tau in ((16, 7, 5), (4, 3, 6), (48, 9, 8)):
 print("signs for d = 48, m = 9, tau = 8:", signs.shape, "is 3 diagonals, 2 parts, D = 64")
 
 # %% [markdown]
-# The scaling by $1/\sqrt{D}$ is left out, since it changes no sign. And the price, which we came for: a part takes three transforms, so a
-# vector takes $3\, \mathrm{parts} \cdot D \log_2 D$ additions. With 64 dimensions, $m = 32$ and $\tau = 8$ that is 4,608, in place of
-# 16,384 multiplications and as many additions. On the right, the time of the library's two hashes, again drawn and not claimed.
+# The scaling by $1/\sqrt{D}$ is left out, since it changes no sign. And the price, which we came
+# for: a part takes three transforms, so a vector takes $3\, \mathrm{parts} \cdot D \log_2 D$
+# additions. With 64 dimensions, $m = 32$ and $\tau = 8$ that is 4,608, in place of 16,384
+# multiplications and as many additions. On the right, the time of the library's two hashes, again
+# drawn and not claimed.
 
 
 # %%
@@ -515,23 +545,28 @@ for panel in (left, right):
 figure
 
 # %% [markdown]
-# Up to $D = m \tau = 256$ the work for a vector grows with $\log D$ alone: twice the dimension is half the parts.
+# Up to $D = m \tau = 256$ the work for a vector grows with $\log D$ alone: twice the dimension is
+# half the parts.
 #
 # ## What it costs: bias
 #
-# Gaussian planes are independent of each other. The rows of a rotation are not: they stand at right angles. In two dimensions, with two
-# bits, this is no small thing. The two planes of a code are then always perpendicular, and cut the circle into four quarters, so two
-# vectors more than a right angle apart *never* share a code, and nearer ones do with probability $1 - 2\theta/\pi$ when their direction is
-# random. The ideal is $(1 - \theta/\pi)^2$.
+# Gaussian planes are independent of each other. The rows of a rotation are not: they stand at right
+# angles. In two dimensions, with two bits, this is no small thing. The two planes of a code are
+# then always perpendicular, and cut the circle into four quarters, so two vectors more than a right
+# angle apart *never* share a code, and nearer ones do with probability $1 - 2\theta/\pi$ when their
+# direction is random. The ideal is $(1 - \theta/\pi)^2$.
 #
-# With more dimensions, $\tau$ rows of many at right angles are hardly different from $\tau$ independent ones. We measure it: pairs of
-# vectors in random directions, at 15 angles, each draw with fresh signs, and Gaussian planes treated the same way. The spread over the
-# draws gives the standard error.
+# With more dimensions, $\tau$ rows of many at right angles are hardly different from $\tau$
+# independent ones. We measure it: pairs of vectors in random directions, at 15 angles, each draw
+# with fresh signs, and Gaussian planes treated the same way. The spread over the draws gives the
+# standard error.
 
 
 # %%
 def pairs_at_angles(dim, draws, pairs=4):
-    """15 angles, and unit vectors ``(draws, pairs, 16, dim)``: a first one and one at every angle from it."""
+    """15 angles, and unit vectors ``(draws, pairs, 16, dim)``: a first one and one at every
+    angle from it.
+    """
     theta = np.float32(np.pi / 16) * np.arange(1, 16, dtype=np.float32)
     first = rng.standard_normal((draws, pairs, 1, dim), dtype=np.float32)
     first /= np.linalg.norm(first, axis=-1, keepdims=True)
@@ -573,9 +608,10 @@ axes[-1].legend()
 figure
 
 # %% [markdown]
-# Now the largest difference over the angles, for more dimensions. It shrinks about as $1/D$, and it is visible, many standard errors wide,
-# as long as $D$ is small. From 64 dimensions on it stays below 0.01. Under it, what the same measurement says of Gaussian planes, whose
-# bias is zero: that is the noise.
+# Now the largest difference over the angles, for more dimensions. It shrinks about as $1/D$, and it
+# is visible, many standard errors wide, as long as $D$ is small. From 64 dimensions on it stays
+# below 0.01. Under it, what the same measurement says of Gaussian planes, whose bias is zero: that
+# is the noise.
 
 # %%
 bias_dims, taus, draws = np.array([4, 8, 16, 32, 64, 128]), (2, 4, 8), 1600
@@ -591,11 +627,11 @@ for number, (tau, kind) in enumerate([*((tau, "Hadamard") for tau in taus), (8, 
         largest[kind, tau, dim] = bias[at], error[at]
         if kind == "Gaussian":
             assert np.all(bias < 5 * error + 1e-4)
-    colour = draw.PALETTE[number] if kind == "Hadamard" else draw.INK
+    color = draw.PALETTE[number] if kind == "Hadamard" else draw.INK
     label = f"Hadamard, $\\tau$ = {tau}" if kind == "Hadamard" else "Gaussian planes: noise"
     line = "-" if kind == "Hadamard" else draw.DASHES
-    axes.plot(bias_dims, worst, marker=draw.MARKERS[number], color=colour, linestyle=line, linewidth=1.2, markersize=7, label=label)
-axes.axhline(0.01, color=draw.GREY, linewidth=1)
+    axes.plot(bias_dims, worst, marker=draw.MARKERS[number], color=color, linestyle=line, linewidth=1.2, markersize=7, label=label)
+axes.axhline(0.01, color=draw.GRAY, linewidth=1)
 axes.set(title="Bias of the collision probability", xlabel="dimension D", ylabel="largest difference", xscale="log", yscale="log")
 axes.set_xticks(bias_dims, [f"{dim}" for dim in bias_dims])
 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -614,11 +650,12 @@ print("tau = 8:", ", ".join(f"{largest['Hadamard', 8, dim][0]:.3f} at D = {dim}"
 figure
 
 # %% [markdown]
-# The project's own table, [`yoso bench bias`](../benchmarks/README.md), has 0.042, 0.019, 0.0086, 0.0040 and 0.0019 for $\tau = 8$ and $D$
-# from 8 to 128, from more draws. Ours agree.
+# The project's own table, [`yoso bench bias`](../benchmarks/README.md), has 0.042, 0.019, 0.0086,
+# 0.0040 and 0.0019 for $\tau = 8$ and $D$ from 8 to 128, from more draws. Ours agree.
 #
-# So: with heads of 64 dimensions and $\tau$ of 8 or 9, use the fast hash and forget this section. With small heads, $D < 4\tau$ or so, or
-# with vectors that are nearly all zeros, pass `planes=` in place of `signs=`.
+# So: with heads of 64 dimensions and $\tau$ of 8 or 9, use the fast hash and forget this section.
+# With small heads, $D < 4\tau$ or so, or with vectors that are nearly all zeros, pass `planes=` in
+# place of `signs=`.
 
 # %%
 for dim, known in zip((8, 16, 32, 64, 128), (0.0420, 0.0190, 0.0086, 0.0040, 0.0019), strict=True):
@@ -628,23 +665,28 @@ for dim, known in zip((8, 16, 32, 64, 128), (0.0420, 0.0190, 0.0086, 0.0040, 0.0
 # %% [markdown]
 # ## What to keep
 #
-# - A butterfly makes a sum and a difference. $\log_2 D$ steps of them are the Hadamard transform, in $D \log_2 D$ additions. Largest stride
-#   first, always: then codes are the same bits everywhere.
-# - $H D_3 H D_2 H D_1$ is a random rotation. One round leaves sparse vectors bare, two leave them related, three are enough.
-# - One rotation serves $\lfloor D/\tau \rfloor$ codes. Its planes are at right angles, not independent: a bias that you see in small
-#   dimensions and not from 64 on.
+# - A butterfly makes a sum and a difference. $\log_2 D$ steps of them are the Hadamard transform,
+#   in $D \log_2 D$ additions. Largest stride first, always: then codes are the same bits
+#   everywhere.
+# - $H D_3 H D_2 H D_1$ is a random rotation. One round leaves sparse vectors bare, two leave them
+#   related, three are enough.
+# - One rotation serves $\lfloor D/\tau \rfloor$ codes. Its planes are at right angles, not
+#   independent: a bias that you see in small dimensions and not from 64 on.
 #
 # Next: [4. Cumulation](04_cumulation.ipynb), where the codes do their work.
 #
 # ## Exercise 1: the transform in place
 #
-# A kernel has no room for a second copy. Write the transform so that it works *inside* the list it is given, with $D \log_2 D$ additions,
-# largest stride first. The checker hands you numbers that count, and then float32 numbers whose bits it looks at.
+# A kernel has no room for a second copy. Write the transform so that it works *inside* the list it
+# is given, with $D \log_2 D$ additions, largest stride first. The checker hands you numbers that
+# count, and then float32 numbers whose bits it looks at.
 
 
 # %% tags=["exercise-1"]
 def transform_in_place(y):
-    """Replace the numbers in the list ``y``, whose length is a power of two, by their Hadamard transform."""
+    """Replace the numbers in the list ``y``, whose length is a power of two, by their Hadamard
+    transform.
+    """
     raise NotImplementedError("exercise 1 is waiting for you")
 
 
@@ -668,8 +710,8 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: turn back
 #
-# A rotation can be undone. Given `y`, which is $H D_3 H D_2 H D_1 x$ without any scaling, and the signs, return $x$. You may call
-# `transform`.
+# A rotation can be undone. Given `y`, which is $H D_3 H D_2 H D_1 x$ without any scaling, and the
+# signs, return $x$. You may call `transform`.
 
 
 # %% tags=["exercise-2"]
@@ -693,8 +735,9 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: who needs this bit?
 #
-# A thread on a GPU holds coordinate `coordinate` of part `part`. It must know for which code and which bit. Turn `bit_of` around, for both
-# cases of the layout. Return `None` when nobody needs the coordinate.
+# A thread on a GPU holds coordinate `coordinate` of part `part`. It must know for which code and
+# which bit. Turn `bit_of` around, for both cases of the layout. Return `None` when nobody needs the
+# coordinate.
 
 
 # %% tags=["exercise-3"]
@@ -720,7 +763,8 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** Each butterfly is done by the upper of its two places. It reads both numbers before it writes either.
+# **Exercise 1.** Each butterfly is done by the upper of its two places. It reads both numbers
+# before it writes either.
 
 
 # %% tags=["solution-1"]
@@ -734,7 +778,8 @@ def transform_in_place(y):
 
 
 # %% [markdown]
-# **Exercise 2.** Undo the last step first. $H$ is its own inverse up to $D$, and a sign is its own inverse.
+# **Exercise 2.** Undo the last step first. $H$ is its own inverse up to $D$, and a sign is its own
+# inverse.
 
 
 # %% tags=["solution-2"]
@@ -745,7 +790,8 @@ def turn_back(y, signs):
 
 
 # %% [markdown]
-# **Exercise 3.** Within a part, a coordinate beyond the last whole code is unused, and so is a code number that is too large.
+# **Exercise 3.** Within a part, a coordinate beyond the last whole code is unused, and so is a code
+# number that is too large.
 
 
 # %% tags=["solution-3"]

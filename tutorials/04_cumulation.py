@@ -1,15 +1,17 @@
 # %% [markdown]
 # # 4. Cumulation
 #
-# **You will be able to** compute sampled attention with hash tables in time linear in the length of the text, by hand and in ten lines of
-# NumPy, and say what the number of hashes, the length of the codes and a real text do to its error and its cost.
+# **You will be able to** compute sampled attention with hash tables in time linear in the length of
+# the text, by hand and in ten lines of NumPy, and say what the number of hashes, the length of the
+# codes and a real text do to its error and its cost.
 #
 # **Time:** 40 minutes, and 25 for the exercises.
 #
 # **You need:** NumPy, and tutorials 1 to 3.
 #
 # **Source:** [`yoso_core.reference.cumulation`](../reference/cumulation.py) and
-# [`yoso_core.reference.attention`](../reference/attention.py); algorithm 1 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# [`yoso_core.reference.attention`](../reference/attention.py); algorithm 1 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import time
@@ -28,25 +30,27 @@ rng = np.random.default_rng(4)
 # %% [markdown]
 # ## Add first, look up later
 #
-# Every query and every key has a code for each of $m$ hashes. Sampled attention lets query $i$ add up the values of the keys that share
-# its code, and takes the mean over the hashes:
+# Every query and every key has a code for each of $m$ hashes. Sampled attention lets query $i$ add
+# up the values of the keys that share its code, and takes the mean over the hashes:
 #
-# $$\mathrm{out}_i = \frac{1}{m} \sum_h \sum_j [\,\mathrm{code}_h(q_i) = \mathrm{code}_h(k_j)\,]\; v_j .$$
+# $$\mathrm{out}_i = \frac{1}{m} \sum_h \sum_j [\,\mathrm{code}_h(q_i)
+# = \mathrm{code}_h(k_j)\,]\; v_j .$$
 #
-# Read as it stands, that is a question to each of $n_q n_k$ pairs. But look at the inner sum. It depends on the query through its *code*
-# alone. All queries with one code get the same sum, the one over the keys with this code. So add up each code's values once, in a table
-# with a row for each of the $2^\tau$ codes, and let every query look up its row:
+# Read as it stands, that is a question to each of $n_q n_k$ pairs. But look at the inner sum. It
+# depends on the query through its *code* alone. All queries with one code get the same sum, the one
+# over the keys with this code. So add up each code's values once, in a table with a row for each of
+# the $2^\tau$ codes, and let every query look up its row:
 #
 # $$\mathrm{table}_h[c] = \sum_{j\,:\,\mathrm{code}_h(k_j) = c} v_j, \qquad
 # \mathrm{out}_i = \frac{1}{m} \sum_h \mathrm{table}_h[\mathrm{code}_h(q_i)].$$
 #
-# Adding to the table is called *scatter*, reading it *gather*. The paper calls the whole a Bernoulli *cumulation*. One step for each key,
-# one for each query, no pairs.
+# Adding to the table is called *scatter*, reading it *gather*. The paper calls the whole a
+# Bernoulli *cumulation*. One step for each key, one for each query, no pairs.
 #
 # ## By hand
 #
-# Eight tokens, $m = 2$ hashes of $\tau = 2$ bits, so two tables of four rows. The codes are made up. The values are the powers of two, one
-# number each: then every sum tells which keys are in it.
+# Eight tokens, $m = 2$ hashes of $\tau = 2$ bits, so two tables of four rows. The codes are made
+# up. The values are the powers of two, one number each: then every sum tells which keys are in it.
 
 # %%
 key_hash_code = np.array([[0, 3], [1, 3], [0, 2], [2, 0], [2, 2], [0, 3], [1, 0], [2, 2]], np.int32)
@@ -93,12 +97,15 @@ for h, panel in enumerate(axes):
 figure
 
 # %% [markdown]
-# Follow $q_0$. Hash 0 puts it into row 00, with keys 0, 2 and 5: it reads 37. Hash 1 puts it into row 11, with keys 0, 1 and 5: it reads
-# 35. Its output is the mean, 36. Key 0 was met twice, so it counts in full; key 1 was met once, so it counts half.
+# Follow $q_0$. Hash 0 puts it into row 00, with keys 0, 2 and 5: it reads 37. Hash 1 puts it into
+# row 11, with keys 0, 1 and 5: it reads
+# 35. Its output is the mean, 36. Key 0 was met twice, so it counts in full; key 1 was met once, so
+#     it counts half.
 #
 # And $q_4$ meets nobody, in neither hash. Its output is zero.
 #
-# Now the definition, as two nested loops over pairs, and the library's function. All three agree, number by number.
+# Now the definition, as two nested loops over pairs, and the library's function. All three agree,
+# number by number.
 
 
 # %%
@@ -116,9 +123,10 @@ assert np.array_equal(cumulate_pairs(query_hash_code, key_hash_code, value)[:, 0
 assert np.array_equal(yoso_core.lsh_cumulation(query_hash_code, key_hash_code, value, 2**tau)[:, 0], by_hand)
 
 # %% [markdown]
-# In NumPy, scatter is `np.add.at`. It is tempting to write `table[codes] += value` in its place, and it is wrong: where a code occurs
-# twice, NumPy reads the row, adds and writes back, *for both at once*, and one of the two is lost. Remember this. On a GPU the same mistake
-# is a race between two threads, and the cure is an atomic addition (tutorials 5 to 7).
+# In NumPy, scatter is `np.add.at`. It is tempting to write `table[codes] += value` in its place,
+# and it is wrong: where a code occurs twice, NumPy reads the row, adds and writes back, *for both
+# at once*, and one of the two is lost. Remember this. On a GPU the same mistake is a race between
+# two threads, and the cure is an atomic addition (tutorials 5 to 7).
 
 
 # %%
@@ -142,9 +150,9 @@ assert careless[:, 0].tolist() == [32, 64, 128, 0], "the last key of every row i
 # %% [markdown]
 # ## Linear cost
 #
-# Pairs cost $m\, n_q n_k$ comparisons. Tables cost $m\,(n_q + n_k)$ rows of values added, and $m\, 2^\tau$ rows set to zero first. Double
-# the text, and pairs cost four times as much, tables twice as much. The library has both, under the names of variants. Their times are
-# drawn and not claimed.
+# Pairs cost $m\, n_q n_k$ comparisons. Tables cost $m\,(n_q + n_k)$ rows of values added, and $m\,
+# 2^\tau$ rows set to zero first. Double the text, and pairs cost four times as much, tables twice
+# as much. The library has both, under the names of variants. Their times are drawn and not claimed.
 
 # %%
 m, tau, dim = 16, 8, 32
@@ -188,9 +196,10 @@ figure
 # %% [markdown]
 # ## A real passage
 #
-# Random codes are a kind assumption. Let us take a text: Python's own help topics, which every installation carries. The demo of this
-# project makes a vector for every word from the company it keeps (no training, see [`yoso_core.demo.words`](../yoso_core/demo/words.py)),
-# and mixes in the neighbours, so each *token* has a vector of 64 numbers. Query, key and value are all this vector.
+# Random codes are a kind assumption. Let us take a text: Python's own help topics, which every
+# installation carries. The demo of this project makes a vector for every word from the company it
+# keeps (no training, see [`yoso_core.demo.words`](../yoso_core/demo/words.py)), and mixes in the
+# neighbors, so each *token* has a vector of 64 numbers. Query, key and value are all this vector.
 
 # %%
 source, text = read_text(None)
@@ -210,9 +219,10 @@ for row in np.argsort(-np.bincount(code[:, 0], minlength=2**tau), kind="stable")
     print(f"  row {row:3}, {np.sum(code[:, 0] == row):3} tokens:", ", ".join(f"{word} {count}x" for word, count in inside))
 
 # %% [markdown]
-# Tokens of one word fall into one row, mostly, and words of similar use join them. So a query that reads its row reads the company that it
-# keeps. To *see* the weights, a trick: let the value of a token be a vector with a 1 at its own word and 0 elsewhere. Then the output is a
-# list of weights, one to a word. Here it is for the most frequent long word, sampled and exact.
+# Tokens of one word fall into one row, mostly, and words of similar use join them. So a query that
+# reads its row reads the company that it keeps. To *see* the weights, a trick: let the value of a
+# token be a vector with a 1 at its own word and 0 elsewhere. Then the output is a list of weights,
+# one to a word. Here it is for the most frequent long word, sampled and exact.
 
 # %%
 counts = np.bincount(passage.ids)
@@ -226,7 +236,7 @@ assert np.isclose(sampled.sum(), collision_rate(code[mine], code).sum(axis=1).me
 
 top = np.argsort(-exact, kind="stable")[:9]
 figure, axes = draw.picture(width=7, height=3.4)
-axes.barh(np.arange(9) - 0.2, exact[top], height=0.38, color=draw.GREY, label="exact")
+axes.barh(np.arange(9) - 0.2, exact[top], height=0.38, color=draw.GRAY, label="exact")
 axes.barh(np.arange(9) + 0.2, sampled[top], height=0.38, color=draw.BLUE, hatch="///", edgecolor="white", label=f"sampled, m = {m}")
 axes.set_yticks(range(9), [passage.words[i] for i in top])
 axes.invert_yaxis()
@@ -238,9 +248,10 @@ figure
 # %% [markdown]
 # ## Error against m
 #
-# With Gaussian planes, each hash is an independent, unbiased estimate, and the output is the mean of $m$ of them. So the mean is right, and
-# the error falls as $1/\sqrt{m}$. To measure it, one half of a passage asks and the other half answers, so that nobody meets itself. The
-# error is the distance to the exact output, relative to its length, over all queries.
+# With Gaussian planes, each hash is an independent, unbiased estimate, and the output is the mean
+# of $m$ of them. So the mean is right, and the error falls as $1/\sqrt{m}$. To measure it, one half
+# of a passage asks and the other half answers, so that nobody meets itself. The error is the
+# distance to the exact output, relative to its length, over all queries.
 
 # %%
 query, key = passage.middle(1024).vectors[:512], passage.middle(1024).vectors[512:]
@@ -252,7 +263,9 @@ def mean_square(vectors):
 
 
 def samples(repeats, num_hash, hash_code_len, **more):
-    """Sampled attention of ``query`` to ``key``, with fresh planes each time: ``(repeats, 512, 64)``."""
+    """Sampled attention of ``query`` to ``key``, with fresh planes each time:
+    ``(repeats, 512, 64)``.
+    """
     return np.array(
         [
             yoso_core.yoso_attention(
@@ -291,13 +304,15 @@ figure
 #
 # ## Error against tau
 #
-# The length of the codes is another matter: it changes *what* is estimated. Suppose that you want the softmax attention of tutorial 1, with
-# $\beta = 8$, its outputs scaled to length 1 like YOSO's. With few bits, rows are large and a query averages over half of the text: far
-# from what you want, but with little noise. With many bits a query meets only its nearest kin, and seldom, so it all depends on luck. The
-# mean squared distance is the sum of both, exactly:
+# The length of the codes is another matter: it changes *what* is estimated. Suppose that you want
+# the softmax attention of tutorial 1, with $\beta = 8$, its outputs scaled to length 1 like YOSO's.
+# With few bits, rows are large and a query averages over half of the text: far from what you want,
+# but with little noise. With many bits a query meets only its nearest kin, and seldom, so it all
+# depends on luck. The mean squared distance is the sum of both, exactly:
 #
 # $$\mathbb{E}\,|\mathrm{out} - \mathrm{target}|^2 = |\bar{\mathrm{out}} - \mathrm{target}|^2 +
-# \mathbb{E}\,|\mathrm{out} - \bar{\mathrm{out}}|^2, \qquad \text{error} = \text{bias} + \text{noise},$$
+# \mathbb{E}\,|\mathrm{out} - \bar{\mathrm{out}}|^2, \qquad \text{error} = \text{bias} +
+# \text{noise},$$
 #
 # with the mean over the draws for $\mathbb{E}$, and $\bar{\mathrm{out}}$ for the mean output.
 
@@ -330,12 +345,14 @@ assert noise[best] > 5 * noise[0], "more bits, more noise"
 figure
 
 # %% [markdown]
-# There is a best $\tau$, and where it lies depends on $m$ and on what you want. (On the far right the bias rises again: an output made of
-# one or two values points anywhere, and the mean of vectors that point anywhere is short.) A weight $p$ needs about $1/p$ hashes before it
-# is met once, so a more selective attention needs more of them.
+# There is a best $\tau$, and where it lies depends on $m$ and on what you want. (On the far right
+# the bias rises again: an output made of one or two values points anywhere, and the mean of vectors
+# that point anywhere is short.) A weight $p$ needs about $1/p$ hashes before it is met once, so a
+# more selective attention needs more of them.
 #
-# How many rows do the codes really use? At most $2^\tau$, at most one for each token, and in a real text fewer than either. On the right,
-# the memory of one table for 64 numbers to a row, beside that of the whole $n \times n$ matrix which is not needed.
+# How many rows do the codes really use? At most $2^\tau$, at most one for each token, and in a real
+# text fewer than either. On the right, the memory of one table for 64 numbers to a row, beside that
+# of the whole $n \times n$ matrix which is not needed.
 
 # %%
 rows = {"this text": [], "random vectors": []}
@@ -371,9 +388,10 @@ figure
 # %% [markdown]
 # ## Skewed rows
 #
-# If all directions were alike, each row would get the share $2^{-\tau}$ of the keys. In a real text a few words are everywhere, their
-# tokens look alike, and they land together. It does not make the result wrong, they *should* meet. And the number of steps stays the same,
-# for the table does not care where a key goes. But a kernel might.
+# If all directions were alike, each row would get the share $2^{-\tau}$ of the keys. In a real text
+# a few words are everywhere, their tokens look alike, and they land together. It does not make the
+# result wrong, they *should* meet. And the number of steps stays the same, for the table does not
+# care where a key goes. But a kernel might.
 
 # %%
 m, tau = 32, 8
@@ -392,13 +410,16 @@ assert np.isclose(largest["this text"], largest["its tokens, shuffled"])
 
 
 # %% [markdown]
-# Kernels with atomics add many keys at the same time. Additions to different rows go side by side, those to one row must take turns. Say
-# that 32 neighbouring keys are under way together: then the fullest row among them is the queue that all wait for. We count its length.
+# Kernels with atomics add many keys at the same time. Additions to different rows go side by side,
+# those to one row must take turns. Say that 32 neighboring keys are under way together: then the
+# fullest row among them is the queue that all wait for. We count its length.
 
 
 # %%
 def mean_queue(code, together=32):
-    """How many of ``together`` keys in a row go to one bucket, in the fullest: the mean over the text."""
+    """How many of ``together`` keys in a row go to one bucket, in the fullest: the mean over the
+    text.
+    """
     groups = code[: len(code) // together * together].reshape(-1, together)
     return np.mean([np.bincount(group).max() for group in groups])
 
@@ -439,26 +460,30 @@ for panel in (left, right):
 
 for in_text, shuffled, random in zip(*queue.values(), strict=True):
     assert in_text > shuffled > random
-    assert in_text - shuffled > shuffled - random, "most of it is the neighbours'"
+    assert in_text - shuffled > shuffled - random, "most of it is the neighbors'"
     assert 1.4 < in_text / random < 3.5, "twice, or so"
 figure
 
 # %% [markdown]
-# Twice the queue, or so, and most of it because *neighbours* are alike: the same tokens, shuffled, fare much better. A benchmark with
-# random vectors flatters such a kernel. There are two ways out, and the library takes both. In `shared_table` every entry of the table
-# belongs to one thread, which needs no atomics, so it does not care who goes where. And `sorted_buckets` sorts the keys by code first, so
-# that a row is a run of neighbours that are added up in order: that also makes the sum the same on every run.
-# Tutorial 6 takes [the kernels](../gpu/cupy_kernels/cumulation.cu) apart.
+# Twice the queue, or so, and most of it because *neighbors* are alike: the same tokens, shuffled,
+# fare much better. A benchmark with random vectors flatters such a kernel. There are two ways out,
+# and the library takes both. In `shared_table` every entry of the table belongs to one thread,
+# which needs no atomics, so it does not care who goes where. And `sorted_buckets` sorts the keys by
+# code first, so that a row is a run of neighbors that are added up in order: that also makes the
+# sum the same on every run. Tutorial 6 takes [the kernels](../gpu/cupy_kernels/cumulation.cu)
+# apart.
 #
 # ## Rows that meet nobody
 #
-# A query that meets no key in any hash gets zero. In a long text that is rare. In a short one, with $n$ keys in directions that have
-# nothing to do with the query's, a key is missed by one hash with probability $1 - 2^{-\tau}$, and all of them by all hashes with
+# A query that meets no key in any hash gets zero. In a long text that is rare. In a short one, with
+# $n$ keys in directions that have nothing to do with the query's, a key is missed by one hash with
+# probability $1 - 2^{-\tau}$, and all of them by all hashes with
 #
 # $$(1 - 2^{-\tau})^{\,n m}.$$
 #
-# The fast hash comes very near to this. The rows of one rotation are at right angles, so for vectors that point everywhere alike its bits
-# are fair coins that know nothing of each other; only different parts see the same angle.
+# The fast hash comes very near to this. The rows of one rotation are at right angles, so for
+# vectors that point everywhere alike its bits are fair coins that know nothing of each other; only
+# different parts see the same angle.
 
 # %%
 m, tau, repeats = 32, 8, 400
@@ -487,13 +512,14 @@ axes.legend()
 figure
 
 # %% [markdown]
-# In self-attention a token whose query is close to its own key meets at least itself. Elsewhere, and with few keys, take fewer bits or more
-# hashes.
+# In self-attention a token whose query is close to its own key meets at least itself. Elsewhere,
+# and with few keys, take fewer bits or more hashes.
 #
 # ## Masks
 #
-# A key that is masked is left out of the scatter, a query that is masked does not gather and gets zero. *Left out*, not multiplied by zero:
-# whatever stands in a masked row, even NaN, cannot leak. So a padded text gives what the text alone gives, to the last bit.
+# A key that is masked is left out of the scatter, a query that is masked does not gather and gets
+# zero. *Left out*, not multiplied by zero: whatever stands in a masked row, even NaN, cannot leak.
+# So a padded text gives what the text alone gives, to the last bit.
 
 # %%
 m, tau, n, padded = 8, 5, 100, 137
@@ -511,9 +537,10 @@ assert not np.all(np.isfinite(values * mask[:, None])), "zero times NaN is NaN: 
 # %% [markdown]
 # ## Batches, heads, and any n
 #
-# Attention runs for a whole batch and many heads. Each of them has tables of its own, and that is all: make the number of the table part of
-# the address, and one scatter serves them all. Nothing here knows about blocks of 32 or powers of two, so $n$ may be anything, and queries
-# and keys may differ in number. Values are only ever added, so they may have any dimension.
+# Attention runs for a whole batch and many heads. Each of them has tables of its own, and that is
+# all: make the number of the table part of the address, and one scatter serves them all. Nothing
+# here knows about blocks of 32 or powers of two, so $n$ may be anything, and queries and keys may
+# differ in number. Values are only ever added, so they may have any dimension.
 
 
 # %%
@@ -538,9 +565,9 @@ for leading, n_q, n_k, dim in (((), 8, 8, 1), ((3,), 0, 5, 2), ((2, 3), 7, 137, 
     assert np.allclose(found, yoso_core.lsh_cumulation(read, write, values, 2**tau), atol=1e-12)
 
 # %% [markdown]
-# Because it is a sum, three things hold that make cumulation easy to cut into pieces. The order of the keys does not matter; keys may come
-# in portions, whose outputs add up; and twice the values give twice the output. (With whole numbers there is no rounding, so the checks are
-# exact.)
+# Because it is a sum, three things hold that make cumulation easy to cut into pieces. The order of
+# the keys does not matter; keys may come in portions, whose outputs add up; and twice the values
+# give twice the output. (With whole numbers there is no rounding, so the checks are exact.)
 
 # %%
 codes = rng.integers(2**tau, size=(2, 137, m)).astype(np.int32)
@@ -557,9 +584,9 @@ assert np.array_equal(yoso_core.lsh_cumulation(*codes, 2 * values, 2**tau), 2 * 
 # %% [markdown]
 # ## The whole attention
 #
-# Everything is on the table now. Hash queries and keys with the fast hash of tutorial 3, cumulate, scale the outputs to length 1. A hash
-# sees no lengths, so normalising queries and keys first changes no code; it is what the exact weights need. That is
-# `yoso_core.yoso_attention`.
+# Everything is on the table now. Hash queries and keys with the fast hash of tutorial 3, cumulate,
+# scale the outputs to length 1. A hash sees no lengths, so normalizing queries and keys first
+# changes no code; it is what the exact weights need. That is `yoso_core.yoso_attention`.
 
 
 # %%
@@ -586,18 +613,22 @@ assert np.all(ours[1, :, 200:] == 0)
 # %% [markdown]
 # ## What to keep
 #
-# - All queries with one code want one sum. Scatter the values into a table, gather from it: time grows with the number of tokens, not of
-#   pairs.
-# - More hashes, less noise, as $1/\sqrt{m}$. More bits, a pickier attention and more noise: there is a best $\tau$ for a given $m$.
-# - Real text fills some rows far more than others, and neighbours crowd. It costs kernels with atomics time, and nothing else.
+# - All queries with one code want one sum. Scatter the values into a table, gather from it: time
+#   grows with the number of tokens, not of pairs.
+# - More hashes, less noise, as $1/\sqrt{m}$. More bits, a pickier attention and more noise: there
+#   is a best $\tau$ for a given $m$.
+# - Real text fills some rows far more than others, and neighbors crowd. It costs kernels with
+#   atomics time, and nothing else.
 # - It is a sum: any order, any portions, any leading dims, any $n$; what is masked is left out.
 #
-# Next: [5. Your first kernel in Python](05_first_kernel_in_python.ipynb), where a thread does each scatter.
+# Next: [5. Your first kernel in Python](05_first_kernel_in_python.ipynb), where a thread does each
+# scatter.
 #
 # ## Exercise 1: an average, not a sum
 #
-# YOSO scales its outputs to length 1. Softmax instead divides by the sum of its weights. Do so here: return the sum of the values met,
-# divided by the sum of their weights, $\sum_j C_{ij} v_j / \sum_j C_{ij}$, and zero for a query that met nobody. Still in linear time: call
+# YOSO scales its outputs to length 1. Softmax instead divides by the sum of its weights. Do so
+# here: return the sum of the values met, divided by the sum of their weights, $\sum_j C_{ij} v_j /
+# \sum_j C_{ij}$, and zero for a query that met nobody. Still in linear time: call
 # `yoso_core.lsh_cumulation` *once*.
 
 
@@ -627,13 +658,16 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: no atomics
 #
-# Write one hash's scatter without `np.add.at` and without a loop over keys: sort the keys by code, so that a row's keys are neighbours, and
-# add up each run. (`np.argsort`, `np.cumsum`, `np.add.reduceat` and `np.searchsorted` may help. Mind rows that nobody writes to.)
+# Write one hash's scatter without `np.add.at` and without a loop over keys: sort the keys by code,
+# so that a row's keys are neighbors, and add up each run. (`np.argsort`, `np.cumsum`,
+# `np.add.reduceat` and `np.searchsorted` may help. Mind rows that nobody writes to.)
 
 
 # %% tags=["exercise-2"]
 def table_by_sorting(code, value, hashtable_capacity):
-    """``table[c] = sum of value[j] over code[j] == c``: codes ``(n,)``, values ``(n, d)``, table ``(hashtable_capacity, d)``."""
+    """``table[c] = sum of value[j] over code[j] == c``: codes ``(n,)``, values ``(n, d)``, table
+    ``(hashtable_capacity, d)``.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -655,14 +689,18 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: how many bits?
 #
-# You are given the angles between one query and all keys, and $m$. The keys within `near` radians matter. With few bits the others drown
-# them, with many bits they are never met. Return the *largest* $\tau$ with which the query meets at least `meetings` near keys on average,
-# over all $m$ hashes together, counting a key once for each hash in which it is met. There is one: $\tau = 1$ will do at least.
+# You are given the angles between one query and all keys, and $m$. The keys within `near` radians
+# matter. With few bits the others drown them, with many bits they are never met. Return the
+# *largest* $\tau$ with which the query meets at least `meetings` near keys on average, over all $m$
+# hashes together, counting a key once for each hash in which it is met. There is one: $\tau = 1$
+# will do at least.
 
 
 # %% tags=["exercise-3"]
 def most_bits(angles, near, m, meetings):
-    """The largest tau whose expected number of meetings with keys nearer than ``near``, summed over ``m`` hashes, is >= ``meetings``."""
+    """The largest tau whose expected number of meetings with keys nearer than ``near``, summed
+    over ``m`` hashes, is >= ``meetings``.
+    """
     raise NotImplementedError("exercise 3 is waiting for you")
 
 
@@ -696,9 +734,10 @@ def average_of_met(query_hash_code, key_hash_code, value, hashtable_capacity):
 
 
 # %% [markdown]
-# **Exercise 2.** After sorting, row $c$ is the run between the first place with a code of at least $c$ and the first with a code of at
-# least $c + 1$. Running totals, one at each end of the run, give its sum as a difference. (With floats that loses digits; the library's
-# `sorted_buckets` adds within the run.)
+# **Exercise 2.** After sorting, row $c$ is the run between the first place with a code of at least
+# $c$ and the first with a code of at least $c + 1$. Running totals, one at each end of the run,
+# give its sum as a difference. (With floats that loses digits; the library's `sorted_buckets` adds
+# within the run.)
 
 
 # %% tags=["solution-2"]
@@ -710,8 +749,8 @@ def table_by_sorting(code, value, hashtable_capacity):
 
 
 # %% [markdown]
-# **Exercise 3.** A key at angle $\theta$ is met $m (1 - \theta/\pi)^\tau$ times on average. The sum falls with every bit, so go on while
-# one more bit still leaves enough.
+# **Exercise 3.** A key at angle $\theta$ is met $m (1 - \theta/\pi)^\tau$ times on average. The sum
+# falls with every bit, so go on while one more bit still leaves enough.
 
 
 # %% tags=["solution-3"]

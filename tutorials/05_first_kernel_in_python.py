@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 5. Your first kernel in Python
 #
-# **You will be able to** write a CUDA kernel in Python, say which thread does what, keep thousands of threads out of each other's way, and
-# read this library's own Numba kernels.
+# **You will be able to** write a CUDA kernel in Python, say which thread does what, keep thousands
+# of threads out of each other's way, and read this library's own Numba kernels.
 #
 # **Time:** 45 minutes, and 30 for the exercises.
 #
 # **You need:** tutorials 3 and 4. No GPU: every kernel is stepped through on the CPU.
 #
 # **Source:** [`yoso_core.gpu.numba_kernels`](../gpu/numba_kernels/cumulation.py) and
-# [`yoso_core.gpu.emulator.stepper`](../gpu/emulator/stepper.py); section 3.2 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# [`yoso_core.gpu.emulator.stepper`](../gpu/emulator/stepper.py); section 3.2 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import inspect
@@ -32,11 +33,13 @@ rng = np.random.default_rng(5)
 # %% [markdown]
 # ## One function, many threads
 #
-# A CPU runs a loop: one worker, who takes entry 0, then entry 1, then entry 2. A GPU has no loop. It starts one *thread* for every entry,
-# and all of them run **the same function**, called a *kernel*. So the first question of every thread is: *which one am I?*
+# A CPU runs a loop: one worker, who takes entry 0, then entry 1, then entry 2. A GPU has no loop.
+# It starts one *thread* for every entry, and all of them run **the same function**, called a
+# *kernel*. So the first question of every thread is: *which one am I?*
 #
-# Threads come in teams. A *block* is a team of up to 1024 threads that can talk to each other; a *grid* is all the blocks of one launch. A
-# thread finds its number within the team in `cuda.threadIdx.x`, the number of its team in `cuda.blockIdx.x`, and the size of a team in
+# Threads come in teams. A *block* is a team of up to 1024 threads that can talk to each other; a
+# *grid* is all the blocks of one launch. A thread finds its number within the team in
+# `cuda.threadIdx.x`, the number of its team in `cuda.blockIdx.x`, and the size of a team in
 # `cuda.blockDim.x`. That is enough for a number that nobody else has.
 
 
@@ -49,9 +52,10 @@ def who_am_i(block, thread):
 
 
 # %% [markdown]
-# `@cuda.jit` is Numba's: it compiles this Python function for a GPU. We have none, so we hand the kernel to a `Stepper`, which runs the
-# very same function on the CPU, thread by thread, and watches every step. A launch names the grid (3 blocks), the block (4 threads) and
-# the arguments. A kernel returns nothing: it writes into arrays that it is given.
+# `@cuda.jit` is Numba's: it compiles this Python function for a GPU. We have none, so we hand the
+# kernel to a `Stepper`, which runs the very same function on the CPU, thread by thread, and watches
+# every step. A launch names the grid (3 blocks), the block (4 threads) and the arguments. A kernel
+# returns nothing: it writes into arrays that it is given.
 
 # %%
 gpu = Stepper()
@@ -72,7 +76,8 @@ axes.axis("off")
 figure
 
 # %% [markdown]
-# With a GPU and CuPy the same launch is one line, with the grid and the block in square brackets. Nothing else in this tutorial changes.
+# With a GPU and CuPy the same launch is one line, with the grid and the block in square brackets.
+# Nothing else in this tutorial changes.
 #
 # ```python
 # import cupy
@@ -82,8 +87,9 @@ figure
 #
 # ## A grid that does not fit
 #
-# Now something useful: add two vectors of 10 numbers, with blocks of 4. How many blocks? Two, which is `10 // 4`, leave out the last
-# two entries. Our stepper fills new memory with NaN, so what nobody wrote stays visible.
+# Now something useful: add two vectors of 10 numbers, with blocks of 4. How many blocks? Two, which
+# is `10 // 4`, leave out the last two entries. Our stepper fills new memory with NaN, so what
+# nobody wrote stays visible.
 
 
 # %%
@@ -101,8 +107,9 @@ print(too_short)
 assert np.isnan(too_short).tolist() == [False] * 8 + [True] * 2
 
 # %% [markdown]
-# Three blocks are too many: they have 12 threads, and threads 10 and 11 have no entry. On a GPU these two would write *somewhere*, into
-# memory that belongs to something else, and mostly nobody would notice. The stepper refuses, and says who did it and where.
+# Three blocks are too many: they have 12 threads, and threads 10 and 11 have no entry. On a GPU
+# these two would write *somewhere*, into memory that belongs to something else, and mostly nobody
+# would notice. The stepper refuses, and says who did it and where.
 
 # %%
 try:
@@ -113,9 +120,9 @@ print(fault)
 assert (fault.block, fault.thread) == ((2, 0, 0), (2, 0, 0))
 
 # %% [markdown]
-# So the rule has two halves, and every kernel in this library follows it: **round the number of blocks up, and let each thread ask whether
-# there is work for it.** The question is called a *guard*. In the picture, a square says that this thread wrote
-# this entry.
+# So the rule has two halves, and every kernel in this library follows it: **round the number of
+# blocks up, and let each thread ask whether there is work for it.** The question is called a
+# *guard*. In the picture, a square says that this thread wrote this entry.
 
 
 # %%
@@ -154,13 +161,16 @@ figure
 # %% [markdown]
 # ## Step by step
 #
-# `trace` launches as `launch` does and tells what happened: every line that a thread was about to run, in the order in which it happened.
-# Let us watch 6 threads add 5 numbers. The picture has a row for each thread and a column for each moment.
+# `trace` launches as `launch` does and tells what happened: every line that a thread was about to
+# run, in the order in which it happened. Let us watch 6 threads add 5 numbers. The picture has a
+# row for each thread and a column for each moment.
 
 
 # %%
 def draw_steps(axes, steps, title):
-    """Who ran which line when: a column for each moment, a row for each thread; a dashed line is a barrier."""
+    """Who ran which line when: a column for each moment, a row for each thread; a dashed line is
+    a barrier.
+    """
     rows = sorted({(step.block, step.thread) for step in steps if step.thread})
     lines = {step.line: step.text for step in steps if step.thread}
     for number, (line, text) in enumerate(sorted(lines.items())):
@@ -193,9 +203,10 @@ figure
 # %% [markdown]
 # Thread 1 of block 2 asks its question and stops: the guard at work.
 #
-# Look at the lower picture too. **Nobody promises an order.** A GPU starts blocks as it has room for them, and within a block the threads
-# advance as the hardware likes. The stepper lets one thread run at a time, in an order that we choose: `"forward"`, `"reverse"`, or drawn
-# from a seed. A kernel is right when it is right in *every* order, so from here on we always run several.
+# Look at the lower picture too. **Nobody promises an order.** A GPU starts blocks as it has room
+# for them, and within a block the threads advance as the hardware likes. The stepper lets one
+# thread run at a time, in an order that we choose: `"forward"`, `"reverse"`, or drawn from a seed.
+# A kernel is right when it is right in *every* order, so from here on we always run several.
 
 # %%
 ORDERS = ("forward", "reverse", 1, 2, 3)
@@ -218,14 +229,16 @@ for _, _, out in in_every_order(add, (3,), (4,), (x, y, gpu.empty((10,), np.floa
 # %% [markdown]
 # ## Shared memory: the butterflies of tutorial 3
 #
-# Adding vectors is easy because no thread needs another. A Hadamard transform is not like that: every output depends on every input. In
-# tutorial 3 it was $\log_2 D$ stages of *butterflies*. At stride $s$, the entries $i$ and $i + s$ become their sum and their difference.
+# Adding vectors is easy because no thread needs another. A Hadamard transform is not like that:
+# every output depends on every input. In tutorial 3 it was $\log_2 D$ stages of *butterflies*. At
+# stride $s$, the entries $i$ and $i + s$ become their sum and their difference.
 #
-# We give each vector a block, and each butterfly of a stage a thread: $D / 2$ threads. The vector lies in *shared memory*, a small and
-# quick piece of memory (48 KiB to a block are always there) that the threads of one block share and no other block sees.
+# We give each vector a block, and each butterfly of a stage a thread: $D / 2$ threads. The vector
+# lies in *shared memory*, a small and quick piece of memory (48 KiB to a block are always there)
+# that the threads of one block share and no other block sees.
 #
-# Which two entries does thread $t$ take? It counts the pairs of a stage: pair $t$ begins at $i = 2t - (t \bmod s)$. In the
-# picture, a square says that this thread reads and writes this entry.
+# Which two entries does thread $t$ take? It counts the pairs of a stage: pair $t$ begins at $i = 2t
+# - (t \bmod s)$. In the picture, a square says that this thread reads and writes this entry.
 
 # %%
 D = 8
@@ -243,10 +256,12 @@ for axes, stride in zip(panels, strides, strict=True):
 figure
 
 # %% [markdown]
-# Within a stage nobody meets anybody: each entry has one thread, which reads it and writes it. But from one stage to the next the entries
-# change hands. At stride 2, thread 0 needs entry 2, which at stride 4 was the work of thread 2. It must not look before thread 2 is done.
+# Within a stage nobody meets anybody: each entry has one thread, which reads it and writes it. But
+# from one stage to the next the entries change hands. At stride 2, thread 0 needs entry 2, which at
+# stride 4 was the work of thread 2. It must not look before thread 2 is done.
 #
-# That is what a *barrier* is for. At `cuda.syncthreads()` a thread waits until all threads of its block have arrived.
+# That is what a *barrier* is for. At `cuda.syncthreads()` a thread waits until all threads of its
+# block have arrived.
 
 
 # %%
@@ -273,8 +288,9 @@ for (out,) in in_every_order(hadamard, (len(vectors),), (HALF,), (vectors,)):
     assert np.array_equal(out, yoso_core.hadamard_transform(vectors))
 
 # %% [markdown]
-# `cuda.shared.array(D, float32)` does not give each thread an array: it gives *the block* one, and every thread of the block gets the same.
-# At a barrier `trace` keeps a copy of it, so we can look into shared memory between the stages.
+# `cuda.shared.array(D, float32)` does not give each thread an array: it gives *the block* one, and
+# every thread of the block gets the same. At a barrier `trace` keeps a copy of it, so we can look
+# into shared memory between the stages.
 
 # %%
 steps = gpu.trace(hadamard, (1,), (HALF,), (vectors[:1].copy(),))
@@ -290,8 +306,9 @@ axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2)
 figure
 
 # %% [markdown]
-# And here is the same run in time, with only the lines that touch shared memory. Between two barriers the threads come in any order; no
-# thread is ever on the other side of a barrier than the rest.
+# And here is the same run in time, with only the lines that touch shared memory. Between two
+# barriers the threads come in any order; no thread is ever on the other side of a barrier than the
+# rest.
 
 
 # %%
@@ -309,8 +326,9 @@ legend_of_lines(panels[1], 2)
 figure
 
 # %% [markdown]
-# What if we forget one? Here is the kernel without the barrier in its loop. It is wrong in every order, and not always in the same way:
-# some thread reads an entry that another has not written yet.
+# What if we forget one? Here is the kernel without the barrier in its loop. It is wrong in every
+# order, and not always in the same way: some thread reads an entry that another has not written
+# yet.
 
 
 # %%
@@ -344,12 +362,12 @@ axes.set(title="Without the barrier", xlabel="entry")
 figure
 
 # %% [markdown]
-# On a GPU this bug is worse than here. Neighbouring threads mostly advance together, so the kernel may be right a thousand times, and wrong
-# when the machine is busy. The stepper lets threads get as far ahead of each other as they may. That is why it finds in milliseconds what a
-# GPU hides.
+# On a GPU this bug is worse than here. Neighboring threads mostly advance together, so the kernel
+# may be right a thousand times, and wrong when the machine is busy. The stepper lets threads get as
+# far ahead of each other as they may. That is why it finds in milliseconds what a GPU hides.
 #
-# One more rule of barriers: **all** threads of a block must reach **the same** one. If some leave early, the rest wait for ever. Keep
-# `return` and `if` away from `syncthreads`.
+# One more rule of barriers: **all** threads of a block must reach **the same** one. If some leave
+# early, the rest wait for ever. Keep `return` and `if` away from `syncthreads`.
 
 
 # %%
@@ -375,12 +393,13 @@ assert "a barrier needs every thread of the block" in str(fault)
 # %% [markdown]
 # ## Atomics: the table of tutorial 4
 #
-# Cumulation adds each value to a bucket, and the bucket is named by a hash code. Here no numbering helps: two keys with one code go to one
-# bucket, and we cannot know beforehand which.
+# Cumulation adds each value to a bucket, and the bucket is named by a hash code. Here no numbering
+# helps: two keys with one code go to one bucket, and we cannot know beforehand which.
 #
-# `table[c] += v` looks like one action. It is three: read the entry, add, write it back. If another thread writes between our read and our
-# write, its addition is lost. Our stepper never stops a thread within a line, so it would not show that. (Tutorial 7 has a tool that does.)
-# We put the gap there ourselves, with a barrier where a GPU *may* switch.
+# `table[c] += v` looks like one action. It is three: read the entry, add, write it back. If another
+# thread writes between our read and our write, its addition is lost. Our stepper never stops a
+# thread within a line, so it would not show that. (Tutorial 7 has a tool that does.) We put the gap
+# there ourselves, with a barrier where a GPU *may* switch.
 
 
 # %%
@@ -427,11 +446,13 @@ axes.legend(ncols=3, loc="upper center")
 figure
 
 # %% [markdown]
-# In each bucket the last to write wins, and the additions of the others are gone. `cuda.atomic.add` does the three actions as one, and the
-# hardware lets threads that want the same entry wait for each other.
+# In each bucket the last to write wins, and the additions of the others are gone. `cuda.atomic.add`
+# does the three actions as one, and the hardware lets threads that want the same entry wait for
+# each other.
 #
-# Atomics keep every addend. They do not keep the *order* of the additions, and a float sum depends on it: that is why such a kernel is not
-# repeatable to the last bit. Usually it is only the last bit. With numbers picked for the purpose it is everything:
+# Atomics keep every addend. They do not keep the *order* of the additions, and a float sum depends
+# on it: that is why such a kernel is not repeatable to the last bit. Usually it is only the last
+# bit. With numbers picked for the purpose it is everything:
 
 # %%
 one_bucket = np.zeros(4, np.int32)
@@ -443,12 +464,14 @@ assert (sums[0], sums[1]) == (2, 0)
 # %% [markdown]
 # ## The cumulation, whole
 #
-# Now all of it: $m$ hashes, values with several dims, and tables `(num_hash, buckets, dims)`. Keys *scatter*, queries *gather*:
+# Now all of it: $m$ hashes, values with several dims, and tables `(num_hash, buckets, dims)`. Keys
+# *scatter*, queries *gather*:
 #
 # $$T_h[c] = \sum_{j:\, h(k_j) = c} v_j, \qquad \mathrm{out}_i = \frac{1}{m} \sum_h T_h[h(q_i)].$$
 #
-# A block is a rectangle this time: `threadIdx.x` counts value dims, `threadIdx.y` counts tokens. Neighbours in x are the ones that the
-# hardware runs side by side, so they get neighbouring addresses. Tutorial 6 measures what that saves.
+# A block is a rectangle this time: `threadIdx.x` counts value dims, `threadIdx.y` counts tokens.
+# Neighbors in x are the ones that the hardware runs side by side, so they get neighboring
+# addresses. Tutorial 6 measures what that saves.
 
 
 # %%
@@ -487,8 +510,9 @@ for _, _, table in in_every_order(scatter, blocks, (value_dim, 4), (key_hash_cod
         assert np.allclose(out, expected, atol=1e-6)
 
 # %% [markdown]
-# On the left, the first hash of the scatter: which key adds to which bucket. A dark edge marks a bucket that several threads add to: there
-# the atomics earn their keep. On the right, the sums that these keys leave.
+# On the left, the first hash of the scatter: which key adds to which bucket. A dark edge marks a
+# bucket that several threads add to: there the atomics earn their keep. On the right, the sums that
+# these keys leave.
 
 # %%
 first = key_hash_code[:, 0]
@@ -508,8 +532,9 @@ figure
 # %% [markdown]
 # ## Now read a real one
 #
-# You know everything that the library's own Numba kernel uses. Here it is, as it runs on GPUs. It has two things that ours lacks: a second
-# grid axis for the heads, and a mask that says which keys take part.
+# You know everything that the library's own Numba kernel uses. Here it is, as it runs on GPUs. It
+# has two things that ours lacks: a second grid axis for the heads, and a mask that says which keys
+# take part.
 
 # %%
 from yoso_core.gpu.numba_kernels import cumulation, hashing
@@ -517,11 +542,12 @@ from yoso_core.gpu.numba_kernels import cumulation, hashing
 print(inspect.getsource(cumulation.add_keys_to_table.py_func))
 
 # %% [markdown]
-# `yoso kernel` lists all kernels of the library, and `yoso kernel hash_vectors` prints the Hadamard hash: your butterflies, three times,
-# with signs in between, then bits packed into codes. Its shared memory has size 0 in the source: that means as many bytes as the launch
-# asks for.
+# `yoso kernel` lists all kernels of the library, and `yoso kernel hash_vectors` prints the Hadamard
+# hash: your butterflies, three times, with signs in between, then bits packed into codes. Its
+# shared memory has size 0 in the source: that means as many bytes as the launch asks for.
 #
-# Every kernel can be called by name as a *variant*; `stepped:` is the one that runs in the stepper. All must agree with the definition.
+# Every kernel can be called by name as a *variant*; `stepped:` is the one that runs in the stepper.
+# All must agree with the definition.
 
 # %%
 assert "cuda.shared.array(0, vectors.dtype)" in inspect.getsource(hashing.hash_vectors.py_func)
@@ -554,16 +580,21 @@ else:
 # %% [markdown]
 # ## What to keep
 #
-# - A kernel is one function for many threads; each finds its work from `blockIdx` and `threadIdx`. Round the grid up, and guard.
-# - Threads of a block share memory. What one writes and another reads needs a barrier in between, and every thread must reach it.
-# - Where two threads may add to one entry, add atomically. Float sums then depend on the order, in their last bits.
+# - A kernel is one function for many threads; each finds its work from `blockIdx` and `threadIdx`.
+#   Round the grid up, and guard.
+# - Threads of a block share memory. What one writes and another reads needs a barrier in between,
+#   and every thread must reach it.
+# - Where two threads may add to one entry, add atomically. Float sums then depend on the order, in
+#   their last bits.
 # - A kernel is right when it is right in every order. Try several.
 #
-# Next: [6. Kernels in CUDA C++](06_kernels_in_cuda_cpp.ipynb), the same again in the language of the hardware, with its traffic counted.
+# Next: [6. Kernels in CUDA C++](06_kernels_in_cuda_cpp.ipynb), the same again in the language of
+# the hardware, with its traffic counted.
 #
 # ## Exercises
 #
-# The checkers run your kernel in every order of `ORDERS`. A kernel that is right in some of them is wrong.
+# The checkers run your kernel in every order of `ORDERS`. A kernel that is right in some of them is
+# wrong.
 
 
 # %%
@@ -578,9 +609,10 @@ def answers(kernel, grid, block, args):
 # %% [markdown]
 # ## Exercise 1: any grid will do
 #
-# Write `out = a * x + y` so that it is right for *every* grid, even one thread for a thousand entries. The trick is called a grid-stride
-# loop: a thread takes entry `i`, then the entry one whole grid further, and so on. `cuda.grid(1)` is the `i` that you know,
-# `cuda.gridsize(1)` is the number of threads in the grid.
+# Write `out = a * x + y` so that it is right for *every* grid, even one thread for a thousand
+# entries. The trick is called a grid-stride loop: a thread takes entry `i`, then the entry one
+# whole grid further, and so on. `cuda.grid(1)` is the `i` that you know, `cuda.gridsize(1)` is the
+# number of threads in the grid.
 
 
 # %% tags=["exercise-1"]
@@ -603,9 +635,10 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: the sum of a block
 #
-# Each block adds up its 16 entries of `x` and writes one number to `out`. Put them into shared memory, then halve: 8 threads add the entry
-# 8 further on to their own, then 4 threads the entry 4 further on, then 2, then 1. Where do barriers have to stand? And what becomes of
-# the threads beyond the end of `x`?
+# Each block adds up its 16 entries of `x` and writes one number to `out`. Put them into shared
+# memory, then halve: 8 threads add the entry 8 further on to their own, then 4 threads the entry 4
+# further on, then 2, then 1. Where do barriers have to stand? And what becomes of the threads
+# beyond the end of `x`?
 
 # %%
 THREADS = 16
@@ -614,7 +647,9 @@ THREADS = 16
 # %% tags=["exercise-2"]
 @cuda.jit
 def block_sums(x, out):
-    """``out[b]`` is the sum of the entries ``16 b`` to ``16 b + 15`` of x, as far as there are any."""
+    """``out[b]`` is the sum of the entries ``16 b`` to ``16 b + 15`` of x, as far as there are
+    any.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -630,8 +665,9 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: a scatter with a mask
 #
-# Write the scatter of this tutorial with a mask: key `j` takes part where `keep[j]` is not 0. The block is `(dims, keys)` as above. The
-# table in the checker remembers who writes into it: an addition that is not atomic is refused, though the stepper alone would let it pass.
+# Write the scatter of this tutorial with a mask: key `j` takes part where `keep[j]` is not 0. The
+# block is `(dims, keys)` as above. The table in the checker remembers who writes into it: an
+# addition that is not atomic is refused, though the stepper alone would let it pass.
 
 
 # %% tags=["exercise-3"]
@@ -643,7 +679,9 @@ def masked_scatter(key_hash_code, value, keep, table):
 
 # %% tags=["check-3"]
 class WatchedTable(np.ndarray):
-    """A table that refuses to be written by a kernel itself. Atomics are the stepper's own code, so they may."""
+    """A table that refuses to be written by a kernel itself. Atomics are the stepper's own code,
+    so they may.
+    """
 
     def __setitem__(self, index, new):
         writer = sys._getframe(2)  # behind the stepper's check of the index
@@ -686,8 +724,9 @@ def axpy(a, x, y, out):
 
 
 # %% [markdown]
-# **Exercise 2.** A thread beyond the end puts 0 into shared memory, and stays: the barriers need it. The barrier stands in the loop and
-# outside the `if`, so that every thread meets it in every round.
+# **Exercise 2.** A thread beyond the end puts 0 into shared memory, and stays: the barriers need
+# it. The barrier stands in the loop and outside the `if`, so that every thread meets it in every
+# round.
 
 
 # %% tags=["solution-2"]
@@ -708,7 +747,8 @@ def block_sums(x, out):
 
 
 # %% [markdown]
-# **Exercise 3.** The mask joins the guard. No barrier follows, so a thread that has nothing to do may leave.
+# **Exercise 3.** The mask joins the guard. No barrier follows, so a thread that has nothing to do
+# may leave.
 
 
 # %% tags=["solution-3"]

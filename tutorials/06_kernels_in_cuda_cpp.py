@@ -1,15 +1,17 @@
 # %% [markdown]
 # # 6. Kernels in CUDA C++
 #
-# **You will be able to** read and write a kernel in CUDA C++, launch it with CuPy, use what a warp can do without shared memory, and judge
-# kernels by the memory traffic that they cause.
+# **You will be able to** read and write a kernel in CUDA C++, launch it with CuPy, use what a warp
+# can do without shared memory, and judge kernels by the memory traffic that they cause.
 #
 # **Time:** 60 minutes, and 40 for the exercises.
 #
 # **You need:** tutorial 5, and Linux with `g++`. No GPU, and no C++: its few words come as we go.
 #
-# **Source:** [`hashing.cu`](../gpu/cupy_kernels/hashing.cu), [`cumulation.cu`](../gpu/cupy_kernels/cumulation.cu) and
-# [`yoso_core.gpu.emulator`](../gpu/emulator/__init__.py); section 3.2 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# **Source:** [`hashing.cu`](../gpu/cupy_kernels/hashing.cu),
+# [`cumulation.cu`](../gpu/cupy_kernels/cumulation.cu) and
+# [`yoso_core.gpu.emulator`](../gpu/emulator/__init__.py); section 3.2 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import math
@@ -57,7 +59,7 @@ extern "C" __global__ void add(const float* x, const float* y, float* out, int n
 # | | |
 # |---|---|
 # | `extern "C" __global__ void` | this function is a kernel, and keeps its plain name |
-# | `float* out` | a *pointer*: an address in memory where floats lie. It knows no shape and no length |
+# | `float* out` | a *pointer*: an address where floats lie. It knows no shape and no length |
 # | `const float* x` | the same, and we promise only to read |
 # | `int n` | so the length must come as an argument of its own |
 # | `const int i = ...;` | a variable with its type; it will not change |
@@ -65,13 +67,15 @@ extern "C" __global__ void add(const float* x, const float* y, float* out, int n
 #
 # A matrix is one long row, too: entry `(i, c)` of an `n` by `d` matrix is `x[i * d + c]`.
 #
-# With CuPy, a text becomes a kernel by `RawKernel`. This function is all it takes to run one on a GPU; it is here to be read, and used
-# below if you have one.
+# With CuPy, a text becomes a kernel by `RawKernel`. This function is all it takes to run one on a
+# GPU; it is here to be read, and used below if you have one.
 
 
 # %%
 def launch_on_gpu(text, name, grid, block, args, shared=0):
-    """Copy the arguments to the GPU, run the kernel there, and return the arguments as they are afterwards."""
+    """Copy the arguments to the GPU, run the kernel there, and return the arguments as they are
+    afterwards.
+    """
     import cupy
 
     kernel = cupy.RawKernel(text, name)  # compiled at its first launch
@@ -84,16 +88,19 @@ gpu_missing = next(variant.reason for variant in yoso_core.variants("lsh_cumulat
 print("A GPU runs along." if gpu_missing is None else "No GPU can be used here: the emulator runs every kernel.")
 
 # %% [markdown]
-# Without a GPU we use the library's *emulator*. It compiles the very same text with `g++` and runs its threads on the CPU, in an order
-# that we choose, and reports what a kernel does wrong. `run` below uses it for every kernel of this tutorial, in three orders; where a GPU
-# is found, it must agree.
+# Without a GPU we use the library's *emulator*. It compiles the very same text with `g++` and runs
+# its threads on the CPU, in an order that we choose, and reports what a kernel does wrong. `run`
+# below uses it for every kernel of this tutorial, in three orders; where a GPU is found, it must
+# agree.
 
 # %%
 emulator = Emulator()
 
 
 def run(text, name, grid, block, args, shared=0):
-    """Run a kernel in the emulator, in three orders that must agree. The arrays among the arguments change as they would on a GPU."""
+    """Run a kernel in the emulator, in three orders that must agree. The arrays among the
+    arguments change as they would on a GPU.
+    """
     results = []
     for chosen in ("reverse", 1, "forward"):
         copies = [x.copy() for x in args]
@@ -118,8 +125,9 @@ run(ADD, "add", (4,), (32,), (x, y, out, np.int32(100)))
 assert np.array_equal(out, x + y)
 
 # %% [markdown]
-# One thing is stricter than in Python: a kernel reads the bytes of its arguments as the types that it declares. An `int` is four bytes, so
-# it must be an `np.int32`. A GPU reads the four bytes that it expects, whatever was passed, and says nothing. The emulator asks.
+# One thing is stricter than in Python: a kernel reads the bytes of its arguments as the types that
+# it declares. An `int` is four bytes, so it must be an `np.int32`. A GPU reads the four bytes that
+# it expects, whatever was passed, and says nothing. The emulator asks.
 
 # %%
 try:
@@ -132,12 +140,13 @@ assert "got a int64 scalar, must be int32" in str(refused)
 # %% [markdown]
 # ## A warp moves memory together
 #
-# Tutorial 5 left out one level. 32 threads with neighbouring numbers form a *warp*. A warp does each instruction *together*: when one of
-# its threads, called *lanes*, reads memory, all 32 read. (Where an `if` parts them, one side waits for the other.) And memory is handed
-# out in pieces of 32 bytes, called *sectors*: eight floats.
+# Tutorial 5 left out one level. 32 threads with neighboring numbers form a *warp*. A warp does each
+# instruction *together*: when one of its threads, called *lanes*, reads memory, all 32 read. (Where
+# an `if` parts them, one side waits for the other.) And memory is handed out in pieces of 32 bytes,
+# called *sectors*: eight floats.
 #
-# So what a read costs depends on where the lanes look. Here are eight lanes that read `x[i * stride]`; dashed lines are the borders of
-# sectors.
+# So what a read costs depends on where the lanes look. Here are eight lanes that read
+# `x[i * stride]`; dashed lines are the borders of sectors.
 
 # %%
 STRIDED = """
@@ -167,11 +176,13 @@ for axes, stride in zip(panels, (1, 4), strict=True):
 figure
 
 # %% [markdown]
-# Both read the same eight numbers' worth of data; the right one makes the memory hand out four times as much. Neighbouring threads should
-# read neighbouring addresses. It has a name: the accesses are *coalesced*.
+# Both read the same eight numbers' worth of data; the right one makes the memory hand out four
+# times as much. Neighboring threads should read neighboring addresses. It has a name: the accesses
+# are *coalesced*.
 #
-# Shared memory has a rule of its own. It has 32 *banks*, and float number $a$ lies in bank $a \bmod 32$. In one turn, each bank serves one
-# address. Lanes that want different floats of one bank wait for each other: a *bank conflict*.
+# Shared memory has a rule of its own. It has 32 *banks*, and float number $a$ lies in bank $a \bmod
+# 32$. In one turn, each bank serves one address. Lanes that want different floats of one bank wait
+# for each other: a *bank conflict*.
 
 # %%
 BANKS = """
@@ -210,14 +221,16 @@ for axes in (left, right):
 figure
 
 # %% [markdown]
-# Left: the price rises with the stride until every lane has a sector of its own. Right: only what the stride has in common with 32 counts,
-# $\gcd(s, 32)$ turns. A column of a 32 by 32 matrix, stride 32, takes 32 turns; make each row one float longer, stride 33, and it takes
-# one. The library does so where it transposes codes, in [`sort.cu`](../gpu/cupy_kernels/sort.cu).
+# Left: the price rises with the stride until every lane has a sector of its own. Right: only what
+# the stride has in common with 32 counts, $\gcd(s, 32)$ turns. A column of a 32 by 32 matrix,
+# stride 32, takes 32 turns; make each row one float longer, stride 33, and it takes one. The
+# library does so where it transposes codes, in [`sort.cu`](../gpu/cupy_kernels/sort.cu).
 #
 # ## Shuffles: butterflies without shared memory
 #
-# Lanes of a warp can read each other's variables. `__shfl_xor_sync(mask, x, stride)` gives a lane the `x` of the lane whose number differs
-# in the bit `stride` ("xor"). The mask names the lanes that take part, one bit each; `0xffffffff` is all 32.
+# Lanes of a warp can read each other's variables. `__shfl_xor_sync(mask, x, stride)` gives a lane
+# the `x` of the lane whose number differs in the bit `stride` ("xor"). The mask names the lanes
+# that take part, one bit each; `0xffffffff` is all 32.
 #
 # That is a butterfly's partner. Five shuffles connect all 32 lanes:
 
@@ -246,8 +259,9 @@ panels[0].set_ylabel("lane")
 figure
 
 # %% [markdown]
-# So here is the Hadamard transform of 32 numbers twice: once through shared memory, as in tutorial 5, and once by shuffles. The upper
-# partner takes lower minus upper. `a ? b : c` is C++ for `b if a else c`, and `lane & stride` is not 0 where that bit of the lane is set.
+# So here is the Hadamard transform of 32 numbers twice: once through shared memory, as in tutorial
+# 5, and once by shuffles. The upper partner takes lower minus upper. `a ? b : c` is C++ for
+# `b if a else c`, and `lane & stride` is not 0 where that bit of the lane is set.
 
 # %%
 HADAMARD = """
@@ -290,16 +304,19 @@ assert (through_shared.barriers, through_shared.shared_accesses, through_shared.
 assert (by_shuffles.barriers, by_shuffles.shared_accesses, by_shuffles.shuffles) == (0, 0, 50)
 
 # %% [markdown]
-# `count_traffic` counts what every launch in its body moves. For ten vectors, a hundred barriers and a hundred accesses to shared memory
-# have become fifty shuffles. A lane's numbers stay in its registers, the nearest memory there is.
+# `count_traffic` counts what every launch in its body moves. For ten vectors, a hundred barriers
+# and a hundred accesses to shared memory have become fifty shuffles. A lane's numbers stay in its
+# registers, the nearest memory there is.
 #
 # ## Ballots: 32 signs in one instruction
 #
-# Hashing needs only the *signs* of the rotated vector. `__ballot_sync(mask, condition)` asks all lanes a yes-or-no question and gives each
-# of them the answers as one number of 32 bits: bit $l$ is what lane $l$ said.
+# Hashing needs only the *signs* of the rotated vector. `__ballot_sync(mask, condition)` asks all
+# lanes a yes-or-no question and gives each of them the answers as one number of 32 bits: bit $l$ is
+# what lane $l$ said.
 #
-# That makes a whole hash for vectors of 32 dims: three times signs and butterflies, one ballot, and the word cut into codes of 8 bits.
-# Blocks are four warps of 32 lanes, `(32, 4)`, each warp with a vector of its own. `a >> b` drops the lowest b bits.
+# That makes a whole hash for vectors of 32 dims: three times signs and butterflies, one ballot, and
+# the word cut into codes of 8 bits. Blocks are four warps of 32 lanes, `(32, 4)`, each warp with a
+# vector of its own. `a >> b` drops the lowest b bits.
 
 # %%
 HASH = """
@@ -347,9 +364,11 @@ bottom.spines["left"].set_visible(False)
 figure
 
 # %% [markdown]
-# You can now read the library's hash. `warp_per_vector` in [`hashing.cu`](../gpu/cupy_kernels/hashing.cu) is this kernel for any dim: a
-# lane holds several entries, so that wide strides are between its own registers, and codes are cut from several words. Beside it stands
-# `block_per_part`, which gives every entry a thread and goes through shared memory where a stride leaves the warp.
+# You can now read the library's hash. `warp_per_vector` in
+# [`hashing.cu`](../gpu/cupy_kernels/hashing.cu) is this kernel for any dim: a lane holds several
+# entries, so that wide strides are between its own registers, and codes are cut from several words.
+# Beside it stands `block_per_part`, which gives every entry a thread and goes through shared memory
+# where a stride leaves the warp.
 #
 # Both can be called by name; `emulated:` runs them here. 64 vectors of 64 dims, 32 codes of 8 bits:
 
@@ -369,8 +388,8 @@ figure, panels = draw.picture(4, width=9, height=2.7)
 measures = {"kB read": "global_read_bytes", "barriers": "barriers", "shared accesses": "shared_accesses", "shuffles": "shuffles"}
 for axes, (title, field) in zip(panels, measures.items(), strict=True):
     heights = [getattr(kernel, field) / (1000 if title == "kB read" else 1) for kernel in (by_warp, by_block)]
-    for place, (height, colour, hatch) in enumerate(zip(heights, (draw.BLUE, draw.ORANGE), ("", "//"), strict=True)):
-        bar = axes.bar(place, height, 0.7, color=colour, hatch=hatch, edgecolor=draw.INK)
+    for place, (height, color, hatch) in enumerate(zip(heights, (draw.BLUE, draw.ORANGE), ("", "//"), strict=True)):
+        bar = axes.bar(place, height, 0.7, color=color, hatch=hatch, edgecolor=draw.INK)
         axes.bar_label(bar, fmt="{:,.0f}", fontsize=8.5)
     axes.set(title=title, ylim=(0, 1.18 * max(heights)), yticks=[])
     axes.set_xticks([0, 1], ["warp per\nvector", "block per\npart"])
@@ -378,15 +397,17 @@ for axes, (title, field) in zip(panels, measures.items(), strict=True):
 figure
 
 # %% [markdown]
-# The warp reads less, never waits, and shuffles less. It is what the library picks on a GPU, and this picture is why.
+# The warp reads less, never waits, and shuffles less. It is what the library picks on a GPU, and
+# this picture is why.
 #
 # ## Three ways to cumulate
 #
-# The sum over buckets of tutorial 4 leaves more freedom. This library has three kernels for it, which agree on the result and differ in
-# where the table stands.
+# The sum over buckets of tutorial 4 leaves more freedom. This library has three kernels for it,
+# which agree on the result and differ in where the table stands.
 #
-# **1. A table in global memory** is the paper's way, and your scatter of tutorial 5. There the neighbours in a block shared a key and took
-# different dims. Does it matter? Here is the other way round, a lane for each key, beside it.
+# **1. A table in global memory** is the paper's way, and your scatter of tutorial 5. There the
+# neighbors in a block shared a key and took different dims. Does it matter? Here is the other way
+# round, a lane for each key, beside it.
 
 # %%
 SCATTER = """
@@ -439,24 +460,28 @@ right.grid(True)
 figure
 
 # %% [markdown]
-# With a lane per key, each lane walks through a row of its own, and each atomic of a warp goes to up to 32 far places. Worse, where lanes
-# have keys with one code, their additions *collide*: they are for one address in one instruction, and go one after the other. With a lane
-# per dim neither can happen.
+# With a lane per key, each lane walks through a row of its own, and each atomic of a warp goes to
+# up to 32 far places. Worse, where lanes have keys with one code, their additions *collide*: they
+# are for one address in one instruction, and go one after the other. With a lane per dim neither
+# can happen.
 #
-# Here is the library's. `ACC` and `VALUE` stand for `float`, `long long` is an int of 8 bytes; `kept` asks the mask, `in_range` guards the
-# code, `widen` makes a float of a half, and `__restrict__` promises that these arrays do not overlap. A lane takes one of 32 value dims.
+# Here is the library's. `ACC` and `VALUE` stand for `float`, `long long` is an int of 8 bytes;
+# `kept` asks the mask, `in_range` guards the code, `widen` makes a float of a half, and
+# `__restrict__` promises that these arrays do not overlap. A lane takes one of 32 value dims.
 
 # %%
 print(next(kernel.text for kernel in catalog() if kernel.name == "global_table_scatter"))
 
 # %% [markdown]
-# **2. A table in shared memory** can do without atomics. Cut the table into *columns*, one for each pair of a hash and a value dim, and
-# give each column to *one* thread. It adds all keys to its column itself, in order, so nobody can interfere. Columns lie side by side, so
-# neighbouring threads are in neighbouring banks, whatever the codes. And since a column's reader is its writer, not even a barrier is
-# needed.
+# **2. A table in shared memory** can do without atomics. Cut the table into *columns*, one for each
+# pair of a hash and a value dim, and give each column to *one* thread. It adds all keys to its
+# column itself, in order, so nobody can interfere. Columns lie side by side, so neighboring threads
+# are in neighboring banks, whatever the codes. And since a column's reader is its writer, not even
+# a barrier is needed.
 #
-# With 32 hashes a warp holds all columns of one value dim, and the sum over the hashes is five shuffles. It fits on half a page. The
-# library's [`shared_table`](../gpu/cupy_kernels/cumulation.cu) is this idea with more work in flight.
+# With 32 hashes a warp holds all columns of one value dim, and the sum over the hashes is five
+# shuffles. It fits on half a page. The library's
+# [`shared_table`](../gpu/cupy_kernels/cumulation.cu) is this idea with more work in flight.
 
 # %%
 COLUMNS = """
@@ -487,11 +512,12 @@ columns = counted.total
 assert (columns.global_atomics, columns.shared_atomics, columns.bank_conflicts, columns.barriers) == (0, 0, 0, 0)
 
 # %% [markdown]
-# `checked()` watched every access of that launch: an access outside an array, a race between two threads, or a read of memory that nobody
-# has written would have been a fault, whatever the order.
+# `checked()` watched every access of that launch: an access outside an array, a race between two
+# threads, or a read of memory that nobody has written would have been a fault, whatever the order.
 #
-# **3. Sorted buckets** do without a table. Sort the keys by their codes, and a bucket is a *run* of neighbours. Its sum needs no atomic,
-# and a query finds its run by bisection. Below, for one hash: the keys as they come, and sorted.
+# **3. Sorted buckets** do without a table. Sort the keys by their codes, and a bucket is a *run* of
+# neighbors. Its sum needs no atomic, and a query finds its run by bisection. Below, for one hash:
+# the keys as they come, and sorted.
 
 # %%
 code = rng.integers(0, 6, size=24)
@@ -503,8 +529,8 @@ assert np.allclose(np.add.reduceat(numbers[by_code], starts), np.bincount(code, 
 figure, panels = draw.picture(rows=2, width=9, height=2.3)
 for axes, title, keys in zip(panels, ("Keys as they come", "Sorted by code: buckets are runs"), (np.arange(24), by_code), strict=True):
     for place, key in enumerate(keys):
-        colour = draw.PALETTE[code[key]]
-        axes.add_patch(Rectangle((place + 0.04, 0), 0.92, 1, facecolor=colour, alpha=0.35, edgecolor=draw.INK, linewidth=0.6))
+        color = draw.PALETTE[code[key]]
+        axes.add_patch(Rectangle((place + 0.04, 0), 0.92, 1, facecolor=color, alpha=0.35, edgecolor=draw.INK, linewidth=0.6))
         axes.text(place + 0.5, 0.72, str(key), ha="center", va="center", fontsize=9)
         axes.text(place + 0.5, 0.28, str(code[key]), ha="center", va="center", fontsize=9, fontweight="bold")
     axes.text(-0.2, 0.72, "key", ha="right", va="center", fontsize=9)
@@ -519,14 +545,17 @@ figure
 # %% [markdown]
 # ## Compared by what they move
 #
-# Now the library's own three, on the same input: one head, 256 queries and keys, 16 hashes of 6 bits, 32 value dims.
+# Now the library's own three, on the same input: one head, 256 queries and keys, 16 hashes of 6
+# bits, 32 value dims.
 
 # %%
 VARIANTS = ("global_table", "shared_table", "sorted_buckets")
 
 
 def counted_cumulation(n, m, tau, d, skew=0.0):
-    """The traffic of the three variants. A share ``skew`` of all codes is 0, the rest is drawn evenly."""
+    """The traffic of the three variants. A share ``skew`` of all codes is 0, the rest is drawn
+    evenly.
+    """
     draws = np.random.default_rng(0)
     query_code, key_code = np.where(draws.random((2, n, m)) < skew, 0, draws.integers(0, 2**tau, size=(2, n, m))).astype(np.int32)
     value = draws.standard_normal((n, d), dtype=np.float32)
@@ -547,15 +576,15 @@ for log in logs.values():
 global_table, shared_table, sorted_buckets = (logs[name].total for name in VARIANTS)
 
 # %% [markdown]
-# A kernel that you understand has no surprising numbers. For the global table we can predict them. A warp has one key: it reads its 32
-# values, which are 4 sectors, and for each hash one code (1 sector) and adds 32 sums (4 sectors). Gathering is the same in the other
-# direction.
+# A kernel that you understand has no surprising numbers. For the global table we can predict them.
+# A warp has one key: it reads its 32 values, which are 4 sectors, and for each hash one code (1
+# sector) and adds 32 sums (4 sectors). Gathering is the same in the other direction.
 
 # %%
 assert global_table.global_sectors == 2 * n * (4 + m * (1 + 4))
 assert global_table.global_atomics == n * m * d
 assert global_table.coalescing == 1
-assert global_table.global_atomic_collisions == 0, "the lanes of a warp add to neighbours, never to the same entry"
+assert global_table.global_atomic_collisions == 0, "the lanes of a warp add to neighbors, never to the same entry"
 
 assert (shared_table.global_atomics, shared_table.shared_atomics, shared_table.bank_conflicts, shared_table.barriers) == (0, 0, 0, 0)
 assert (sorted_buckets.global_atomics, sorted_buckets.shared_atomics) == (0, 0)
@@ -585,13 +614,16 @@ for axes, (title, (whole, part, label)) in zip(panels.flat, measures.items(), st
 figure
 
 # %% [markdown]
-# Bytes are what threads ask for, sectors what their accesses touch: 32 lanes that read the same code ask for 128 bytes, and touch one
-# sector. (Which sectors come from a cache and which from far away, the emulator does not know.)
+# Bytes are what threads ask for, sectors what their accesses touch: 32 lanes that read the same
+# code ask for 128 bytes, and touch one sector. (Which sectors come from a cache and which from far
+# away, the emulator does not know.)
 #
-# - The **global table** moves every sum through the memory system twice, once for a key and once for a query, and adds atomically. Before
-#   that, its table must be filled with zeros, which no kernel here does and no number here counts: $m\, 2^\tau d$ floats for each head.
+# - The **global table** moves every sum through the memory system twice, once for a key and once
+#   for a query, and adds atomically. Before that, its table must be filled with zeros, which no
+#   kernel here does and no number here counts: $m\, 2^\tau d$ floats for each head.
 # - The **shared table** keeps the sums in shared memory. What is left is reading codes and values.
-# - **Sorted buckets** move the most: sorting, sums, bisection. But they have no table, so they take any number of buckets.
+# - **Sorted buckets** move the most: sorting, sums, bisection. But they have no table, so they take
+#   any number of buckets.
 #
 # Where do the bank conflicts come from? The counters know the line.
 
@@ -603,13 +635,14 @@ assert worst.file == "sort.cu"
 assert worst.bank_conflicts == worst.shared_accesses
 
 # %% [markdown]
-# One turn more than needed for each access. The counts have a gap after every sixteen, so 32 neighbours span 33 places, and two of them
-# share a bank. The gaps pay elsewhere: a thread that adds up sixteen counts in a row reads at stride 16 from its neighbour's, which would
-# take 16 turns; with the gaps it is stride 17, and one.
+# One turn more than needed for each access. The counts have a gap after every sixteen, so 32
+# neighbors span 33 places, and two of them share a bank. The gaps pay elsewhere: a thread that adds
+# up sixteen counts in a row reads at stride 16 from its neighbor's, which would take 16 turns; with
+# the gaps it is stride 17, and one.
 #
-# Which numbers grow, and with what? On the left, sectors *per token* as the text grows: what stays flat is linear in $n$. On the right,
-# codes that crowd into one bucket, as in real text (tutorial 4): additions that find their entry touched by another thread of the block
-# since the last barrier.
+# Which numbers grow, and with what? On the left, sectors *per token* as the text grows: what stays
+# flat is linear in $n$. On the right, codes that crowd into one bucket, as in real text (tutorial
+# 4): additions that find their entry touched by another thread of the block since the last barrier.
 
 # %%
 lengths = (64, 128, 256, 512, 1024)
@@ -652,8 +685,9 @@ assert np.all(np.diff(contended) > 0)
 figure
 
 # %% [markdown]
-# Sorted buckets grow slowly. With each doubling of the text their bisection takes one more look, and the threads that sort read further
-# apart. In exchange they never refuse. A column of the shared table must fit into a block's shared memory, 227 KiB on an H100:
+# Sorted buckets grow slowly. With each doubling of the text their bisection takes one more look,
+# and the threads that sort read further apart. In exchange they never refuse. A column of the
+# shared table must fit into a block's shared memory, 227 KiB on an H100:
 
 # %%
 try:
@@ -668,8 +702,9 @@ assert "524,292 bytes of shared memory" in str(refused)
 # %% [markdown]
 # ## And by time
 #
-# The emulator counts. It cannot know time: how much of this traffic a real GPU hides behind other work only a GPU can say. If there is one
-# in your machine, here are its times, 8 heads of 4,096 tokens. `compare` also checks every result against the definition.
+# The emulator counts. It cannot know time: how much of this traffic a real GPU hides behind other
+# work only a GPU can say. If there is one in your machine, here are its times, 8 heads of 4,096
+# tokens. `compare` also checks every result against the definition.
 
 # %%
 if gpu_missing is None:
@@ -686,22 +721,26 @@ else:
 # ## What to keep
 #
 # - CUDA C++ is the kernel of tutorial 5 with types, pointers, and lengths passed along.
-# - A warp's 32 lanes move together: neighbours should read neighbours. They can shuffle and vote without shared memory and without
-#   barriers.
-# - The best way to avoid contention is to give every entry one owner. The shared table does; the global table needs atomics.
-# - Predict what a kernel moves, then count. A number that surprises you is a bug in the kernel or in your head.
+# - A warp's 32 lanes move together: neighbors should read neighbors. They can shuffle and vote
+#   without shared memory and without barriers.
+# - The best way to avoid contention is to give every entry one owner. The shared table does; the
+#   global table needs atomics.
+# - Predict what a kernel moves, then count. A number that surprises you is a bug in the kernel or
+#   in your head.
 #
 # Next: [7. When kernels go wrong](07_when_kernels_go_wrong.ipynb).
 #
 # ## Exercises
 #
-# The checkers run your kernel in three orders and watch every access. A race, a read beyond the end or a deadlock is a wrong answer, even
-# if the numbers happen to be right.
+# The checkers run your kernel in three orders and watch every access. A race, a read beyond the end
+# or a deadlock is a wrong answer, even if the numbers happen to be right.
 
 
 # %%
 def answers(text, name, grid, block, args):
-    """``(order, arguments after the launch, traffic)`` for three orders, every access watched. A fault is a wrong answer."""
+    """``(order, arguments after the launch, traffic)`` for three orders, every access watched. A
+    fault is a wrong answer.
+    """
     found = []
     for chosen in ("forward", "reverse", 1):
         copies = [x.copy() for x in args]
@@ -717,8 +756,9 @@ def answers(text, name, grid, block, args):
 # %% [markdown]
 # ## Exercise 1: row sums, coalesced
 #
-# Add up each row of a matrix `(rows, width)`, one warp for each row, blocks of `(32, 4)`. Lanes must read neighbours, and the 32 partial
-# sums meet by shuffles. The checker counts sectors, and allows no shared memory.
+# Add up each row of a matrix `(rows, width)`, one warp for each row, blocks of `(32, 4)`. Lanes
+# must read neighbors, and the 32 partial sums meet by shuffles. The checker counts sectors, and
+# allows no shared memory.
 
 # %% tags=["exercise-1"]
 ROW_SUMS = """
@@ -743,8 +783,9 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: how full are the buckets?
 #
-# Count the keys in each of 16 buckets. A block of 64 threads counts its keys in *shared* memory first, by `atomicAdd(&counts[code], 1)`,
-# and then adds its counts to those in global memory: at most 16 atomics for each block there, however many keys it has.
+# Count the keys in each of 16 buckets. A block of 64 threads counts its keys in *shared* memory
+# first, by `atomicAdd(&counts[code], 1)`, and then adds its counts to those in global memory: at
+# most 16 atomics for each block there, however many keys it has.
 
 # %% tags=["exercise-2"]
 BUCKET_COUNTS = """
@@ -770,8 +811,9 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: a ballot at the edge
 #
-# `count[w]` is the number of codes in the w-th group of 32 that equal `wanted`. One warp for each group, one ballot for each warp;
-# `__popc(word)` counts the ones in a word. `n` is rarely a multiple of 32. What may a lane beyond the end do, and what may it not?
+# `count[w]` is the number of codes in the w-th group of 32 that equal `wanted`. One warp for each
+# group, one ballot for each warp; `__popc(word)` counts the ones in a word. `n` is rarely a
+# multiple of 32. What may a lane beyond the end do, and what may it not?
 
 # %% tags=["exercise-3"]
 MATCHES = """
@@ -799,8 +841,9 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** Lane `l` takes the entries `l`, `l + 32`, ... of the row. After five shuffles every lane has the whole sum; one writes
-# it. A row is a whole warp's, so the whole warp leaves where there is no row.
+# **Exercise 1.** Lane `l` takes the entries `l`, `l + 32`, ... of the row. After five shuffles
+# every lane has the whole sum; one writes it. A row is a whole warp's, so the whole warp leaves
+# where there is no row.
 
 # %% tags=["solution-1"]
 ROW_SUMS = """
@@ -815,8 +858,8 @@ extern "C" __global__ void row_sums(const float* x, float* out, int rows, int wi
 """
 
 # %% [markdown]
-# **Exercise 2.** Two barriers: nobody counts before the counts are cleared, nobody adds them up before all have counted. Threads beyond
-# the end stay, since they are needed at the barriers.
+# **Exercise 2.** Two barriers: nobody counts before the counts are cleared, nobody adds them up
+# before all have counted. Threads beyond the end stay, since they are needed at the barriers.
 
 # %% tags=["solution-2"]
 BUCKET_COUNTS = """
@@ -832,8 +875,8 @@ extern "C" __global__ void bucket_counts(const int* code, int* count, int n) {
 """
 
 # %% [markdown]
-# **Exercise 3.** A lane beyond the end must not read, and must not leave: the ballot waits for all that its mask names. It stays, and says
-# no. `a && b` looks at b only where a holds.
+# **Exercise 3.** A lane beyond the end must not read, and must not leave: the ballot waits for all
+# that its mask names. It stays, and says no. `a && b` looks at b only where a holds.
 
 # %% tags=["solution-3"]
 MATCHES = """
@@ -845,7 +888,7 @@ extern "C" __global__ void matches(const int* code, int* count, int wanted, int 
 """
 
 # %% tags=["wrong-1"]
-# The right sums, but a thread walks a row of its own: neighbours read far apart.
+# The right sums, but a thread walks a row of its own: neighbors read far apart.
 ROW_SUMS = """
 extern "C" __global__ void row_sums(const float* x, float* out, int rows, int width) {
   const int lane = threadIdx.x, row = blockIdx.x * blockDim.y + threadIdx.y;

@@ -1,16 +1,17 @@
 # %% [markdown]
 # # 7. When kernels go wrong
 #
-# **You will be able to** recognise the five faults that most broken kernels have, choose the tool that shows each of them, read what it
-# says, and mend the kernel so that it is right in every order of its threads.
+# **You will be able to** recognize the five faults that most broken kernels have, choose the tool
+# that shows each of them, read what it says, and mend the kernel so that it is right in every order
+# of its threads.
 #
 # **Time:** 40 minutes, and 25 for the exercises.
 #
 # **You need:** tutorials 5 and 6, and Linux with g++. No GPU.
 #
-# **Source:** [`yoso_core.gpu.emulator`](../gpu/emulator/__init__.py), [its tests](../tests/test_emulator.py), and
-# [`cumulation.cu`](../gpu/cupy_kernels/cumulation.cu); the kernels under repair compute algorithm 1 of
-# [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# **Source:** [`yoso_core.gpu.emulator`](../gpu/emulator/__init__.py), [its
+# tests](../tests/test_emulator.py), and [`cumulation.cu`](../gpu/cupy_kernels/cumulation.cu); the
+# kernels under repair compute algorithm 1 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import math
@@ -30,20 +31,22 @@ assert missing() is None, missing()
 # %% [markdown]
 # ## What a GPU hides
 #
-# A GPU runs thousands of threads at once, in an order that nobody promises, and it checks next to nothing. A kernel with a fault often
-# gives the right answer: on your card, at your size, today. So the question of this tutorial is not "is the result right?" but **"could it
-# be wrong?"**, and for that you need more than one run. These are the tools:
+# A GPU runs thousands of threads at once, in an order that nobody promises, and it checks next to
+# nothing. A kernel with a fault often gives the right answer: on your card, at your size, today. So
+# the question of this tutorial is not "is the result right?" but **"could it be wrong?"**, and for
+# that you need more than one run. These are the tools:
 #
 # | tool | what it does |
 # |---|---|
 # | comparison | runs the kernel beside a definition that is too simple to be wrong |
-# | `order(...)` | lets the emulator run threads and blocks forward, in reverse, or shuffled by a seed |
+# | `order(...)` | runs threads and blocks forward, in reverse, or shuffled by a seed |
 # | `checked()` | watches every single access, and stops at the first that breaks a rule |
-# | sanitizers | the compiler's own watchdogs, AddressSanitizer and ThreadSanitizer, on the same source |
+# | sanitizers | the compiler's own watchdogs: AddressSanitizer and ThreadSanitizer |
 # | `Stepper` | the same for kernels in Python; it checks every index |
 #
-# We plant five faults in kernels of a few lines, one at a time. The kernels do what a YOSO layer does all day: add values to a table of
-# buckets, average them, transform vectors. Here are 61 keys, hashed to 8 buckets, with one number each to add up.
+# We plant five faults in kernels of a few lines, one at a time. The kernels do what a YOSO layer
+# does all day: add values to a table of buckets, average them, transform vectors. Here are 61 keys,
+# hashed to 8 buckets, with one number each to add up.
 
 # %%
 n, capacity = 61, 8
@@ -64,7 +67,8 @@ assert np.array_equal(expected, np.bincount(code, minlength=capacity))
 expected
 
 # %% [markdown]
-# Some help for what follows: launch a kernel, print it with its line numbers, and collect what the check has to say.
+# Some help for what follows: launch a kernel, print it with its line numbers, and collect what the
+# check has to say.
 
 # %%
 ORDERS = ("forward", "reverse", 1, 2, 3, 4)
@@ -100,7 +104,8 @@ def fault_in(run, *args):
 # %% [markdown]
 # ## Fault 1: a grid that drops the tail
 #
-# The kernel below is fine. A thread takes one key and adds its value to the bucket. Threads beyond the last key do nothing.
+# The kernel below is fine. A thread takes one key and adds its value to the bucket. Threads beyond
+# the last key do nothing.
 
 # %%
 scatter = KernelText(
@@ -127,13 +132,15 @@ print("keys in the table:", int(found.sum()), "of", n)
 assert found.sum() == n - n % 8
 
 # %% [markdown]
-# The fault is outside the kernel: `len(code) // 8` blocks of 8 threads. With 61 keys that is 7 blocks, 56 threads, and five keys that
-# nobody takes. No warning: the result is a table, and it looks like one.
+# The fault is outside the kernel: `len(code) // 8` blocks of 8 threads. With 61 keys that is 7
+# blocks, 56 threads, and five keys that nobody takes. No warning: the result is a table, and it
+# looks like one.
 #
-# This is no toy. The kernels that the paper's authors published, and that `transformers` carried along, [divide exactly like
-# this](https://github.com/mlpen/YOSO/blob/main/encoders/backbones/efficient_attentions/yoso/yoso_v1/cuda/fast_lsh_cumulation.cu): eight
-# keys to a block, and the last $n \bmod 8$ keys dropped. At lengths like 512, where people train, it does not show. Watch the error as $n$
-# grows:
+# This is no toy. The kernels that the paper's authors published, and that `transformers` carried
+# along, [divide exactly like
+# this](https://github.com/mlpen/YOSO/blob/main/encoders/backbones/efficient_attentions/yoso/yoso_v1/cuda/fast_lsh_cumulation.cu):
+# eight keys to a block, and the last $n \bmod 8$ keys dropped. At lengths like 512, where people
+# train, it does not show. Watch the error as $n$ grows:
 
 # %%
 lengths = np.arange(8, 65)
@@ -160,8 +167,9 @@ assert np.array_equal(lost, lengths % 8), "exactly the remainder is lost"
 figure
 
 # %% [markdown]
-# **Which tool?** Every access of this kernel is legal, so a tool that watches accesses has nothing to say, and the order of threads is
-# innocent. Only the comparison finds it, and only *at a length that is no multiple of 8*.
+# **Which tool?** Every access of this kernel is legal, so a tool that watches accesses has nothing
+# to say, and the order of threads is innocent. Only the comparison finds it, and only *at a length
+# that is no multiple of 8*.
 
 # %%
 assert fault_in(table_with_tail_dropped, code, value) is None
@@ -173,8 +181,8 @@ assert not np.array_equal(found, expected)
 assert np.array_equal(table_with_tail_dropped(code[:56], value[:56]), right_table(code[:56], value[:56])), "at 56 it looks right"
 
 # %% [markdown]
-# **The mending:** round up, and let a guard in the kernel turn away the threads that are too many. `-(-n // 8)` is Python for rounding up.
-# And **the habit**: test at 1, 7, 63 and 137, not at 64.
+# **The mending:** round up, and let a guard in the kernel turn away the threads that are too many.
+# `-(-n // 8)` is Python for rounding up. And **the habit**: test at 1, 7, 63 and 137, not at 64.
 
 
 # %%
@@ -190,8 +198,9 @@ for length in (1, 7, 56, 61):
             assert np.array_equal(table_of(code[:length], value[:length]), right_table(code[:length], value[:length]))
 
 # %% [markdown]
-# What would 5 keys do to the faulty launch? `5 // 8` is a grid of no blocks at all. CUDA refuses it with an error code that a caller must
-# ask for; a caller who does not ask gets the zeros that were there before. The emulator does not leave that to the caller.
+# What would 5 keys do to the faulty launch? `5 // 8` is a grid of no blocks at all. CUDA refuses it
+# with an error code that a caller must ask for; a caller who does not ask gets the zeros that were
+# there before. The emulator does not leave that to the caller.
 
 # %%
 try:
@@ -205,9 +214,10 @@ assert "invalid launch: grid (0,)" in refused
 # %% [markdown]
 # ## Fault 2: a write out of bounds
 #
-# Rounding up is half of the mending. Forget the guard, and the threads that are too many write where they must not. The next kernel divides
-# sums by the number of hashes. To see what it does to others, we hand out memory as a GPU's allocator does, one array right behind another:
-# `out` ends where `neighbour` begins.
+# Rounding up is half of the mending. Forget the guard, and the threads that are too many write
+# where they must not. The next kernel divides sums by the number of hashes. To see what it does to
+# others, we hand out memory as a GPU's allocator does, one array right behind another: `out` ends
+# where `neighbor` begins.
 
 # %%
 finish = KernelText(
@@ -222,45 +232,47 @@ extern "C" __global__ void finish(const float* sum, float* out, int n, int num_h
 )
 
 
-def finish_beside_a_neighbour(kernel):
+def finish_beside_a_neighbor(kernel):
     """The result, and the memory that holds it and the array behind it."""
     total = np.resize(np.arange(8, 72, dtype=np.float32), 64)[:n]
     memory = np.full(72, -1, np.float32)
-    out, neighbour = memory[:n], memory[n:]
-    neighbour[:] = 7  # somebody else's numbers
+    out, neighbor = memory[:n], memory[n:]
+    neighbor[:] = 7  # somebody else's numbers
     launch(kernel, -(-n // 8), 8, total, out, np.int32(n), np.int32(8))
-    return total, out, neighbour
+    return total, out, neighbor
 
 
-total, out, neighbour = finish_beside_a_neighbour(finish)
+total, out, neighbor = finish_beside_a_neighbor(finish)
 assert np.array_equal(out, total / 8), "the kernel's own result is right"
 
-before = np.concatenate([out[-4:], np.full(len(neighbour), 7, np.float32)])
-after = np.concatenate([out[-4:], neighbour])
+before = np.concatenate([out[-4:], np.full(len(neighbor), 7, np.float32)])
+after = np.concatenate([out[-4:], neighbor])
 figure, axes = draw.picture(width=9, height=2.4)
 owner = np.where(np.arange(len(after)) < 4, 0.25, 0) * np.ones((2, 1))
 draw.heat_map(axes, owner, rows=["as it should be", "after the kernel"], limits=(0, 1))
 for (row, column), number in np.ndenumerate(np.stack([before, after])):
-    spoilt = number != before[column]
-    axes.text(column, row, f"{number:.1f}", ha="center", va="center", fontweight="bold" if spoilt else "normal")
-    if spoilt:
+    spoiled = number != before[column]
+    axes.text(column, row, f"{number:.1f}", ha="center", va="center", fontweight="bold" if spoiled else "normal")
+    if spoiled:
         axes.plot(column, row, "s", markersize=27, markerfacecolor="none", markeredgecolor=draw.VERMILION, markeredgewidth=2.5)
-axes.set_xticks(range(len(after)), range(n - 4, n + len(neighbour)))
+axes.set_xticks(range(len(after)), range(n - 4, n + len(neighbor)))
 axes.axvline(3.5, color=draw.INK, linewidth=2)
 axes.text(3.3, -0.72, "out", ha="right", va="center")
-axes.text(3.7, -0.72, "neighbour (framed: overwritten)", ha="left", va="center")
+axes.text(3.7, -0.72, "neighbor (framed: overwritten)", ha="left", va="center")
 axes.set_xlabel("address, in floats from the start of out")
-assert np.array_equal(neighbour != 7, np.arange(len(neighbour)) < 3), "three strangers' numbers are gone"
+assert np.array_equal(neighbor != 7, np.arange(len(neighbor)) < 3), "three strangers' numbers are gone"
 figure
 
 # %% [markdown]
-# The comparison is content: `out` is right. The damage is next door, and it will show up somewhere else, much later, as a mystery.
+# The comparison is content: `out` is right. The damage is next door, and it will show up somewhere
+# else, much later, as a mystery.
 #
-# **Which tool?** `checked` knows where every array that you passed begins and ends, to the byte. It stops before the first wrong access and
-# names the block, the thread and the line. The read comes first: `sum` has only 61 entries too.
+# **Which tool?** `checked` knows where every array that you passed begins and ends, to the byte. It
+# stops before the first wrong access and names the block, the thread and the line. The read comes
+# first: `sum` has only 61 entries too.
 
 # %%
-fault = fault_in(finish_beside_a_neighbour, finish)
+fault = fault_in(finish_beside_a_neighbor, finish)
 print(fault)
 show(finish, "sum[i] /")
 assert (fault.kernel, fault.file, fault.line) == ("finish", "finish.cu", line_of(finish, "sum[i] /"))
@@ -268,8 +280,9 @@ assert (fault.block, fault.thread) == ((7, 0, 0), (5, 0, 0))
 assert fault.block[0] * 8 + fault.thread[0] == n, "the first thread that is too many"
 
 # %% [markdown]
-# It has a limit, and you should know it: a stray write that lands inside *another array of the same launch* is, for all it can tell, meant.
-# Kernels in Python do not have that limit. There an array carries its shape, and the stepper checks every index of every array.
+# It has a limit, and you should know it: a stray write that lands inside *another array of the same
+# launch* is, for all it can tell, meant. Kernels in Python do not have that limit. There an array
+# carries its shape, and the stepper checks every index of every array.
 
 
 # %%
@@ -296,15 +309,15 @@ finish_mended = KernelText(finish.text.replace("  out[i]", "  if (i < n) out[i]"
 show(finish_mended, "if (i < n)")
 for chosen in ORDERS:
     with order(chosen), checked():
-        total, out, neighbour = finish_beside_a_neighbour(finish_mended)
+        total, out, neighbor = finish_beside_a_neighbor(finish_mended)
         assert np.array_equal(out, total / 8)
-        assert (neighbour == 7).all()
+        assert (neighbor == 7).all()
 
 # %% [markdown]
 # ## Fault 3: a race
 #
-# Back to the table. `table[c] += v` is one line of C++ and three steps of a machine: read the entry, add, write it back. Two threads with
-# keys of the same bucket may do this:
+# Back to the table. `table[c] += v` is one line of C++ and three steps of a machine: read the
+# entry, add, write it back. Two threads with keys of the same bucket may do this:
 #
 # | thread A | thread B | the entry |
 # |---|---|---|
@@ -313,8 +326,8 @@ for chosen in ORDERS:
 # | writes 5 | | 5 |
 # | | writes 5 | 5, and should be 6 |
 #
-# An update is lost. Two threads touch one place, at least one of them writes, nothing orders the two, and they are not both atomic: that
-# is the definition of a *data race*.
+# An update is lost. Two threads touch one place, at least one of them writes, nothing orders the
+# two, and they are not both atomic: that is the definition of a *data race*.
 
 # %%
 race = KernelText(
@@ -326,9 +339,10 @@ for chosen in ORDERS:
         assert np.array_equal(table_of(code, value, race), expected), "right in every order?"
 
 # %% [markdown]
-# Right, in every order! The emulator runs a thread until it ends or meets a barrier, so nobody comes between a read and its write. On a GPU
-# the 32 lanes of a warp *read together and write together*. We can make that happen: a barrier between the read and the write, and all
-# threads of a block have read before the first one writes.
+# Right, in every order! The emulator runs a thread until it ends or meets a barrier, so nobody
+# comes between a read and its write. On a GPU the 32 lanes of a warp *read together and write
+# together*. We can make that happen: a barrier between the read and the write, and all threads of a
+# block have read before the first one writes.
 
 # %%
 race_in_slow_motion = KernelText(
@@ -359,8 +373,8 @@ assert np.array_equal(lossy, np.bincount(np.concatenate(blocks), minlength=capac
 figure
 
 # %% [markdown]
-# NumPy has the very same trap, by the way. `table[code] += value` reads all entries, adds, and writes all of them back; `np.add.at` does
-# not lose any. Now you know why the reference uses it.
+# NumPy has the very same trap, by the way. `table[code] += value` reads all entries, adds, and
+# writes all of them back; `np.add.at` does not lose any. Now you know why the reference uses it.
 
 # %%
 careless, careful = np.zeros(capacity), np.zeros(capacity)
@@ -370,8 +384,9 @@ assert np.array_equal(careless, np.minimum(expected, 1))
 assert np.array_equal(careful, expected)
 
 # %% [markdown]
-# **Which tool?** `checked` does not wait for a wrong result. It remembers who touched what since the last barrier, and reports two accesses
-# that nothing orders, even where this run got away with it. It names both sides: who, and where.
+# **Which tool?** `checked` does not wait for a wrong result. It remembers who touched what since
+# the last barrier, and reports two accesses that nothing orders, even where this run got away with
+# it. It names both sides: who, and where.
 
 # %%
 fault = fault_in(table_of, code, value, race)
@@ -381,8 +396,8 @@ assert "no barrier orders that" in str(fault)
 assert f"wrote it at race.cu:{line_of(race, '+=')}" in str(fault)
 
 # %% [markdown]
-# **The mending:** `atomicAdd` does the three steps as one, which is what our first kernel did. Its threads still come in any order, but
-# none is lost, and `checked` agrees.
+# **The mending:** `atomicAdd` does the three steps as one, which is what our first kernel did. Its
+# threads still come in any order, but none is lost, and `checked` agrees.
 
 # %%
 assert fault_in(table_of, code, value, scatter) is None
@@ -393,9 +408,11 @@ for chosen in ORDERS:
 # %% [markdown]
 # ## Fault 4: a missing barrier
 #
-# Threads of a block share memory, and pass numbers to each other through it. A barrier (`__syncthreads()`) says: nobody goes on before all
-# have arrived. This kernel is the fast Hadamard transform of tutorial 3, a thread for each entry. In every step a thread reads its own
-# entry and its partner's, and writes its own. There is a barrier before the reads. Can you see what is missing?
+# Threads of a block share memory, and pass numbers to each other through it. A barrier
+# (`__syncthreads()`) says: nobody goes on before all have arrived. This kernel is the fast Hadamard
+# transform of tutorial 3, a thread for each entry. In every step a thread reads its own entry and
+# its partner's, and writes its own. There is a barrier before the reads. Can you see what is
+# missing?
 
 # %%
 dim = 16
@@ -442,8 +459,9 @@ assert len({row.tobytes() for row in racy}) > 1, "another order, another result"
 assert all(not np.array_equal(row, right_transform) for row in racy)
 
 # %% [markdown]
-# Between the reads and the writes, of course. A fast thread writes its new entry while a slow partner has yet to read the old one. With the
-# second barrier in place, every order gives the bits of the definition.
+# Between the reads and the writes, of course. A fast thread writes its new entry while a slow
+# partner has yet to read the old one. With the second barrier in place, every order gives the bits
+# of the definition.
 
 # %%
 second = "    const float mine = buffer[i], other = buffer[i ^ stride];\n"
@@ -454,7 +472,7 @@ assert all(np.array_equal(row, right_transform) for row in mended)
 
 shown = {"one barrier": np.vstack([racy, right_transform]), "two barriers": np.vstack([mended, right_transform])}
 figure, grid = draw.picture(2, height=3.5, width=9, sharey=True)
-largest = 1.5 * np.abs(right_transform).max()  # wrong numbers beyond it take the colours of the ends
+largest = 1.5 * np.abs(right_transform).max()  # wrong numbers beyond it take the colors of the ends
 for axes, (title, matrix) in zip(grid, shown.items(), strict=True):
     image = draw.heat_map(axes, matrix, title=title, rows=[*names, "definition"], signed=True, limits=(-largest, largest))
     axes.axhline(len(ORDERS) - 0.5, color=draw.INK, linewidth=2)
@@ -465,8 +483,9 @@ figure.colorbar(image, ax=grid.tolist(), shrink=0.85, pad=0.02, extend="both")
 figure
 
 # %% [markdown]
-# **Which tool?** The orders disagree with each other, and that alone, without any definition, says that there is a race. `checked` says
-# where: it names the line that writes and the line that reads, and the barrier belongs between them.
+# **Which tool?** The orders disagree with each other, and that alone, without any definition, says
+# that there is a race. `checked` says where: it names the line that writes and the line that reads,
+# and the barrier belongs between them.
 
 # %%
 fault = fault_in(transformed, hadamard_racy, x)
@@ -479,8 +498,9 @@ assert fault_in(transformed, hadamard_mended, x) is None
 # %% [markdown]
 # ### A barrier in the wrong place is worse
 #
-# Barriers are for *all* threads of a block. Put one under an `if` that some threads take and others do not, and they wait for each other at
-# different places, for ever: a GPU hangs, or does whatever it likes. The emulator says so at once, without any special mode.
+# Barriers are for *all* threads of a block. Put one under an `if` that some threads take and others
+# do not, and they wait for each other at different places, for ever: a GPU hangs, or does whatever
+# it likes. The emulator says so at once, without any special mode.
 
 # %%
 divergent = KernelText(
@@ -525,8 +545,9 @@ assert fault_in(transformed, together, x) is None
 # %% [markdown]
 # ## Fault 5: sums that do not repeat
 #
-# The last fault breaks no rule. Floats are rounded after every addition, so $(a + b) + c$ and $a + (b + c)$ differ in their last digits.
-# Atomics add in the order in which threads happen to arrive. Let 1,000 keys of all sizes fall into one bucket, and try 200 orders:
+# The last fault breaks no rule. Floats are rounded after every addition, so $(a + b) + c$ and $a +
+# (b + c)$ differ in their last digits. Atomics add in the order in which threads happen to arrive.
+# Let 1,000 keys of all sizes fall into one bucket, and try 200 orders:
 
 # %%
 crowd = 1000
@@ -553,10 +574,12 @@ assert fault_in(table_of, crowd_code, crowd_value) is None, "and no rule is brok
 figure
 
 # %% [markdown]
-# None of these sums is wrong. But the runs do not agree, and that has a price. Two trainings from one seed drift apart. A test that fails
-# once in ten runs cannot be told from noise. And when *all* results wobble, a real race hides among them.
+# None of these sums is wrong. But the runs do not agree, and that has a price. Two trainings from
+# one seed drift apart. A test that fails once in ten runs cannot be told from noise. And when *all*
+# results wobble, a real race hides among them.
 #
-# **The mending:** give every sum one owner, who adds in a fixed order. Here a thread owns a bucket and goes through all keys.
+# **The mending:** give every sum one owner, who adds in a fixed order. Here a thread owns a bucket
+# and goes through all keys.
 
 # %%
 owned = KernelText(
@@ -583,9 +606,10 @@ assert len(repeated) == 1, "the same bits in every order"
 assert fault_in(table_of, crowd_code, crowd_value, owned) is None
 
 # %% [markdown]
-# Reading all keys for every bucket is slow, of course. The library's kernels have better owners: `shared_table` gives a thread a whole
-# column of the table, `sorted_buckets` sorts the keys first. `variants` says what each of them promises. `compare` runs them side by side:
-# "agrees" means within what rounding explains. We ask in several orders, and collect the bits.
+# Reading all keys for every bucket is slow, of course. The library's kernels have better owners:
+# `shared_table` gives a thread a whole column of the table, `sorted_buckets` sorts the keys first.
+# `variants` says what each of them promises. `compare` runs them side by side: "agrees" means
+# within what rounding explains. We ask in several orders, and collect the bits.
 
 # %%
 queries, keys = (rng.integers(0, capacity, (96, 2), dtype=np.int32) for _ in range(2))
@@ -610,9 +634,9 @@ for chosen in ORDERS:
 
 figure, axes = draw.picture(width=7, height=3)
 counts = [len(bits[name]) for name in wanted]
-for kept, colour, hatch, label in ((True, draw.BLUE, "", "promises the same bits"), (False, draw.ORANGE, "///", "promises nothing")):
+for kept, color, hatch, label in ((True, draw.BLUE, "", "promises the same bits"), (False, draw.ORANGE, "///", "promises nothing")):
     places = [place for place, name in enumerate(wanted) if promise[name] == kept]
-    axes.barh(places, [counts[place] for place in places], 0.6, color=colour, hatch=hatch, edgecolor=draw.INK, label=label)
+    axes.barh(places, [counts[place] for place in places], 0.6, color=color, hatch=hatch, edgecolor=draw.INK, label=label)
 axes.set_yticks(range(len(wanted)), wanted)
 axes.invert_yaxis()
 axes.set(title=f"Different results in {len(ORDERS)} orders", xlabel="results that differ in their bits", xticks=range(len(ORDERS) + 1))
@@ -623,13 +647,15 @@ for name, count in zip(wanted, counts, strict=True):
 figure
 
 # %% [markdown]
-# On a GPU, chance picks the order, and the column *same bits* of `compare` tells you after a few runs. In the emulator you pick it, and one
-# call of `compare` stays in one order: change the order between calls, as above.
+# On a GPU, chance picks the order, and the column *same bits* of `compare` tells you after a few
+# runs. In the emulator you pick it, and one call of `compare` stays in one order: change the order
+# between calls, as above.
 #
 # ## Who finds what
 #
-# Let us put it all into one picture: every fault against every tool, each square filled by running it. The sanitizers need the compiler's
-# libraries, and a process of their own that starts with them inside.
+# Let us put it all into one picture: every fault against every tool, each square filled by running
+# it. The sanitizers need the compiler's libraries, and a process of their own that starts with them
+# inside.
 
 
 # %%
@@ -724,24 +750,29 @@ assert [fault for fault, yes in zip(planted, table[:, tools.index("checked")], s
 figure
 
 # %% [markdown]
-# Read it by columns. A comparison at a round length finds one fault of five. The tools that watch accesses find what breaks a rule, and
-# know nothing of your intentions. Only a definition knows those. So the library's tests do all of it: every kernel, at odd lengths, against
-# the definition, under `checked`, in several orders, under both sanitizers; and a test takes out every single barrier and demands that the
-# check notices.
+# Read it by columns. A comparison at a round length finds one fault of five. The tools that watch
+# accesses find what breaks a rule, and know nothing of your intentions. Only a definition knows
+# those. So the library's tests do all of it: every kernel, at odd lengths, against the definition,
+# under `checked`, in several orders, under both sanitizers; and a test takes out every single
+# barrier and demands that the check notices.
 #
 # ## What to keep
 #
-# - A result that is right proves little. Ask whether it could be wrong: other lengths, other orders.
-# - Comparison finds what a kernel should have done and did not. `checked` finds what it must not do, and names the line.
-# - A sum of floats in any order is right, and not repeatable. One owner for each sum, and it repeats.
+# - A result that is right proves little. Ask whether it could be wrong: other lengths, other
+#   orders.
+# - Comparison finds what a kernel should have done and did not. `checked` finds what it must not
+#   do, and names the line.
+# - A sum of floats in any order is right, and not repeatable. One owner for each sum, and it
+#   repeats.
 #
 # Next: [8. Gradients](08_gradients.ipynb).
 #
 # ## Exercise 1: mend a kernel
 #
-# Each block of 16 threads should add up its 16 entries of `x`; the last block may have fewer. In shared memory, the upper half is added to
-# the lower, then the second quarter to the first, and so on. There are three faults in it. Mend them. (The checker uses the stepper:
-# several lengths, every order.)
+# Each block of 16 threads should add up its 16 entries of `x`; the last block may have fewer. In
+# shared memory, the upper half is added to the lower, then the second quarter to the first, and so
+# on. There are three faults in it. Mend them. (The checker uses the stepper: several lengths, every
+# order.)
 
 
 # %% tags=["exercise-1"]
@@ -778,19 +809,24 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: write the check
 #
-# Now you are the tool. `is_right` gets a function `cumulate(code, value)` that returns the table of 8 buckets (like `table_of`), and says
-# whether it can be trusted. The checker gives you two good ones and four bad ones.
+# Now you are the tool. `is_right` gets a function `cumulate(code, value)` that returns the table of
+# 8 buckets (like `table_of`), and says whether it can be trusted. The checker gives you two good
+# ones and four bad ones.
 
 
 # %% tags=["exercise-2"]
 def is_right(cumulate):
-    """True if ``cumulate`` gives the right table at every length and in every order, and breaks no rule."""
+    """True if ``cumulate`` gives the right table at every length and in every order, and breaks
+    no rule.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
 # %% tags=["check-2"]
 def forgets_to_wait(code, value):
-    """One block, whose first thread clears the table and then does not wait for the others, nor they for it."""
+    """One block, whose first thread clears the table and then does not wait for the others, nor
+    they for it.
+    """
     text = scatter.text.replace("  if (key", "  if (key < 8) table[key] = 0;\n  if (key")
     result = np.zeros(capacity, np.float32)
     launch(KernelText(text, "scatter"), 1, 64, code, value, result, np.int32(len(code)))
@@ -814,9 +850,10 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: atomics that repeat
 #
-# Sums of *integers* do not depend on their order. So multiply every value by $2^{32}$, round to an integer, add integers, and divide at the
-# end: *fixed point*. Write the missing statement. `table` holds 64-bit unsigned integers, since that is the width that `atomicAdd` takes; a
-# negative number keeps its bits when it is converted by way of `(unsigned long long)(long long)`.
+# Sums of *integers* do not depend on their order. So multiply every value by $2^{32}$, round to an
+# integer, add integers, and divide at the end: *fixed point*. Write the missing statement. `table`
+# holds 64-bit unsigned integers, since that is the width that `atomicAdd` takes; a negative number
+# keeps its bits when it is converted by way of `(unsigned long long)(long long)`.
 
 # %% tags=["exercise-3"]
 fixed_point = KernelText(
@@ -853,8 +890,9 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** A thread without an entry brings a zero, and stays: it must not leave, since the barriers need it. The barrier stands
-# where every thread meets it, in front of every step, so that the first step too waits until the buffer is full.
+# **Exercise 1.** A thread without an entry brings a zero, and stays: it must not leave, since the
+# barriers need it. The barrier stands where every thread meets it, in front of every step, so that
+# the first step too waits until the buffer is full.
 
 
 # %% tags=["solution-1"]
@@ -874,7 +912,8 @@ def block_sums(x, out):
 
 
 # %% [markdown]
-# **Exercise 2.** Odd lengths for the tail, orders for what depends on them, and `checked` for the race that no order shows.
+# **Exercise 2.** Odd lengths for the tail, orders for what depends on them, and `checked` for the
+# race that no order shows.
 
 
 # %% tags=["solution-2"]
@@ -894,7 +933,8 @@ def is_right(cumulate):
 
 
 # %% [markdown]
-# **Exercise 3.** One atomic addition of integers. The price: a sum must stay below $2^{31}$, and what is smaller than $2^{-32}$ is lost.
+# **Exercise 3.** One atomic addition of integers. The price: a sum must stay below $2^{31}$, and
+# what is smaller than $2^{-32}$ is lost.
 
 # %% tags=["solution-3"]
 fixed_point = KernelText(

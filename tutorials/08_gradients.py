@@ -1,16 +1,17 @@
 # %% [markdown]
 # # 8. Gradients
 #
-# **You will be able to** differentiate YOSO attention by hand, say why the paper trains with something that is not the derivative, and
-# compute every gradient in linear time.
+# **You will be able to** differentiate YOSO attention by hand, say why the paper trains with
+# something that is not the derivative, and compute every gradient in linear time.
 #
 # **Time:** 50 minutes, and 25 for the exercises.
 #
 # **You need:** tutorials 1 and 4; a little PyTorch for the last section.
 #
 # **Source:** [`yoso_core.reference.expectation`](../reference/expectation.py),
-# [`yoso_core.cpu.sampled_gradients`](../cpu/sampled_gradients.py) and [`yoso_core.model.attention`](../model/attention.py); section 3.3 of
-# [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# [`yoso_core.cpu.sampled_gradients`](../cpu/sampled_gradients.py) and
+# [`yoso_core.model.attention`](../model/attention.py); section 3.3 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import numpy as np
@@ -29,18 +30,21 @@ torch.set_num_threads(2)
 # %% [markdown]
 # ## The slope of the weight
 #
-# To train a network, we must know how its loss changes when a query or a key turns a little. All of that goes through one function, the
-# weight of a pair with the cosine $x = q \cdot k$, or the angle $\theta = \arccos x$:
+# To train a network, we must know how its loss changes when a query or a key turns a little. All of
+# that goes through one function, the weight of a pair with the cosine $x = q \cdot k$, or the angle
+# $\theta = \arccos x$:
 #
 # $$E(x) = \left(1 - \frac{\arccos x}{\pi}\right)^{\tau}.$$
 #
 # The derivative of $\arccos x$ is $-1/\sqrt{1 - x^2} = -1/\sin\theta$. So the chain rule gives
 #
-# $$\frac{dE}{dx} = \tau \left(1 - \frac{\theta}{\pi}\right)^{\tau - 1} \frac{1}{\pi \sin\theta} = E \cdot w, \qquad
+# $$\frac{dE}{dx} = \tau \left(1 - \frac{\theta}{\pi}\right)^{\tau - 1} \frac{1}{\pi \sin\theta} =
+# E \cdot w, \qquad
 # w = \frac{\tau}{(\pi - \theta) \sin\theta}.$$
 #
-# The second form is the one to remember: the slope is *the weight itself, times a factor* $w$. A formula is quickly wrong by a factor of
-# $\pi$, so we hold it against a slope measured by finite differences.
+# The second form is the one to remember: the slope is *the weight itself, times a factor* $w$. A
+# formula is quickly wrong by a factor of $\pi$, so we hold it against a slope measured by finite
+# differences.
 
 
 # %%
@@ -69,8 +73,9 @@ assert np.allclose(slope(inside, tau), expected_weight(theta, tau) * gradient_fa
 # %% [markdown]
 # ## Where it blows up
 #
-# The factor has $\sin\theta$ below the line, and that is 0 where query and key point the same way: just where the weight is largest. Near
-# $x = 1$, $\sin\theta \approx \sqrt{2 (1 - x)}$, so the slope grows like $\tau / (\pi \sqrt{2 (1 - x)})$, without any limit.
+# The factor has $\sin\theta$ below the line, and that is 0 where query and key point the same way:
+# just where the weight is largest. Near $x = 1$, $\sin\theta \approx \sqrt{2 (1 - x)}$, so the
+# slope grows like $\tau / (\pi \sqrt{2 (1 - x)})$, without any limit.
 
 # %%
 figure, (left, right) = draw.picture(2, width=8.2, height=3.2)
@@ -92,9 +97,10 @@ assert np.allclose(slope(1 - 1e-8, tau), tau / (np.pi * np.sqrt(2e-8)), rtol=1e-
 figure
 
 # %% [markdown]
-# The other end is tamer. Near opposite vectors the factor grows even faster, but the weight vanishes faster still: with
-# $\varphi = \pi - \theta$ the slope is about $\tau \varphi^{\tau - 2} / \pi^\tau$. It goes to 0 from three bits on, to $2 / \pi^2$ with
-# two, and only with one bit to infinity.
+# The other end is tamer. Near opposite vectors the factor grows even faster, but the weight
+# vanishes faster still: with $\varphi = \pi - \theta$ the slope is about $\tau \varphi^{\tau - 2} /
+# \pi^\tau$. It goes to 0 from three bits on, to $2 / \pi^2$ with two, and only with one bit to
+# infinity.
 
 # %%
 nearly_opposite = -np.cos(1e-3)
@@ -105,13 +111,15 @@ assert slope(nearly_opposite, 3) < 1e-3
 # %% [markdown]
 # ## It is a cusp
 #
-# Infinite by $x$ does not mean infinite for the network. Queries and keys have unit length, so a query can only *turn*, and $x$ hardly
-# moves when a query turns that already points at the key. By the angle, the slope is
+# Infinite by $x$ does not mean infinite for the network. Queries and keys have unit length, so a
+# query can only *turn*, and $x$ hardly moves when a query turns that already points at the key. By
+# the angle, the slope is
 #
 # $$\frac{dE}{d\theta} = -\frac{\tau}{\pi} \left(1 - \frac{\theta}{\pi}\right)^{\tau - 1},$$
 #
-# never steeper than $\tau / \pi$. What remains of the infinity is a *cusp*: turn the query through the key, and the slope jumps from
-# $+\tau/\pi$ to $-\tau/\pi$. At the tip there is no derivative at all.
+# never steeper than $\tau / \pi$. What remains of the infinity is a *cusp*: turn the query through
+# the key, and the slope jumps from $+\tau/\pi$ to $-\tau/\pi$. At the tip there is no derivative at
+# all.
 
 # %%
 turn = np.pi / 400 * np.arange(-200, 201)  # the angle from key to query, with a sign
@@ -140,7 +148,8 @@ assert bounded_pull[turn == 0] == 0
 figure
 
 # %% [markdown]
-# A computer that follows the chain rule literally multiplies an infinite factor by a turn of length zero. Ask PyTorch:
+# A computer that follows the chain rule literally multiplies an infinite factor by a turn of length
+# zero. Ask PyTorch:
 
 # %%
 same = torch.tensor([2.0, 0.0], requires_grad=True)
@@ -149,8 +158,9 @@ print("gradient of a query that points at its key:", same.grad.tolist())
 assert same.grad.isnan().any()
 
 # %% [markdown]
-# One such pair, and the whole network is NaN. The library's `gradient_factor(..., "exact")` keeps both factors of the denominator at
-# $10^{-3}$ or more: finite everywhere, and the derivative everywhere but within a thousandth of a radian of the ends.
+# One such pair, and the whole network is NaN. The library's `gradient_factor(..., "exact")` keeps
+# both factors of the denominator at $10^{-3}$ or more: finite everywhere, and the derivative
+# everywhere but within a thousandth of a radian of the ends.
 
 # %%
 one_key = np.array([[1.0, 0.0]])
@@ -166,9 +176,10 @@ for pointing in (one_key, -one_key):
 #
 # $$w = \frac{\tau}{2},$$
 #
-# which is a *lower bound*: $(\pi - \theta) \sin\theta$ stays below 1.83, so $\tau / ((\pi - \theta) \sin\theta)$ is always more than
-# $\tau / 2$. For one pair it has the right sign and a length that is too short, by the ratio $(\pi - \theta) \sin\theta / 2$. It is the
-# blue curve in the picture above: no jump, nothing infinite. A query that points at its key is left in peace.
+# which is a *lower bound*: $(\pi - \theta) \sin\theta$ stays below 1.83, so $\tau / ((\pi - \theta)
+# \sin\theta)$ is always more than $\tau / 2$. For one pair it has the right sign and a length that
+# is too short, by the ratio $(\pi - \theta) \sin\theta / 2$. It is the blue curve in the picture
+# above: no jump, nothing infinite. A query that points at its key is left in peace.
 
 # %%
 theta = np.linspace(0.01, np.pi - 0.01, 2000)
@@ -199,15 +210,17 @@ figure
 # %% [markdown]
 # ## The gradients of attention
 #
-# Now the whole thing. The output of query $i$ is $\sum_j E_{ij} v_j$. Let $g_i$ be the gradient of the loss by that output, which comes in
-# from above. Turning $q_i$ towards $k_j$ raises $E_{ij}$ by $E_{ij} w_{ij}$, and that raises the loss by $g_i \cdot v_j$ for each unit. So
+# Now the whole thing. The output of query $i$ is $\sum_j E_{ij} v_j$. Let $g_i$ be the gradient of
+# the loss by that output, which comes in from above. Turning $q_i$ toward $k_j$ raises $E_{ij}$ by
+# $E_{ij} w_{ij}$, and that raises the loss by $g_i \cdot v_j$ for each unit. So
 #
-# $$dq_i = \sum_j E_{ij} w_{ij} (g_i \cdot v_j)\, k_j, \qquad dk_j = \sum_i E_{ij} w_{ij} (g_i \cdot v_j)\, q_i, \qquad
+# $$dq_i = \sum_j E_{ij} w_{ij} (g_i \cdot v_j)\, k_j, \qquad dk_j
+# = \sum_i E_{ij} w_{ij} (g_i \cdot v_j)\, q_i, \qquad
 # dv_j = \sum_i E_{ij}\, g_i.$$
 #
-# The queries of a network do not come with unit length; they are scaled to it first. A query can turn but not grow, so that step takes away
-# from $dq_i$ the part along $q_i$.
-# Written down for a handful of vectors, with `exact` or `lower_bound` in place of $w$:
+# The queries of a network do not come with unit length; they are scaled to it first. A query can
+# turn but not grow, so that step takes away from $dq_i$ the part along $q_i$. Written down for a
+# handful of vectors, with `exact` or `lower_bound` in place of $w$:
 
 # %%
 n_q, n_k, d, d_v = 5, 7, 4, 3
@@ -217,7 +230,9 @@ value, grad_out = rng.standard_normal((n_k, d_v)), rng.standard_normal((n_q, d_v
 
 
 def gradients_by_hand(weights, factor, query, key):
-    """The three sums, from all weights ``C`` and factors ``w`` of the pairs, and back through the normalisation."""
+    """The three sums, from all weights ``C`` and factors ``w`` of the pairs, and back through
+    the normalization.
+    """
     q, k = l2_normalize(query), l2_normalize(key)
     pull = weights * factor * (grad_out @ value.T)
     return l2_normalize_backward(pull @ k, query), l2_normalize_backward(pull.T @ q, key), weights.T @ grad_out
@@ -234,7 +249,8 @@ for grad in ("exact", "lower_bound"):
     assert np.allclose((by_hand[0] * query).sum(axis=1), 0), "no query is told to grow"
 
 # %% [markdown]
-# And is it the gradient? Ask the expectation itself: move one number of one query up and down by a millionth, and see what the loss does.
+# And is it the gradient? Ask the expectation itself: move one number of one query up and down by a
+# millionth, and see what the loss does.
 
 
 # %%
@@ -281,9 +297,10 @@ figure
 # %% [markdown]
 # ### How far off is the lower bound in a sum?
 #
-# For one pair it is a matter of length. In a sum over many keys, near pairs are shortened more than far ones, which can turn the sum as
-# well. We let 64 queries stand at a given angle from the key that they belong to, and compare the two gradients: their directions by the
-# cosine between them, and their lengths.
+# For one pair it is a matter of length. In a sum over many keys, near pairs are shortened more than
+# far ones, which can turn the sum as well. We let 64 queries stand at a given angle from the key
+# that they belong to, and compare the two gradients: their directions by the cosine between them,
+# and their lengths.
 
 # %%
 apart = np.array([5, 15, 30, 45, 60, 75])
@@ -319,19 +336,21 @@ assert max(length) < ratio.max()
 figure
 
 # %% [markdown]
-# The direction hardly suffers: from 15 degrees on, the cosine is 0.97 or more. The length does: the better a query has found its key, the
-# shorter the lower bound, down to a sixth at 5 degrees. It pulls hard at what is far, and lets go of what is near. It is *not* the
-# derivative of the forward pass, though, and no test that compares it with finite differences can ever pass.
+# The direction hardly suffers: from 15 degrees on, the cosine is 0.97 or more. The length does: the
+# better a query has found its key, the shorter the lower bound, down to a sixth at 5 degrees. It
+# pulls hard at what is far, and lets go of what is near. It is *not* the derivative of the forward
+# pass, though, and no test that compares it with finite differences can ever pass.
 #
 # ## Weighted cumulation: the shape of every gradient
 #
-# In sampled attention $E_{ij}$ becomes $C_{ij}$, the share of the $m$ hashes in which the two meet, and the constant $w = \tau/2$ can be
-# pulled out of the sums. Look at what remains:
+# In sampled attention $E_{ij}$ becomes $C_{ij}$, the share of the $m$ hashes in which the two meet,
+# and the constant $w = \tau/2$ can be pulled out of the sums. Look at what remains:
 #
-# $$dq_i = \frac{\tau}{2} \cdot \frac{1}{m} \sum_h \sum_{j \text{ in the bucket of } i} (g_i \cdot v_j)\, k_j .$$
+# $$dq_i = \frac{\tau}{2} \cdot \frac{1}{m} \sum_h \sum_{j \text{ in the bucket of } i} (g_i \cdot
+# v_j)\, k_j .$$
 #
-# It is the cumulation of tutorial 4, with every term times a dot product of something of the query and something of the key:
-# a *weighted cumulation*. All three gradients have this shape.
+# It is the cumulation of tutorial 4, with every term times a dot product of something of the query
+# and something of the key: a *weighted cumulation*. All three gradients have this shape.
 #
 # | gradient | who asks | weight | what is added up |
 # |---|---|---|---|
@@ -361,10 +380,11 @@ assert np.allclose(dv, yoso_core.lsh_cumulation(key_code, query_code, grad_out, 
 
 library = yoso_core.lsh_attention_backward(grad_out, query, key, value, query_code, key_code, tau)
 for mine, theirs in zip((l2_normalize_backward(dq, query), l2_normalize_backward(dk, key), dv), library, strict=True):
-    assert np.allclose(mine, theirs), "the library does this, and goes back through the normalisation"
+    assert np.allclose(mine, theirs), "the library does this, and goes back through the normalization"
 
 # %% [markdown]
-# In pictures: the share of hashes in which a pair meets, times the dot product, is how hard the pair pulls.
+# In pictures: the share of hashes in which a pair meets, times the dot product, is how hard the
+# pair pulls.
 
 # %%
 rate = collision_rate(query_code, key_code)
@@ -379,9 +399,11 @@ axes[0].set_ylabel("query i")
 figure
 
 # %% [markdown]
-# And the exact factor? $w_{ij}$ depends on the angle of the pair, and cannot be split into a part of the query and a part of the key. So
-# `grad="exact"` needs every pair, also when sampled: its cost is quadratic. This is the second reason for the lower bound, and the better
-# one. If $w_{ij}$ were a dot product of $r$ numbers of the query and $r$ of the key, its matrix would have rank $r$. It has full rank:
+# And the exact factor? $w_{ij}$ depends on the angle of the pair, and cannot be split into a part
+# of the query and a part of the key. So `grad="exact"` needs every pair, also when sampled: its
+# cost is quadratic. This is the second reason for the lower bound, and the better one. If $w_{ij}$
+# were a dot product of $r$ numbers of the query and $r$ of the key, its matrix would have rank $r$.
+# It has full rank:
 
 # %%
 wide = np.stack([angles(one, keys) for one in queries])  # 64 queries and 64 keys, from the section before
@@ -391,9 +413,10 @@ assert np.linalg.matrix_rank(gradient_factor(wide, tau, "lower_bound")) == 1
 # %% [markdown]
 # ## Right on average
 #
-# The forward pass is right on average. So is the backward pass: the codes are random, their mean collision is $E_{ij}$, and the gradient is
-# linear in them. We draw 1,000 sets of planes, and compare the mean of the sampled gradients with the gradient of the expectation. The
-# yardstick is the standard error of that mean.
+# The forward pass is right on average. So is the backward pass: the codes are random, their mean
+# collision is $E_{ij}$, and the gradient is linear in them. We draw 1,000 sets of planes, and
+# compare the mean of the sampled gradients with the gradient of the expectation. The yardstick is
+# the standard error of that mean.
 
 # %%
 draws, m, tau = 1000, 4, 3
@@ -405,7 +428,9 @@ def many(x):
 
 
 def sampled_gradients(planes, grad="lower_bound", bits=tau):
-    """One set of gradients for each draw; ``bits`` go into a code, and the factor is that of ``tau``."""
+    """One set of gradients for each draw; ``bits`` go into a code, and the factor is that of
+    ``tau``.
+    """
     codes = [yoso_core.hyperplane_hash(many(x), planes, m, bits) for x in (query, key)]
     return yoso_core.lsh_attention_backward(many(grad_out), many(query), many(key), many(value), *codes, tau, grad=grad)
 
@@ -423,8 +448,8 @@ for grad in ("lower_bound", "exact"):
     assert np.mean(found**2) < 2, f"deviations of {grad} should be about 1"
 
 # %% [markdown]
-# Would this test notice a mistake? A test that cannot fail proves nothing, so we give it a biased twin, with one bit too few in every
-# code.
+# Would this test notice a mistake? A test that cannot fail proves nothing, so we give it a biased
+# twin, with one bit too few in every code.
 
 # %%
 right_gradients = yoso_core.expectation_attention_backward(grad_out, query, key, value, tau)
@@ -455,14 +480,17 @@ figure
 # %% [markdown]
 # ## Linear attention inside a bucket
 #
-# How much does a weighted cumulation cost? Take one bucket with $a$ queries and $b$ keys. Pair by pair, each of the $ab$ pairs takes a dot
-# product of length $d_v$ and adds a vector of length $d$. If a bucket holds a tenth of the text, that is quadratic again. But a dot product
-# is a matrix product of a row and a column, and sums may be done in any order:
+# How much does a weighted cumulation cost? Take one bucket with $a$ queries and $b$ keys. Pair by
+# pair, each of the $ab$ pairs takes a dot product of length $d_v$ and adds a vector of length $d$.
+# If a bucket holds a tenth of the text, that is quadratic again. But a dot product is a matrix
+# product of a row and a column, and sums may be done in any order:
 #
-# $$\sum_j (g_i \cdot v_j)\, k_j = \sum_j k_j \big(v_j^{\top} g_i\big) = \Big(\sum_j k_j v_j^{\top}\Big)\, g_i .$$
+# $$\sum_j (g_i \cdot v_j)\, k_j = \sum_j k_j \big(v_j^{\top} g_i\big)
+# = \Big(\sum_j k_j v_j^{\top}\Big)\, g_i .$$
 #
-# The matrix in brackets, $d \times d_v$, is the same for every query of the bucket. Build it once, then multiply it with each $g_i$. Those
-# who know *linear attention* recognise it: a bucket of YOSO's backward pass is linear attention among the vectors in it.
+# The matrix in brackets, $d \times d_v$, is the same for every query of the bucket. Build it once,
+# then multiply it with each $g_i$. Those who know *linear attention* recognize it: a bucket of
+# YOSO's backward pass is linear attention among the vectors in it.
 
 
 # %%
@@ -501,11 +529,13 @@ for size in sizes:
     cost["outer products"].append(outer_count)
 
 # %% [markdown]
-# Counted, not timed: $ab(d + d_v)$ against $(a + b)\, d\, d_v$. With as many queries as keys and $d = d_v$ the two are equal at buckets of
-# exactly $d$. Small buckets want pairs, large ones want outer products, and *choosing per bucket* gets the better of both.
+# Counted, not timed: $ab(d + d_v)$ against $(a + b)\, d\, d_v$. With as many queries as keys and $d
+# = d_v$ the two are equal at buckets of exactly $d$. Small buckets want pairs, large ones want
+# outer products, and *choosing per bucket* gets the better of both.
 #
-# That choice is what makes training linear. In a text, buckets are skewed: frequent words crowd into a few. Below, tokens are drawn as in a
-# text, word number $r$ with a probability like $1/r$, and hashed with 6 bits.
+# That choice is what makes training linear. In a text, buckets are skewed: frequent words crowd
+# into a few. Below, tokens are drawn as in a text, word number $r$ with a probability like $1/r$,
+# and hashed with 6 bits.
 
 # %%
 lengths = 2 ** np.arange(8, 16)
@@ -553,15 +583,17 @@ assert growth["the cheaper in each bucket"] < 1.3
 figure
 
 # %% [markdown]
-# The library's backward pass on a CPU does just that, bucket by bucket, for all three gradients at once:
-# [`cpu/sampled_gradients.py`](../cpu/sampled_gradients.py). On a GPU it takes outer products throughout (`outer_products` in
-# [`weighted.cu`](../gpu/cupy_kernels/weighted.cu)): the orange line, which is straight too.
+# The library's backward pass on a CPU does just that, bucket by bucket, for all three gradients at
+# once: [`cpu/sampled_gradients.py`](../cpu/sampled_gradients.py). On a GPU it takes outer products
+# throughout (`outer_products` in [`weighted.cu`](../gpu/cupy_kernels/weighted.cu)): the orange
+# line, which is straight too.
 #
 # ## Do they train?
 #
-# A gradient is worth what a network learns from it. So here is a task that *cannot* be learnt without attention. The model is shown eight
-# pairs of a key and a value, shuffled anew each time, and one of the keys again, with another embedding; it has to name that key's value.
-# There are four values, so guessing is right one time in four. Whoever ignores the context can do no better.
+# A gradient is worth what a network learns from it. So here is a task that *cannot* be learned
+# without attention. The model is shown eight pairs of a key and a value, shuffled anew each time,
+# and one of the keys again, with another embedding; it has to name that key's value. There are four
+# values, so guessing is right one time in four. Whoever ignores the context can do no better.
 #
 # First, PyTorch gives the gradients that we have come to know:
 
@@ -598,7 +630,9 @@ def examples(count):
 
 
 def train(steps=150, frozen=False, **options):
-    """The loss of every step, and the accuracy on fresh examples afterwards; ``frozen`` leaves queries and keys as they were drawn."""
+    """The loss of every step, and the accuracy on fresh examples afterwards; ``frozen`` leaves
+    queries and keys as they were drawn.
+    """
     torch.manual_seed(0)
     model, losses = Retriever(**options).double(), []  # float64, as everything here
     model.asked.requires_grad_(not frozen)
@@ -627,12 +661,12 @@ runs = {
 }
 
 figure, axes = draw.picture(width=7.6, height=4)
-colours = (draw.GREY, draw.PURPLE, draw.ORANGE, draw.BLUE, draw.YELLOW, draw.GREEN)
+colors = (draw.GRAY, draw.PURPLE, draw.ORANGE, draw.BLUE, draw.YELLOW, draw.GREEN)
 for number, (name, (losses, accuracy)) in enumerate(runs.items()):
     smooth = np.convolve(losses, np.ones(10) / 10, "valid")
     broad = 5 if "exact" in name else 1.8  # the pairs lie on each other
     marks = {"marker": draw.MARKERS[number], "markersize": 6, "markeredgecolor": draw.INK, "markevery": (4 * number, 25)}
-    axes.plot(smooth, color=colours[number], linewidth=broad, label=f"{name}: {accuracy:.0%} right", **marks)
+    axes.plot(smooth, color=colors[number], linewidth=broad, label=f"{name}: {accuracy:.0%} right", **marks)
 axes.axhline(np.log(VALUES), color=draw.INK, linewidth=1, linestyle=draw.DASHES)
 axes.text(149, np.log(VALUES) + 0.02, "guessing", ha="right", va="bottom", fontsize=9)
 axes.set(title="Learning to retrieve", xlabel="step", ylabel="loss, mean of ten steps", ylim=(0, 1.6))
@@ -650,25 +684,29 @@ for kind in ("expectation", "sampled"):
 figure
 
 # %% [markdown]
-# Without context the model guesses. With queries and keys as they were drawn it gets about half: the values and the head learn, but nobody
-# teaches a query where its key is. That takes the gradients of this tutorial, and all four get there. The constant $\tau / 2$ does it as
-# quickly as the derivative, the curves lie on each other; sampling is a few steps behind the expectation. So the choice is one of cost:
-# `grad="lower_bound"` is linear, and it is the default here as in the paper.
+# Without context the model guesses. With queries and keys as they were drawn it gets about half:
+# the values and the head learn, but nobody teaches a query where its key is. That takes the
+# gradients of this tutorial, and all four get there. The constant $\tau / 2$ does it as quickly as
+# the derivative, the curves lie on each other; sampling is a few steps behind the expectation. So
+# the choice is one of cost: `grad="lower_bound"` is linear, and it is the default here as in the
+# paper.
 #
 # ## What to keep
 #
-# - The derivative of the weight is $E \cdot w$ with $w = \tau / ((\pi - \theta) \sin\theta)$. By the cosine it is infinite for equal
-#   vectors; by the angle it is a cusp.
-# - The paper trains with $w = \tau / 2$: always shorter, at best 91 % of the derivative, finite everywhere, and no derivative. The gradient
-#   of the values is the same for both.
-# - Every gradient is a weighted cumulation. Inside a bucket, take pairs or outer products, whichever is cheaper, and the cost stays linear.
+# - The derivative of the weight is $E \cdot w$ with $w = \tau / ((\pi - \theta) \sin\theta)$. By
+#   the cosine it is infinite for equal vectors; by the angle it is a cusp.
+# - The paper trains with $w = \tau / 2$: always shorter, at best 91 % of the derivative, finite
+#   everywhere, and no derivative. The gradient of the values is the same for both.
+# - Every gradient is a weighted cumulation. Inside a bucket, take pairs or outer products,
+#   whichever is cheaper, and the cost stays linear.
 #
 # Next: [9. The model](09_the_model.ipynb).
 #
 # ## Exercise 1: another hash
 #
-# Someone invents a hash whose collision probability is $\exp(-\lambda \theta)$. Write the factor $w$ with which its slope by the cosine is
-# *probability times* $w$, for angles strictly between 0 and $\pi$.
+# Someone invents a hash whose collision probability is $\exp(-\lambda \theta)$. Write the factor
+# $w$ with which its slope by the cosine is *probability times* $w$, for angles strictly between 0
+# and $\pi$.
 
 
 # %% tags=["exercise-1"]
@@ -691,9 +729,10 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: the gradient of the keys
 #
-# Compute $dk$ for unit vectors (no normalisation) with one call of `yoso_core.lsh_weighted_cumulation`, and the lower bound. Its arguments
-# are, in this order: the codes and weights of those who ask, the codes and weights of those who answer, what is added up, the number of
-# buckets.
+# Compute $dk$ for unit vectors (no normalization) with one call of
+# `yoso_core.lsh_weighted_cumulation`, and the lower bound. Its arguments are, in this order: the
+# codes and weights of those who ask, the codes and weights of those who answer, what is added up,
+# the number of buckets.
 
 
 # %% tags=["exercise-2"]
@@ -717,13 +756,16 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: the cheaper way
 #
-# Decide for a bucket whether `bucket_by_pairs` or `bucket_by_outer_products` is cheaper, from the sizes alone, and return what that
-# function returns. The numbers of queries and keys may differ, and so may $d$ and $d_v$. The checker counts.
+# Decide for a bucket whether `bucket_by_pairs` or `bucket_by_outer_products` is cheaper, from the
+# sizes alone, and return what that function returns. The numbers of queries and keys may differ,
+# and so may $d$ and $d_v$. The checker counts.
 
 
 # %% tags=["exercise-3"]
 def cheaper_bucket(g, v, k):
-    """``(sums, multiply-adds)`` by the cheaper of the two ways. ``g (a, d_v)``, ``v (b, d_v)``, ``k (b, d)``."""
+    """``(sums, multiply-adds)`` by the cheaper of the two ways. ``g (a, d_v)``, ``v (b, d_v)``,
+    ``k (b, d)``.
+    """
     raise NotImplementedError("exercise 3 is waiting for you")
 
 
@@ -744,8 +786,9 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** By the angle, the slope is $-\lambda \exp(-\lambda\theta)$, and $d\theta / d\cos\theta = -1/\sin\theta$. It has the same
-# cusp: no weight that falls from the first degree on can do without.
+# **Exercise 1.** By the angle, the slope is $-\lambda \exp(-\lambda\theta)$, and $d\theta /
+# d\cos\theta = -1/\sin\theta$. It has the same cusp: no weight that falls from the first degree on
+# can do without.
 
 
 # %% tags=["solution-1"]

@@ -1,15 +1,18 @@
 # %% [markdown]
 # # 9. The model
 #
-# **You will be able to** build a YOSO layer from its parts, train a masked language model with it, switch it from exact to sampled
-# attention without touching a weight, and exchange checkpoints with transformers.
+# **You will be able to** build a YOSO layer from its parts, train a masked language model with it,
+# switch it from exact to sampled attention without touching a weight, and exchange checkpoints with
+# transformers.
 #
 # **Time:** 40 minutes, and 20 for the exercises.
 #
 # **You need:** tutorials 1 and 4, and to have trained a network with PyTorch once.
 #
-# **Source:** [`yoso_core.model.layers`](../model/layers.py), [`yoso_core.model.heads`](../model/heads.py) and
-# [`yoso_core.model.attention`](../model/attention.py); sections 3 and 4 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# **Source:** [`yoso_core.model.layers`](../model/layers.py),
+# [`yoso_core.model.heads`](../model/heads.py) and
+# [`yoso_core.model.attention`](../model/attention.py); sections 3 and 4 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import copy
@@ -38,9 +41,9 @@ torch.set_num_threads(1)  # the model is so small that waking a second thread ta
 # %% [markdown]
 # ## One layer, part by part
 #
-# An encoder layer has two halves: attention, where tokens look at each other, and a feed-forward network, where each thinks for itself.
-# Only the first half is special here. We take a small layer with random weights and two texts of ten tokens, and compute what it gives
-# by hand.
+# An encoder layer has two halves: attention, where tokens look at each other, and a feed-forward
+# network, where each thinks for itself. Only the first half is special here. We take a small layer
+# with random weights and two texts of ten tokens, and compute what it gives by hand.
 
 # %%
 torch.manual_seed(0)
@@ -51,7 +54,8 @@ layer = YosoSelfAttention(tiny, layer=1).eval()
 hidden_states = torch.randn(2, 10, 32)  # batch, tokens, hidden
 
 # %% [markdown]
-# Three linear maps give queries, keys and values. Their 32 numbers are cut into 4 *heads* of 8, and every head attends by itself.
+# Three linear maps give queries, keys and values. Their 32 numbers are cut into 4 *heads* of 8, and
+# every head attends by itself.
 
 
 # %%
@@ -69,10 +73,11 @@ with torch.no_grad():
 assert query.shape == (2, 4, 10, 8)
 
 # %% [markdown]
-# In the middle stands the attention of tutorials 1 to 4: hash, scatter, gather, scale every row to length 1. Where do the hashes come
-# from? *In training* every call draws new ones. *In evaluation* they follow from `config.hash_seed`, the number of the layer and the head:
-# a model that is asked twice must answer the same. With `conv_window` a small convolution over neighbouring values is added, which the
-# paper calls YOSO-C: a cheap eye for what stands next to a token.
+# In the middle stands the attention of tutorials 1 to 4: hash, scatter, gather, scale every row to
+# length 1. Where do the hashes come from? *In training* every call draws new ones. *In evaluation*
+# they follow from `config.hash_seed`, the number of the layer and the head: a model that is asked
+# twice must answer the same. With `conv_window` a small convolution over neighboring values is
+# added, which the paper calls YOSO-C: a cheap eye for what stands next to a token.
 
 # %%
 signs = evaluation_draw("signs", tiny.hash_seed, 1, 4, 16, 4, 8, torch.device("cpu"))  # seed, layer, heads, m, tau, head dim
@@ -87,8 +92,9 @@ with torch.no_grad():
     assert torch.equal(layer(hidden_states)[0], layer(hidden_states)[0]), "evaluation repeats"
 
 # %% [markdown]
-# Set `use_expectation`, and the same layer uses the expected weights $E_{ij} = (1 - \theta_{ij}/\pi)^\tau$ in the place of collisions. The
-# setting is read whenever the layer runs, so there is nothing to build again.
+# Set `use_expectation`, and the same layer uses the expected weights $E_{ij} = (1 -
+# \theta_{ij}/\pi)^\tau$ in the place of collisions. The setting is read whenever the layer runs, so
+# there is nothing to build again.
 
 # %%
 tiny.use_expectation = True
@@ -98,7 +104,8 @@ with torch.no_grad():
     assert torch.allclose(by_hand, layer(hidden_states)[0], atol=1e-5)
 
 # %% [markdown]
-# The rest is any transformer's: a linear map, a residual, a LayerNorm; then the feed-forward network, a residual, a LayerNorm.
+# The rest is any transformer's: a linear map, a residual, a LayerNorm; then the feed-forward
+# network, a residual, a LayerNorm.
 
 # %%
 whole = YosoLayer(tiny, layer=1).eval()
@@ -111,9 +118,10 @@ with torch.no_grad():
 # %% [markdown]
 # ## An encoder, and six heads on it
 #
-# `YosoModel` is embeddings (word + position + token type, normalised) and a stack of such layers. It gives a vector for every token. What
-# becomes of the vectors is the business of a small network on top, also called a head, though it has nothing to do with the heads inside
-# the attention. Six tasks, one encoder:
+# `YosoModel` is embeddings (word + position + token type, normalized) and a stack of such layers.
+# It gives a vector for every token. What becomes of the vectors is the business of a small network
+# on top, also called a head, though it has nothing to do with the heads inside the attention. Six
+# tasks, one encoder:
 
 # %%
 size = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 100, "num_labels": 5}
@@ -128,8 +136,9 @@ with torch.no_grad():
     assert output.logits.shape == (2, 3)
 
 # %% [markdown]
-# Where are the weights of a model of the usual size? Attention has none of its own: its four linear maps are a fifth of the model, the
-# hashes are drawn and cost nothing. So YOSO and BERT of one size have equally many, and what YOSO saves is time and memory, not weights.
+# Where are the weights of a model of the usual size? Attention has none of its own: its four linear
+# maps are a fifth of the model, the hashes are drawn and cost nothing. So YOSO and BERT of one size
+# have equally many, and what YOSO saves is time and memory, not weights.
 
 # %%
 with torch.device("meta"):  # shapes alone, no memory
@@ -161,13 +170,16 @@ figure
 # %% [markdown]
 # ## A text with holes
 #
-# A masked language model learns by filling holes: some tokens are hidden, and it has to say which they were. Our text is the language
-# reference that every Python carries for its `help()`, our tokens are bytes, so there is no vocabulary to build. One block of text in ten
-# is held out: the model never sees it in training.
+# A masked language model learns by filling holes: some tokens are hidden, and it has to say which
+# they were. Our text is the language reference that every Python carries for its `help()`, our
+# tokens are bytes, so there is no vocabulary to build. One block of text in ten is held out: the
+# model never sees it in training.
 #
-# Most holes can be filled from the letters around them, and for that the convolution will do. To see what *attention* is for we take the
-# task of an editor of old books: **two damaged copies of one line, with holes in different places.** Who can look up the same place
-# in the other copy knows most of the answer. The two copies get the same positions (`position_ids`) and different `token_type_ids`.
+# Most holes can be filled from the letters around them, and for that the convolution will do. To
+# see what *attention* is for we take the task of an editor of old books: **two damaged copies of
+# one line, with holes in different places.** Who can look up the same place in the other copy knows
+# most of the answer. The two copies get the same positions (`position_ids`) and different
+# `token_type_ids`.
 
 # %%
 MASK, LENGTH, SHARE, IGNORED = 256, 64, 0.3, -100
@@ -181,7 +193,9 @@ where = {
 
 
 def two_copies(source, starts, generator):
-    """``(input_ids, labels)`` of lines that begin at ``starts``: each twice, with holes; a label where a hole is, all else is ignored."""
+    """``(input_ids, labels)`` of lines that begin at ``starts``: each twice, with holes; a label
+    where a hole is, all else is ignored.
+    """
     lines = source[starts[:, None] + torch.arange(LENGTH)].repeat(1, 2)
     hole = torch.rand(lines.shape, generator=generator) < SHARE
     return lines.masked_fill(hole, MASK), lines.masked_fill(~hole, IGNORED)
@@ -199,8 +213,9 @@ print(f"{len(data):,} bytes to train on, {len(test_ids)} lines held out with {le
 print(readable(test_ids[0, :LENGTH]), readable(test_ids[0, LENGTH:]), sep="\n")
 
 # %% [markdown]
-# A loss means nothing alone. Two guessers without a network stand beside ours: one knows how frequent each byte is, and nothing else;
-# the other copies the byte from the other copy where it can be read, and takes the most frequent byte where not.
+# A loss means nothing alone. Two guessers without a network stand beside ours: one knows how
+# frequent each byte is, and nothing else; the other copies the byte from the other copy where it
+# can be read, and takes the most frequent byte where not.
 
 # %%
 frequency = torch.bincount(data, minlength=MASK).double() + 1
@@ -217,11 +232,13 @@ print(f"most frequent byte: {guess_right:.0%} right, loss {guess_loss:.2f}; copy
 # %% [markdown]
 # ## Training
 #
-# Two layers of 64 numbers, two heads. A small model is helped by a good start: weights of size $1/\sqrt{64}$, positions that stand out
-# against the words, keys that start as queries (so what is alike attends to each other), and a larger context, because YOSO scales it to
-# length 1. From the usual start of a large model it would take thousands of steps to find the other copy.
+# Two layers of 64 numbers, two heads. A small model is helped by a good start: weights of size
+# $1/\sqrt{64}$, positions that stand out against the words, keys that start as queries (so what is
+# alike attends to each other), and a larger context, because YOSO scales it to length 1. From the
+# usual start of a large model it would take thousands of steps to find the other copy.
 #
-# We train with the expectation, which at 128 tokens costs little, and keep the loss of the text held out.
+# We train with the expectation, which at 128 tokens costs little, and keep the loss of the text
+# held out.
 
 # %%
 torch.manual_seed(0)
@@ -258,7 +275,9 @@ def logits_of(model, ids):
 
 @torch.no_grad()
 def score(model, num_hash=None):
-    """Loss and predictions for the holes of the text held out, by sampling with so many hashes, or ``None`` for the expectation."""
+    """Loss and predictions for the holes of the text held out, by sampling with so many hashes,
+    or ``None`` for the expectation.
+    """
     config, training = model.config, model.training
     before = config.use_expectation, config.num_hash
     config.use_expectation, config.num_hash = num_hash is None, num_hash or 1
@@ -294,7 +313,7 @@ losses, checks = train(model, 480, learning_rate=5e-3, seed=1)
 
 # %%
 figure, axes = draw.picture(width=7, height=3.6)
-axes.plot(range(1, len(losses) + 1), losses, color=draw.GREY, linewidth=0.8, label="training, each step")
+axes.plot(range(1, len(losses) + 1), losses, color=draw.GRAY, linewidth=0.8, label="training, each step")
 axes.plot(*zip(*checks, strict=True), "o-", color=draw.BLUE, markersize=4, label="held out")
 axes.axhline(guess_loss, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="byte frequencies alone")
 axes.set(title="Two damaged copies", xlabel="step", ylabel="loss, nats a hole", ylim=(0, 6))
@@ -311,13 +330,15 @@ assert right_lost > 1.3 * guess_right, "where both copies are lost, it reads the
 figure
 
 # %% [markdown]
-# First it learns the frequencies, which is the plateau at the dashed line; then it finds the other copy, and the loss falls to less than
-# a third. It beats both guessers: it copies where it can, and where a byte is lost in both copies it spells from the neighbours.
+# First it learns the frequencies, which is the plateau at the dashed line; then it finds the other
+# copy, and the loss falls to less than a third. It beats both guessers: it copies where it can, and
+# where a byte is lost in both copies it spells from the neighbors.
 #
 # ## What the attention does
 #
-# `output_attentions=True` gives the expected weights. If the model looks up the other copy, then place $i$ of one copy has a large weight
-# for place $i$ of the other: two lines beside the diagonal. Nobody told it to; the loss did.
+# `output_attentions=True` gives the expected weights. If the model looks up the other copy, then
+# place $i$ of one copy has a large weight for place $i$ of the other: two lines beside the
+# diagonal. Nobody told it to; the loss did.
 
 # %%
 with torch.no_grad():
@@ -341,13 +362,15 @@ assert to_the_other > 5 * to_any
 figure
 
 # %% [markdown]
-# Layer 1 does the looking up. Layer 2 is less picky: it takes in the whole line, and its own place a little more.
+# Layer 1 does the looking up. Layer 2 is less picky: it takes in the whole line, and its own place
+# a little more.
 #
 # ## Swapped at inference
 #
-# The same weights now run by sampling: one setting, `model.config.use_expectation = False`. The more hashes, the nearer to the
-# expectation. Here is one line of the text held out. White squares are holes. Below each stands what the model puts there: wrong letters
-# are in a box, right ones are shaded, and an empty place is a space.
+# The same weights now run by sampling: one setting, `model.config.use_expectation = False`. The
+# more hashes, the nearer to the expectation. Here is one line of the text held out. White squares
+# are holes. Below each stands what the model puts there: wrong letters are in a box, right ones are
+# shaded, and an empty place is a space.
 
 # %%
 chosen = 6
@@ -376,9 +399,10 @@ axes.tick_params(length=0)
 figure
 
 # %% [markdown]
-# How many hashes does this model need? To find one place among 128 is a sharp task, and a model that never met sampling in training relies
-# on weights that a few hashes miss. So we also train a copy of it for 80 steps *with* sampling, 16 hashes, drawn anew in every step, as the
-# paper trains its sampled models: the model learns to live with the noise.
+# How many hashes does this model need? To find one place among 128 is a sharp task, and a model
+# that never met sampling in training relies on weights that a few hashes miss. So we also train a
+# copy of it for 80 steps *with* sampling, 16 hashes, drawn anew in every step, as the paper trains
+# its sampled models: the model learns to live with the noise.
 
 # %%
 nums_hash = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -393,11 +417,11 @@ figure, axes = draw.picture(width=7, height=3.6)
 for number, (label, curve, exact) in enumerate(
     (("trained with the expectation", before, expectation), ("then 80 steps with 16 hashes", after, expectation_after))
 ):
-    colour = draw.PALETTE[number]
-    axes.plot(nums_hash, curve, draw.MARKERS[number] + "-", color=colour, label=label)
-    axes.axhline(exact, color=colour, linestyle=(0, (4, 3 + 4 * number)), linewidth=1)
+    color = draw.PALETTE[number]
+    axes.plot(nums_hash, curve, draw.MARKERS[number] + "-", color=color, label=label)
+    axes.axhline(exact, color=color, linestyle=(0, (4, 3 + 4 * number)), linewidth=1)
 axes.plot([], [], color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="the same weights, expectation")
-axes.axhline(guess_loss, color=draw.GREY, linewidth=2, label="byte frequencies alone")
+axes.axhline(guess_loss, color=draw.GRAY, linewidth=2, label="byte frequencies alone")
 axes.set(title="The same weights with more hashes", xlabel="hashes m", ylabel="loss held out, nats a hole", xscale="log", ylim=(0, None))
 axes.set_xticks(nums_hash, map(str, nums_hash))
 axes.minorticks_off()
@@ -410,14 +434,15 @@ assert after[4] < before[4] - 0.1, "trained with 16 hashes, it is better with 16
 figure
 
 # %% [markdown]
-# Two rules follow. **Measure the loss against m on your own data**; a curve like this takes a minute. And **train with
-# as many hashes as you will run with**, if only at the end.
+# Two rules follow. **Measure the loss against m on your own data**; a curve like this takes a
+# minute. And **train with as many hashes as you will run with**, if only at the end.
 #
 # ## Padding
 #
-# Texts of a batch have different lengths, so short ones are filled up, and `attention_mask` says what is text. Then a padded line must give
-# what it gives alone, to the last token. It sounds natural, but the attention of transformers' own YOSO takes the mask and *ignores it*
-# (in version 5.23; its convolution does not). We run our trained weights in both.
+# Texts of a batch have different lengths, so short ones are filled up, and `attention_mask` says
+# what is text. Then a padded line must give what it gives alone, to the last token. It sounds
+# natural, but the attention of transformers' own YOSO takes the mask and *ignores it* (in version
+# 5.23; its convolution does not). We run our trained weights in both.
 
 # %%
 theirs = transformers.YosoForMaskedLM(transformers.YosoConfig(**model.config.to_diff_dict())).eval()
@@ -430,7 +455,9 @@ ids = held_out[torch.arange(4)[:, None] * 200 + torch.arange(128)].masked_fill(m
 
 @torch.no_grad()
 def apart(network):
-    """For every line the largest difference between its logits in the padded batch and those that it has alone."""
+    """For every line the largest difference between its logits in the padded batch and those
+    that it has alone.
+    """
     padded = network(ids, attention_mask=mask).logits
     return [float((padded[i, :n] - network(ids[i : i + 1, :n]).logits[0]).abs().max()) for i, n in enumerate(lengths)]
 
@@ -441,11 +468,11 @@ assert min(theirs_apart[1:]) > 0.1
 
 figure, axes = draw.picture(width=6.4, height=3.2)
 place = np.arange(len(lengths))
-for shift, label, values, hatch, colour in (
+for shift, label, values, hatch, color in (
     (-0.2, "ours", ours_apart, "", draw.BLUE),
     (0.2, "transformers", theirs_apart, "//", draw.ORANGE),
 ):
-    bars = axes.bar(place + shift, values, 0.38, color=colour, hatch=hatch, edgecolor=draw.INK, linewidth=0.6, label=label)
+    bars = axes.bar(place + shift, values, 0.38, color=color, hatch=hatch, edgecolor=draw.INK, linewidth=0.6, label=label)
     axes.bar_label(bars, [f"{value:.0e}" if 0 < value < 0.01 else f"{value:.1f}" for value in values], padding=3, fontsize=8.5)
 axes.set(title="Padded beside alone", ylabel="largest difference of logits", xlabel="tokens of a line in a batch of 128")
 axes.set_xticks(place, map(str, lengths))
@@ -461,8 +488,9 @@ with torch.no_grad():
 assert torch.equal(given, ignored), "in transformers the mask changes nothing at all"
 
 # %% [markdown]
-# Ours differ by nothing, or on another machine by float32's rounding. Sampled attention is right as well, with one caveat: sums of another
-# shape may round differently, and a bit of a hash turns where a projection is nearly zero. In float64 none turns here.
+# Ours differ by nothing, or on another machine by float32's rounding. Sampled attention is right as
+# well, with one caveat: sums of another shape may round differently, and a bit of a hash turns
+# where a projection is nearly zero. In float64 none turns here.
 
 # %%
 precise = copy.deepcopy(model)
@@ -472,8 +500,8 @@ assert max(apart(precise.double())) < 1e-9
 # %% [markdown]
 # ## The same checkpoint in two libraries
 #
-# Classes, weights and settings have the names of transformers' YOSO, so a folder that one saves the other loads. Without a GPU theirs can
-# run the expectation alone: its sampling is a CUDA kernel.
+# Classes, weights and settings have the names of transformers' YOSO, so a folder that one saves the
+# other loads. Without a GPU theirs can run the expectation alone: its sampling is a CUDA kernel.
 
 # %%
 with TemporaryDirectory() as folder, torch.no_grad():
@@ -504,23 +532,27 @@ with TemporaryDirectory() as folder, torch.no_grad():
             raise AssertionError("transformers samples without a GPU: the text above has to be changed")
 
 # %% [markdown]
-# Two more doors: `yoso_core.model.register_auto_classes()` puts these classes behind `AutoModel` and `pipeline`, and
-# `yoso_core.model.export_for_hub(model, folder)` writes a folder that others load with `trust_remote_code=True`.
+# Two more doors: `yoso_core.model.register_auto_classes()` puts these classes behind `AutoModel`
+# and `pipeline`, and `yoso_core.model.export_for_hub(model, folder)` writes a folder that others
+# load with `trust_remote_code=True`.
 #
 # ## What to keep
 #
-# - A YOSO layer is a transformer's layer; only the sum over keys is another one. It has as many weights as BERT's.
-# - `use_expectation` and `num_hash` may change between two calls. How many hashes are enough depends on how sharp the model's attention is,
-#   and on whether it has met sampling in training.
+# - A YOSO layer is a transformer's layer; only the sum over keys is another one. It has as many
+#   weights as BERT's.
+# - `use_expectation` and `num_hash` may change between two calls. How many hashes are enough
+#   depends on how sharp the model's attention is, and on whether it has met sampling in training.
 # - Padded equals alone, and checkpoints go to transformers and back.
 #
-# Next: [10. YOSO in your own encoder](10_yoso_in_your_encoder.ipynb), where other people's models attend this way.
+# Next: [10. YOSO in your own encoder](10_yoso_in_your_encoder.ipynb), where other people's models
+# attend this way.
 #
 # ## Exercise 1: a layer with padding
 #
-# Write what `YosoSelfAttention` gives with the expectation, from `layer.query`, `layer.key`, `layer.value` and `layer.conv`, for texts with
-# padding: `mask` is bool, `(batch, n)`, true for tokens. The checker looks at the rows of tokens, so what you give for padding is free; but
-# what padding *holds* must not reach a token.
+# Write what `YosoSelfAttention` gives with the expectation, from `layer.query`, `layer.key`,
+# `layer.value` and `layer.conv`, for texts with padding: `mask` is bool, `(batch, n)`, true for
+# tokens. The checker looks at the rows of tokens, so what you give for padding is free; but what
+# padding *holds* must not reach a token.
 
 
 # %% tags=["exercise-1"]
@@ -542,14 +574,17 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: several draws
 #
-# Sampling with 4 hashes is cheap and rough. Average the *probabilities* over several draws, that is over several values of
-# `config.hash_seed`, and leave the model's settings as you found them. Use `logits_of(model, ids)` of this tutorial.
+# Sampling with 4 hashes is cheap and rough. Average the *probabilities* over several draws, that is
+# over several values of `config.hash_seed`, and leave the model's settings as you found them. Use
+# `logits_of(model, ids)` of this tutorial.
 
 
 # %% tags=["exercise-2"]
 @torch.no_grad()
 def averaged(model, ids, num_hash, seeds):
-    """Probabilities (batch, n, vocabulary): the mean over sampled attention with these seeds and ``num_hash`` hashes."""
+    """Probabilities (batch, n, vocabulary): the mean over sampled attention with these seeds and
+    ``num_hash`` hashes.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -572,13 +607,16 @@ print(f"Exercise 2: right. Loss {loss[1]:.2f} with one draw, {loss[8]:.2f} with 
 # %% [markdown]
 # ## Exercise 3: padding on the left
 #
-# Some tokenizers put the padding in front. Then the first token of a line no longer stands in column 0, and its position has to be given:
-# the first token of every line stands at row 2 of the table, the next at 3, and so on.
+# Some tokenizers put the padding in front. Then the first token of a line no longer stands in
+# column 0, and its position has to be given: the first token of every line stands at row 2 of the
+# table, the next at 3, and so on.
 
 
 # %% tags=["exercise-3"]
 def positions(mask):
-    """``position_ids (batch, n)`` for ``mask (batch, n)``, 1 for tokens. Padding needs a valid row too; which one is free."""
+    """``position_ids (batch, n)`` for ``mask (batch, n)``, 1 for tokens. Padding needs a valid
+    row too; which one is free.
+    """
     raise NotImplementedError("exercise 3 is waiting for you")
 
 
@@ -601,8 +639,8 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** A column of zeros in the weights keeps padding out of the sum. The convolution needs a mask of its own: its neighbours are
-# there whatever the weights say.
+# **Exercise 1.** A column of zeros in the weights keeps padding out of the sum. The convolution
+# needs a mask of its own: its neighbors are there whatever the weights say.
 
 
 # %% tags=["solution-1"]
@@ -634,7 +672,8 @@ def averaged(model, ids, num_hash, seeds):
 
 
 # %% [markdown]
-# **Exercise 3.** The running sum of the mask counts tokens from 1, so the first stands at $1 + 1 = 2$.
+# **Exercise 3.** The running sum of the mask counts tokens from 1, so the first stands at $1 + 1 =
+# 2$.
 
 
 # %% tags=["solution-3"]

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 10. YOSO in your own encoder
 #
-# **You will be able to** put YOSO attention into a model of transformers with one argument, say what that changes and what it refuses, and
-# tune the three numbers that matter.
+# **You will be able to** put YOSO attention into a model of transformers with one argument, say
+# what that changes and what it refuses, and tune the three numbers that matter.
 #
 # **Time:** 35 minutes, and 20 for the exercises.
 #
 # **You need:** tutorials 1 and 9.
 #
-# **Source:** [`yoso_core.model.encoders`](../model/encoders.py) and [`yoso_core.model.attention`](../model/attention.py); section 3.1 of
-# [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# **Source:** [`yoso_core.model.encoders`](../model/encoders.py) and
+# [`yoso_core.model.attention`](../model/attention.py); section 3.1 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import copy
@@ -35,9 +36,11 @@ torch.set_num_threads(1)  # the models are so small that waking a second thread 
 # %% [markdown]
 # ## One argument
 #
-# Models of transformers do not compute attention themselves. They ask a table of functions, by name: `"eager"`, `"sdpa"`,
-# `"flash_attention_2"`. `enable_yoso_attention()` puts one more into the table, and from then on every encoder that asks can be built, or
-# loaded, with `attn_implementation="yoso"`. We take a small BERT with random weights, and a copy of it with the same ones.
+# Models of transformers do not compute attention themselves. They ask a table of functions, by
+# name: `"eager"`, `"sdpa"`, `"flash_attention_2"`. `enable_yoso_attention()` puts one more into the
+# table, and from then on every encoder that asks can be built, or loaded, with
+# `attn_implementation="yoso"`. We take a small BERT with random weights, and a copy of it with the
+# same ones.
 
 # %%
 enable_yoso_attention()
@@ -56,8 +59,9 @@ print(f"cosine of the outputs of both, over tokens: {same.min():.2f} to {same.ma
 # %% [markdown]
 # ## What changes
 #
-# To see what runs inside, we catch query, key and value of a layer on their way. The options say how to attend: `num_hash` and
-# `hash_code_len` are $m$ and $\tau$; `use_expectation` takes the exact weights. They may be of all models, or of one.
+# To see what runs inside, we catch query, key and value of a layer on their way. The options say
+# how to attend: `num_hash` and `hash_code_len` are $m$ and $\tau$; `use_expectation` takes the
+# exact weights. They may be of all models, or of one.
 
 # %%
 enable_yoso_attention(YosoAttentionOptions(hash_code_len=8, use_expectation=True), model=yoso)
@@ -74,16 +78,21 @@ assert torch.allclose(context.unflatten(-1, (2, 32)).norm(dim=-1), torch.tensor(
 # %% [markdown]
 # Two differences to softmax are worth knowing before you train.
 #
-# - **The size of the output.** Softmax gives an average of values, as long as values are. YOSO gives a direction, of length 1.
-# - **The size of queries and keys.** Softmax grows picky when queries grow longer: that is how a model sets its sharpness. YOSO looks at
-#   angles alone, so a longer query changes nothing, and sharpness is $\tau$, which you choose.
+# - **The size of the output.** Softmax gives an average of values, as long as values are. YOSO
+#   gives a direction, of length 1.
+# - **The size of queries and keys.** Softmax grows picky when queries grow longer: that is how a
+#   model sets its sharpness. YOSO looks at angles alone, so a longer query changes nothing, and
+#   sharpness is $\tau$, which you choose.
 #
-# The second, drawn: we make all queries longer, and watch how much of the weight falls on the strongest key.
+# The second, drawn: we make all queries longer, and watch how much of the weight falls on the
+# strongest key.
 
 
 # %%
 def strongest(length, weights):
-    """The share of the largest weight in a row, over the mean of all rows, with queries ``length`` times as long."""
+    """The share of the largest weight in a row, over the mean of all rows, with queries
+    ``length`` times as long.
+    """
     found = weights(length * query, key)
     return float((found.amax(dim=-1) / found.sum(dim=-1)).mean())
 
@@ -100,7 +109,7 @@ of_yoso = [strongest(length, expected) for length in lengths]
 of_tau = [strongest(1, lambda q, k, tau=tau: expected(q, k, tau)) for tau in taus]
 
 figure, (left, right) = draw.picture(2, sharey=True)
-left.plot(lengths, of_softmax, "o-", color=draw.GREY, markeredgecolor=draw.INK, label="softmax")
+left.plot(lengths, of_softmax, "o-", color=draw.GRAY, markeredgecolor=draw.INK, label="softmax")
 left.plot(lengths, of_yoso, "D-", color=draw.BLUE, label=r"YOSO, $\tau$ = 8")
 left.set(title="Longer queries", xlabel="length of queries, times", ylabel="share of the strongest key", xscale="log", ylim=(0, 1))
 left.set_xticks(lengths, map(str, lengths))
@@ -118,8 +127,9 @@ assert np.all(np.diff(of_tau) > 0)
 figure
 
 # %% [markdown]
-# In a whole model the same: three times the queries, the same output. And there are no probabilities to drop, so the attention's dropout
-# has no effect. The model's other dropouts work as ever.
+# In a whole model the same: three times the queries, the same output. And there are no
+# probabilities to drop, so the attention's dropout has no effect. The model's other dropouts work
+# as ever.
 
 # %%
 longer = copy.deepcopy(yoso)
@@ -140,36 +150,40 @@ with torch.no_grad():
 # %% [markdown]
 # ## A task that needs attention
 #
-# Which difference does it make to a model that is *trained* with it? We need a task that is small, and hopeless without attention.
+# Which difference does it make to a model that is *trained* with it? We need a task that is small,
+# and hopeless without attention.
 #
-# A sequence has 24 letters in random order, each with one of 8 colours; then the same 24 letters in another order, without colour. For each
-# of the latter the model shall say which colour it had. Letters are `input_ids`, colours `token_type_ids`, and the answer stands at
-# another place every time: only who finds the same letter knows it. Guessing gets 1 in 8.
+# A sequence has 24 letters in random order, each with one of 8 colors; then the same 24 letters in
+# another order, without color. For each of the latter the model shall say which color it had.
+# Letters are `input_ids`, colors `token_type_ids`, and the answer stands at another place every
+# time: only who finds the same letter knows it. Guessing gets 1 in 8.
 
 # %%
-LETTERS, COLOURS, NUMBER = 32, 8, 24
+LETTERS, COLORS, NUMBER = 32, 8, 24
 
 
 def lookups(batch, generator):
     """Inputs and labels; -100 where nothing is asked."""
     letter = torch.rand(batch, LETTERS, generator=generator).argsort(dim=1)[:, :NUMBER]
-    colour = torch.randint(COLOURS, (batch, NUMBER), generator=generator)
+    color = torch.randint(COLORS, (batch, NUMBER), generator=generator)
     order = torch.rand(batch, NUMBER, generator=generator).argsort(dim=1)
     return {
         "input_ids": torch.cat([letter, letter.gather(1, order)], dim=1),
-        "token_type_ids": torch.cat([colour + 1, torch.zeros_like(colour)], dim=1),
-        "labels": torch.cat([torch.full_like(colour, -100), colour.gather(1, order)], dim=1),
+        "token_type_ids": torch.cat([color + 1, torch.zeros_like(color)], dim=1),
+        "labels": torch.cat([torch.full_like(color, -100), color.gather(1, order)], dim=1),
     }
 
 
 test = lookups(64, torch.Generator().manual_seed(0))
 asked = test["labels"] >= 0
 most_frequent = float((test["labels"][asked] == test["labels"][asked].mode().values).float().mean())
-assert abs(most_frequent - 1 / COLOURS) < 0.05
+assert abs(most_frequent - 1 / COLORS) < 0.05
 
 
 def new_model(options=None):
-    """A BERT of two layers, with the same weights every time: on softmax, or on YOSO with these options."""
+    """A BERT of two layers, with the same weights every time: on softmax, or on YOSO with these
+    options.
+    """
     config = BertConfig(
         vocab_size=LETTERS,
         hidden_size=64,
@@ -177,8 +191,8 @@ def new_model(options=None):
         num_attention_heads=2,
         intermediate_size=128,
         max_position_embeddings=2 * NUMBER,
-        type_vocab_size=COLOURS + 1,
-        num_labels=COLOURS,
+        type_vocab_size=COLORS + 1,
+        num_labels=COLORS,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=64**-0.5,
@@ -223,8 +237,9 @@ def train(model, steps=120, learning_rate=4e-3, every=10, seed=1):
 # %% [markdown]
 # ## Both learn it
 #
-# The same weights at the start, the same data, the same steps: with softmax, with YOSO's expectation, and with YOSO as it is meant to be
-# used, sampled with 32 hashes, new ones in every step.
+# The same weights at the start, the same data, the same steps: with softmax, with YOSO's
+# expectation, and with YOSO as it is meant to be used, sampled with 32 hashes, new ones in every
+# step.
 
 # %%
 ways = {
@@ -237,9 +252,9 @@ curves = {name: train(model) for name, model in trained.items()}
 
 figure, axes = draw.picture(width=7, height=3.6)
 for number, (name, curve) in enumerate(curves.items()):
-    axes.plot(*zip(*curve, strict=True), draw.MARKERS[number] + "-", color=(draw.GREY, *draw.PALETTE)[number], label=name, markersize=5)
-axes.axhline(1 / COLOURS, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="guessing")
-axes.set(title="Looking up a colour", xlabel="training step", ylabel="share right, new sequences", ylim=(0, 1.05))
+    axes.plot(*zip(*curve, strict=True), draw.MARKERS[number] + "-", color=(draw.GRAY, *draw.PALETTE)[number], label=name, markersize=5)
+axes.axhline(1 / COLORS, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="guessing")
+axes.set(title="Looking up a color", xlabel="training step", ylabel="share right, new sequences", ylim=(0, 1.05))
 axes.grid(True)
 axes.legend(loc="center right")
 
@@ -249,8 +264,9 @@ figure
 # %% [markdown]
 # ## The trap: weights that were trained with softmax
 #
-# What if you load a checkpoint that softmax has trained, and set `attn_implementation="yoso"`? It runs, and is wrong: the weights are
-# tuned to another function. It does not have to start over, though. A few steps of further training repair it.
+# What if you load a checkpoint that softmax has trained, and set `attn_implementation="yoso"`? It
+# runs, and is wrong: the weights are tuned to another function. It does not have to start over,
+# though. A few steps of further training repair it.
 
 # %%
 switched = copy.deepcopy(trained["softmax"])
@@ -258,9 +274,9 @@ enable_yoso_attention(ways["YOSO, 32 hashes"], model=switched)
 repaired = train(switched, steps=40, every=4, learning_rate=2e-3, seed=2)
 
 figure, axes = draw.picture(width=7, height=3.4)
-axes.axhline(accuracy(trained["softmax"]), color=draw.GREY, linewidth=3, label="softmax, before the switch")
+axes.axhline(accuracy(trained["softmax"]), color=draw.GRAY, linewidth=3, label="softmax, before the switch")
 axes.plot(*zip(*repaired, strict=True), "D-", color=draw.BLUE, label="switched to YOSO, trained on")
-axes.axhline(1 / COLOURS, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="guessing")
+axes.axhline(1 / COLORS, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="guessing")
 axes.set(title="After the switch", xlabel="further training step", ylabel="share right", ylim=(0, 1.05))
 axes.grid(True)
 axes.legend(loc="lower right", bbox_to_anchor=(1, 0.18))
@@ -272,10 +288,11 @@ figure
 # %% [markdown]
 # ## What must be tuned
 #
-# **How sharp: $\tau$.** Two random vectors meet with probability $2^{-\tau}$, so among 48 tokens a small $\tau$ lets a crowd through. We
-# train with the expectation at several $\tau$.
+# **How sharp: $\tau$.** Two random vectors meet with probability $2^{-\tau}$, so among 48 tokens a
+# small $\tau$ lets a crowd through. We train with the expectation at several $\tau$.
 #
-# **How many hashes: $m$.** After training it can be changed at once. We run three models with more and fewer. (Dashed: guessing.)
+# **How many hashes: $m$.** After training it can be changed at once. We run three models with more
+# and fewer. (Dashed: guessing.)
 
 # %%
 taus = [1, 2, 4, 8, 16]
@@ -286,7 +303,9 @@ nums_hash = [1, 2, 4, 8, 16, 32, 64]
 
 
 def with_hashes(model, m):
-    """Its accuracy when it samples with ``m`` hashes; the options stand in the model's config, and may be changed there."""
+    """Its accuracy when it samples with ``m`` hashes; the options stand in the model's config,
+    and may be changed there.
+    """
     before = dict(model.config.yoso_attention)
     model.config.yoso_attention.update(use_expectation=False, num_hash=m)
     found = accuracy(model)
@@ -311,7 +330,7 @@ right.set(title="Run with m", xlabel="hashes m", xscale="log")
 right.set_xticks(nums_hash, map(str, nums_hash))
 right.minorticks_off()
 for panel in (left, right):
-    panel.axhline(1 / COLOURS, color=draw.INK, linestyle=draw.DASHES, linewidth=1)
+    panel.axhline(1 / COLORS, color=draw.INK, linestyle=draw.DASHES, linewidth=1)
     panel.grid(True)
 figure.legend(loc="outside lower center", ncols=3, title="right panel")
 
@@ -324,11 +343,13 @@ assert pickier[4] < with_expectation[4] - 0.05, "a larger tau needs more hashes"
 figure
 
 # %% [markdown]
-# The two pull against each other. A larger $\tau$ is pickier, and its collisions are rarer, so it takes more hashes to see them: the error
-# of a weight $E$ is $\sqrt{E (1 - E) / m}$ (tutorial 1), and a larger $\tau$ makes $E$ small. Take the smallest $\tau$ that learns the
-# task, then the smallest $m$ that keeps its accuracy, and train with that $m$.
+# The two pull against each other. A larger $\tau$ is pickier, and its collisions are rarer, so it
+# takes more hashes to see them: the error of a weight $E$ is $\sqrt{E (1 - E) / m}$ (tutorial 1),
+# and a larger $\tau$ makes $E$ small. Take the smallest $\tau$ that learns the task, then the
+# smallest $m$ that keeps its accuracy, and train with that $m$.
 #
-# **How fast: the learning rate.** Is a good one for softmax good for YOSO? We ask for the accuracy after 60 steps, where differences show.
+# **How fast: the learning rate.** Is a good one for softmax good for YOSO? We ask for the accuracy
+# after 60 steps, where differences show.
 
 # %%
 rates = [1e-3, 4e-3, 8e-3, 3.2e-2]
@@ -339,9 +360,9 @@ of_rate = {
 
 figure, axes = draw.picture(width=6.4, height=3.4)
 for number, (name, curve) in enumerate(of_rate.items()):
-    colour = (draw.GREY, draw.BLUE)[number]
-    axes.plot(rates, curve, draw.MARKERS[number] + "-", color=colour, markeredgecolor=draw.INK, label=name)
-axes.axhline(1 / COLOURS, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="guessing")
+    color = (draw.GRAY, draw.BLUE)[number]
+    axes.plot(rates, curve, draw.MARKERS[number] + "-", color=color, markeredgecolor=draw.INK, label=name)
+axes.axhline(1 / COLORS, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="guessing")
 axes.set(title="After 60 steps", xlabel="learning rate", ylabel="share right", xscale="log", ylim=(0, 1.05))
 axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
 axes.minorticks_off()
@@ -353,13 +374,14 @@ assert all(max(curve[0], curve[3]) < 0.4 for curve in of_rate.values()), "a smal
 figure
 
 # %% [markdown]
-# What is good for one is good for the other here, and a too small or too large rate fails both. So begin with the rate that your model has
-# had, and spend your time on $\tau$ and $m$.
+# What is good for one is good for the other here, and a too small or too large rate fails both. So
+# begin with the rate that your model has had, and spend your time on $\tau$ and $m$.
 #
 # ## Padded is what it is alone
 #
-# The mask reaches the keys, so padding is never counted. That holds for every family of encoders that asks the table; here are five of
-# them, with the largest difference between a padded text and the same text alone. The hidden states are of size 1.
+# The mask reaches the keys, so padding is never counted. That holds for every family of encoders
+# that asks the table; here are five of them, with the largest difference between a padded text and
+# the same text alone. The hidden states are of size 1.
 
 # %%
 families = {
@@ -386,8 +408,9 @@ for family, own in families.items():
     assert masked < 1e-4 < 1e-3 < counted
 
 # %% [markdown]
-# ModernBERT is a mixed case: most of its layers look at a window of near tokens only. These *local* layers keep their softmax, and the
-# global ones become YOSO. So where all layers are local, nothing changes.
+# ModernBERT is a mixed case: most of its layers look at a window of near tokens only. These *local*
+# layers keep their softmax, and the global ones become YOSO. So where all layers are local, nothing
+# changes.
 
 # %%
 for layers, changes in (("sliding_attention", False), ("full_attention", True)):
@@ -402,7 +425,8 @@ for layers, changes in (("sliding_attention", False), ("full_attention", True)):
 # %% [markdown]
 # ## What raises, and why
 #
-# Some attention cannot be computed by hashing, and then you get an error, never another result in silence.
+# Some attention cannot be computed by hashing, and then you get an error, never another result in
+# silence.
 
 
 # %%
@@ -422,12 +446,14 @@ deberta = transformers.DebertaV2Config(**small)
 print("A model that never asks:\n ", refused(AutoModel.from_config, deberta, attn_implementation="yoso"))
 
 # %% [markdown]
-# - **Decoders.** A bucket holds the sum of *all* its keys. Token 5 of a decoder may see the first five only, so it would need a table of
-#   its own, and so would every token: the cost would be back.
-# - **Weights.** Sampling never computes them; that is why it is fast. With the expectation, `output_attentions=True` gives them.
+# - **Decoders.** A bucket holds the sum of *all* its keys. Token 5 of a decoder may see the first
+#   five only, so it would need a table of its own, and so would every token: the cost would be
+#   back.
+# - **Weights.** Sampling never computes them; that is why it is fast. With the expectation,
+#   `output_attentions=True` gives them.
 # - **Additive masks and position biases.** There are no scores that something could be added to.
-# - **Models that never ask the table.** transformers alone would accept the name and go on as before, and you would measure the wrong
-#   model.
+# - **Models that never ask the table.** transformers alone would accept the name and go on as
+#   before, and you would measure the wrong model.
 #
 # ## The options travel with the model
 #
@@ -445,16 +471,19 @@ with torch.no_grad():
 # %% [markdown]
 # ## What to keep
 #
-# - `enable_yoso_attention()`, then `attn_implementation="yoso"`. The weights stay; the function is another, so **train on**.
-# - Sharpness is $\tau$, not the length of queries. Noise is $m$. Tune $\tau$ first, then $m$; begin with the learning rate you had.
+# - `enable_yoso_attention()`, then `attn_implementation="yoso"`. The weights stay; the function is
+#   another, so **train on**.
+# - Sharpness is $\tau$, not the length of queries. Noise is $m$. Tune $\tau$ first, then $m$; begin
+#   with the learning rate you had.
 # - Padding is exact. What hashing cannot do (decoders, biases) raises.
 #
 # Next: [11. Long sequences](11_long_sequences.ipynb), where the linear cost begins to pay.
 #
 # ## Exercise 1: how few hashes?
 #
-# Find the smallest $m$ out of 1, 2, 4, ..., 256 with which a model still reaches an accuracy of `goal`. Set the number where this model
-# reads it, use `accuracy(model)`, and leave the model as it was.
+# Find the smallest $m$ out of 1, 2, 4, ..., 256 with which a model still reaches an accuracy of
+# `goal`. Set the number where this model reads it, use `accuracy(model)`, and leave the model as it
+# was.
 
 
 # %% tags=["exercise-1"]
@@ -478,9 +507,10 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: an encoder without transformers
 #
-# Your own network needs no table of names: `yoso_attention` stands where `F.scaled_dot_product_attention` stood. Complete the module.
-# Padding must not count, in evaluation the same input must give the same output (`rng=` seeds the hashes), and in training the hashes must
-# be new in every call. `split_heads` is done for you.
+# Your own network needs no table of names: `yoso_attention` stands where
+# `F.scaled_dot_product_attention` stood. Complete the module. Padding must not count, in evaluation
+# the same input must give the same output (`rng=` seeds the hashes), and in training the hashes
+# must be new in every call. `split_heads` is done for you.
 
 
 # %%
@@ -496,7 +526,9 @@ class Attention(nn.Module):
         self.project = nn.Linear(64, 3 * 64)
 
     def forward(self, x, mask):
-        """``x (batch, n, 64)``, ``mask`` bool ``(batch, n)``, true for tokens; ``(batch, n, 64)``, four heads, m = 64, tau = 4."""
+        """``x (batch, n, 64)``, ``mask`` bool ``(batch, n)``, true for tokens;
+        ``(batch, n, 64)``, four heads, m = 64, tau = 4.
+        """
         raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -522,9 +554,11 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: which tau for a softmax?
 #
-# A softmax head weighs a key at angle $\theta$ by $\exp(\beta (\cos\theta - 1))$, relative to a key at angle 0, where $\beta$ is the usual
-# length of query times length of key over $\sqrt{d}$. You want to switch such a model, and begin with a $\tau$ that is about as sharp.
-# Choose the one for which both weights fall to one half at the same angle, rounded to a whole number, at least 1. (For $\beta \ge 1$.)
+# A softmax head weighs a key at angle $\theta$ by $\exp(\beta (\cos\theta - 1))$, relative to a key
+# at angle 0, where $\beta$ is the usual length of query times length of key over $\sqrt{d}$. You
+# want to switch such a model, and begin with a $\tau$ that is about as sharp. Choose the one for
+# which both weights fall to one half at the same angle, rounded to a whole number, at least 1. (For
+# $\beta \ge 1$.)
 
 
 # %% tags=["exercise-3"]
@@ -551,7 +585,8 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** Upwards from one, so that the first that does is the smallest. The number stands in `config.yoso_attention`.
+# **Exercise 1.** Upwards from one, so that the first that does is the smallest. The number stands
+# in `config.yoso_attention`.
 
 
 # %% tags=["solution-1"]
@@ -585,9 +620,9 @@ class Attention(nn.Module):
 
 
 # %% [markdown]
-# **Exercise 3.** Softmax's weight is one half where $\cos\theta = 1 - \ln 2 / \beta$. There
-# $\tau = \ln 2 / (-\ln (1 - \theta / \pi))$. A $\beta$ of 8 asks for $\tau = 5$, a $\beta$ of 32 for 10: four times as sharp a softmax is
-# matched by twice the $\tau$.
+# **Exercise 3.** Softmax's weight is one half where $\cos\theta = 1 - \ln 2 / \beta$. There $\tau =
+# \ln 2 / (-\ln (1 - \theta / \pi))$. A $\beta$ of 8 asks for $\tau = 5$, a $\beta$ of 32 for 10:
+# four times as sharp a softmax is matched by twice the $\tau$.
 
 
 # %% tags=["solution-3"]

@@ -1,15 +1,18 @@
 # %% [markdown]
 # # 11. Long sequences
 #
-# **You will be able to** measure what attention costs as a text grows, run it over a million tokens on a laptop, choose the number of
-# hashes and of bits for a length, and say when YOSO is the wrong choice.
+# **You will be able to** measure what attention costs as a text grows, run it over a million tokens
+# on a laptop, choose the number of hashes and of bits for a length, and say when YOSO is the wrong
+# choice.
 #
 # **Time:** 40 minutes, and 25 for the exercises.
 #
 # **You need:** tutorials 1 and 4; PyTorch, for its softmax attention to compare with.
 #
-# **Source:** [`yoso_core.cpu.attention`](../cpu/attention.py), [`yoso_core.benchmarks.memory`](../benchmarks/memory.py) and
-# [all measured numbers](../benchmarks/README.md); sections 3.2 and 4 of [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# **Source:** [`yoso_core.cpu.attention`](../cpu/attention.py),
+# [`yoso_core.benchmarks.memory`](../benchmarks/memory.py) and [all measured
+# numbers](../benchmarks/README.md); sections 3.2 and 4 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import json
@@ -33,12 +36,14 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## Counting first
 #
-# Exact attention looks at every pair of tokens, once to compare $d$ numbers and once to add $d$ numbers. Sampled attention does two
-# things with each token and each hash: add a value of $d$ numbers to a table as a key, and read one as a query. Before that it hashes
-# query and key, by three Hadamard transforms for every $\lfloor D / \tau \rfloor$ hashes (tutorial 3). In additions and multiply-adds for
-# one head:
+# Exact attention looks at every pair of tokens, once to compare $d$ numbers and once to add $d$
+# numbers. Sampled attention does two things with each token and each hash: add a value of $d$
+# numbers to a table as a key, and read one as a query. Before that it hashes query and key, by
+# three Hadamard transforms for every $\lfloor D / \tau \rfloor$ hashes (tutorial 3). In additions
+# and multiply-adds for one head:
 #
-# $$\mathrm{exact} = 2 n^2 d, \qquad \mathrm{sampled} = 2 n m d + 2 n \cdot 3\, \mathrm{parts} \cdot D \log_2 D.$$
+# $$\mathrm{exact} = 2 n^2 d, \qquad \mathrm{sampled}
+# = 2 n m d + 2 n \cdot 3\, \mathrm{parts} \cdot D \log_2 D.$$
 
 # %%
 m, tau, d = 32, 8, 64
@@ -62,19 +67,22 @@ print(f"the same number of steps at n = {crossing:.0f}")
 print(f"at n = 16,384 exact attention takes {exact_steps(16384) / sampled_steps(16384):.0f} times as many")
 
 # %% [markdown]
-# Steps are not seconds. The exact ones are matrix products, which a processor does fastest of all; the sampled ones jump about
-# in a table. So the lines will cross later than at that $n$. How late? That only a clock can tell.
+# Steps are not seconds. The exact ones are matrix products, which a processor does fastest of all;
+# the sampled ones jump about in a table. So the lines will cross later than at that $n$. How late?
+# That only a clock can tell.
 #
 # ## Measured here
 #
-# One head of 64 dims, in float32: sampling, its exact expectation, and PyTorch's softmax attention (`scaled_dot_product_attention`). The
-# clock is that of the processor: the time that all threads of this process together worked. What else the machine does meanwhile hardly
-# counts.
+# One head of 64 dims, in float32: sampling, its exact expectation, and PyTorch's softmax attention
+# (`scaled_dot_product_attention`). The clock is that of the processor: the time that all threads of
+# this process together worked. What else the machine does meanwhile hardly counts.
 
 
 # %%
 def processor_seconds(call, repeats=3, at_least=0.02):
-    """Median processor time of a call; short calls are repeated until a sample lasts ``at_least`` seconds."""
+    """Median processor time of a call; short calls are repeated until a sample lasts
+    ``at_least`` seconds.
+    """
     start = time.process_time()
     call()
     once = time.process_time() - start
@@ -139,8 +147,9 @@ left.legend(loc="lower right")
 figure
 
 # %% [markdown]
-# A slope of 1 on these axes means: twice the text, twice the time. A slope of 2: twice the text, four times the time. On the right the
-# same times, for each token: level for sampling, and rising without end for both that look at all pairs.
+# A slope of 1 on these axes means: twice the text, twice the time. A slope of 2: twice the text,
+# four times the time. On the right the same times, for each token: level for sampling, and rising
+# without end for both that look at all pairs.
 
 # %%
 shared = [n for n in seconds["sampled"] if n in seconds["softmax (torch)"]]
@@ -151,15 +160,17 @@ for n in shared:
 assert ratio[16384] > ratio[1024], "the longer the text, the larger the gain"
 
 # %% [markdown]
-# On a quiet machine, with 12 heads on two cores, the benchmark of this library finds 3 times at $n = 512$, 27 times at 4,096 and 93 times
-# at 16,384 ([table](../benchmarks/README.md#yoso-bench-cpu)).
+# On a quiet machine, with 12 heads on two cores, the benchmark of this library finds 3 times at $n
+# = 512$, 27 times at 4,096 and 93 times at 16,384
+# ([table](../benchmarks/README.md#yoso-bench-cpu)).
 #
 # ## Memory
 #
-# What does a call need beyond its inputs and its output? `tracemalloc` does not say: it sees what Python and NumPy ask for, and not what
-# compiled code takes. So ask the system. Linux keeps the peak of a process' memory in `/proc/self/status`, and lets it start again. We
-# run the calls in a process of their own, in which freed memory goes back at once; [`benchmarks/memory.py`](../benchmarks/memory.py) does
-# the same.
+# What does a call need beyond its inputs and its output? `tracemalloc` does not say: it sees what
+# Python and NumPy ask for, and not what compiled code takes. So ask the system. Linux keeps the
+# peak of a process' memory in `/proc/self/status`, and lets it start again. We run the calls in a
+# process of their own, in which freed memory goes back at once;
+# [`benchmarks/memory.py`](../benchmarks/memory.py) does the same.
 
 # %%
 CHILD = """
@@ -232,32 +243,39 @@ figure
 # %% [markdown]
 # Three things to see.
 #
-# - With a fixed $\tau$, sampling works in the same few megabytes **whatever the length**: a table has $2^\tau$ rows, not $n$.
-# - Quadratic time does not force quadratic memory. The exact expectation takes its pairs in blocks and forgets them; exercise 2 does too.
-# - With a $\tau$ that grows as $\log_2 n$ the table grows with the text. From some length on it fits into no cache, and that costs time
-#   as well.
+# - With a fixed $\tau$, sampling works in the same few megabytes **whatever the length**: a table
+#   has $2^\tau$ rows, not $n$.
+# - Quadratic time does not force quadratic memory. The exact expectation takes its pairs in blocks
+#   and forgets them; exercise 2 does too.
+# - With a $\tau$ that grows as $\log_2 n$ the table grows with the text. From some length on it
+#   fits into no cache, and that costs time as well.
 #
 # ## A million tokens
 #
-# One head, 1,048,576 tokens. Softmax would need $2^{40}$ weights; a row of them alone would fill 4 MB. We make up a text with something
-# in it to find: 4,096 topics of about 256 tokens each, spread over the whole text. Queries and keys of a topic point roughly the same
-# way, and the values of a topic have a direction in common, *what the topic says*.
+# One head, 1,048,576 tokens. Softmax would need $2^{40}$ weights; a row of them alone would fill 4
+# MB. We make up a text with something in it to find: 4,096 topics of about 256 tokens each, spread
+# over the whole text. Queries and keys of a topic point roughly the same way, and the values of a
+# topic have a direction in common, *what the topic says*.
 
 
 # %%
 def text(n, topics, seed=0, dim=d, cosine=0.9):
-    """Queries, keys, values, and what the topic of each token says. ``cosine`` is that of a query or a key with its topic."""
+    """Queries, keys, values, and what the topic of each token says. ``cosine`` is that of a
+    query or a key with its topic.
+    """
     rng = np.random.default_rng(seed)
     topic = rng.integers(topics, size=n)
-    centre, says = (l2_normalize(rng.standard_normal((topics, dim), dtype=np.float32)) for _ in range(2))
+    center, says = (l2_normalize(rng.standard_normal((topics, dim), dtype=np.float32)) for _ in range(2))
     spread = np.float32(np.sqrt((1 / cosine**2 - 1) / dim))
-    query, key = (centre[topic] + spread * rng.standard_normal((n, dim), dtype=np.float32) for _ in range(2))
+    query, key = (center[topic] + spread * rng.standard_normal((n, dim), dtype=np.float32) for _ in range(2))
     value = says[topic] + rng.standard_normal((n, dim), dtype=np.float32) / np.float32(np.sqrt(dim))
     return query, key, value, says[topic]
 
 
 def found(out, says):
-    """How well the outputs say what the topic says: their mean cosine with it. Rows of zeros count 0."""
+    """How well the outputs say what the topic says: their mean cosine with it. Rows of zeros
+    count 0.
+    """
     return float((out * says).sum(axis=1).mean())
 
 
@@ -273,8 +291,9 @@ for bits in signs:
     assert np.isfinite(outputs[bits]).all()
 
 # %% [markdown]
-# Is it right? For a few rows we can afford the definition: hash all keys, and count for each of them in how many of the 32 hashes it
-# met the query. The sum of the values with these shares is the output, up to rounding.
+# Is it right? For a few rows we can afford the definition: hash all keys, and count for each of
+# them in how many of the 32 hashes it met the query. The sum of the values with these shares is the
+# output, up to rounding.
 
 # %%
 rows = np.linspace(0, million - 1, 32).astype(int)
@@ -294,25 +313,28 @@ few_bits, many_bits = (found(outputs[bits], says) for bits in (8, 12))
 assert many_bits > few_bits + 0.2
 
 # %% [markdown]
-# So it runs, and it is what the definition says. (The wall clock depends on who else is at work. On two quiet cores the benchmark takes
-# 643 ms for 12 heads of 262,144 tokens, three times as many in all.)
+# So it runs, and it is what the definition says. (The wall clock depends on who else is at work. On
+# two quiet cores the benchmark takes 643 ms for 12 heads of 262,144 tokens, three times as many in
+# all.)
 #
-# The numbers also say that running is not enough. With 8 bits even the *exact* expectation is at a cosine below one half with what the
-# topic says: a million keys share $2^8$ buckets, so each query sums some 4,000 keys that have nothing to do with it. A long text wants
-# more bits.
+# The numbers also say that running is not enough. With 8 bits even the *exact* expectation is at a
+# cosine below one half with what the topic says: a million keys share $2^8$ buckets, so each query
+# sums some 4,000 keys that have nothing to do with it. A long text wants more bits.
 #
 # ## Choosing the bits and the hashes
 #
 # Three things go wrong in a sampled row, and each wants another remedy.
 #
-# - **Drowned**: unrelated keys weigh about $2^{-\tau}$ each, and there are $n$ of them. More bits help. This is no sampling error: the
-#   exact expectation has it too.
-# - **Sampling noise**: it falls as $1/\sqrt{m}$ (tutorial 1). More hashes help, and cost time in proportion.
-# - **Met nobody**: with too many bits even a related key shares no bucket with its query, in any of the $m$ hashes. The row is zeros.
-#   Fewer bits help, or more hashes.
+# - **Drowned**: unrelated keys weigh about $2^{-\tau}$ each, and there are $n$ of them. More bits
+#   help. This is no sampling error: the exact expectation has it too.
+# - **Sampling noise**: it falls as $1/\sqrt{m}$ (tutorial 1). More hashes help, and cost time in
+#   proportion.
+# - **Met nobody**: with too many bits even a related key shares no bucket with its query, in any of
+#   the $m$ hashes. The row is zeros. Fewer bits help, or more hashes.
 #
-# A single key at angle $\theta$ is missed with probability $(1 - (1 - \theta/\pi)^\tau)^m$. The picture on the left checks this: 2,000
-# queries, each with one key at 37 degrees, the dots counted and the lines from the formula.
+# A single key at angle $\theta$ is missed with probability $(1 - (1 - \theta/\pi)^\tau)^m$. The
+# picture on the left checks this: 2,000 queries, each with one key at 37 degrees, the dots counted
+# and the lines from the formula.
 
 # %%
 bits_tried = np.array([4, 6, 8, 10, 12, 14, 16, 18, 20])
@@ -368,15 +390,16 @@ assert empty[-1, -1] < 0.02
 figure
 
 # %% [markdown]
-# Read the right picture by rows. With 32 hashes a few bits drown the topic, many bits miss it, and the best lies between. The more hashes
-# you can pay for, the more bits are worth having. In the last row, with no sampling at all, more bits never do harm here. The printed
-# shares are those of rows that met no key at all, related or not, and are zeros: a warning that is easy to watch for in a model of your
-# own.
+# Read the right picture by rows. With 32 hashes a few bits drown the topic, many bits miss it, and
+# the best lies between. The more hashes you can pay for, the more bits are worth having. In the
+# last row, with no sampling at all, more bits never do harm here. The printed shares are those of
+# rows that met no key at all, related or not, and are zeros: a warning that is easy to watch for in
+# a model of your own.
 #
-# **The rule**: $\tau = \log_2 n$. Then a table has as many buckets as there are keys, and a query meets about one unrelated key in each
-# hash. The authors keep to it in the
-# [settings of their experiments](https://github.com/mlpen/YOSO/blob/03c96a9/LRA/models/yoso-v1-32/config.json): 10 bits for 1,024 tokens,
-# 11 for 2,000, 12 for 4,000. Does the best $\tau$ move with $n$?
+# **The rule**: $\tau = \log_2 n$. Then a table has as many buckets as there are keys, and a query
+# meets about one unrelated key in each hash. The authors keep to it in the [settings of their
+# experiments](https://github.com/mlpen/YOSO/blob/03c96a9/LRA/models/yoso-v1-32/config.json): 10
+# bits for 1,024 tokens, 11 for 2,000, 12 for 4,000. Does the best $\tau$ move with $n$?
 
 # %%
 figure, axes = draw.picture(width=7, height=3.9)
@@ -401,9 +424,10 @@ assert best[1024] <= best[4096] <= best[16384]
 figure
 
 # %% [markdown]
-# It does, and the rule stays near the best: it errs towards too few bits, which keeps rows from being empty. It is a start, no law: what
-# is best depends on how near related keys are. Begin with $\tau = \log_2 n$ and $m = 32$, double $m$ until the result stops getting
-# better, and only then move $\tau$ by one or two.
+# It does, and the rule stays near the best: it errs toward too few bits, which keeps rows from
+# being empty. It is a start, no law: what is best depends on how near related keys are. Begin with
+# $\tau = \log_2 n$ and $m = 32$, double $m$ until the result stops getting better, and only then
+# move $\tau$ by one or two.
 #
 # ## When not to use YOSO
 #
@@ -488,31 +512,37 @@ assert np.allclose(np.sqrt(weights * (1 - weights) / needed), 0.1 * weights)
 figure
 
 # %% [markdown]
-# 1. **Short texts.** Near the dashed line there is nothing to gain, and below it something to lose; and the result is an estimate
-#    besides. Below some hundred tokens take exact attention: softmax, or YOSO with `use_expectation=True`.
-# 2. **Flat attention.** Where a query has no favourites, its output is a sum over thousands of small weights, and sampling sees few of
-#    them. With 32 hashes the direction is mostly noise. Tokens that all attend to everything (averages, counts) are better served by a
-#    mean.
-# 3. **Few dims.** The fast hash is an approximation that is good from 64 dims on. In 8 dims its weights are visibly off, however many
-#    hashes you take ([table](../benchmarks/README.md#yoso-bench-bias)). Gaussian planes, `planes=`, are right in any, and cost more.
-# 4. **Exact weights.** To know a weight of 0.01 to a tenth takes about 9,900 hashes. If you want to *look at* attention, or copy one
-#    token faithfully, or rank two similar keys, compute the expectation, or do not use YOSO.
+# 1. **Short texts.** Near the dashed line there is nothing to gain, and below it something to lose;
+#    and the result is an estimate besides. Below some hundred tokens take exact attention: softmax,
+#    or YOSO with `use_expectation=True`.
+# 2. **Flat attention.** Where a query has no favorites, its output is a sum over thousands of small
+#    weights, and sampling sees few of them. With 32 hashes the direction is mostly noise. Tokens
+#    that all attend to everything (averages, counts) are better served by a mean.
+# 3. **Few dims.** The fast hash is an approximation that is good from 64 dims on. In 8 dims its
+#    weights are visibly off, however many hashes you take
+#    ([table](../benchmarks/README.md#yoso-bench-bias)). Gaussian planes, `planes=`, are right in
+#    any, and cost more.
+# 4. **Exact weights.** To know a weight of 0.01 to a tenth takes about 9,900 hashes. If you want to
+#    *look at* attention, or copy one token faithfully, or rank two similar keys, compute the
+#    expectation, or do not use YOSO.
 #
-# And one that no picture shows: **a trained softmax model.** Its weights are not YOSO's. Put YOSO in its place and it has to be tuned
-# again; that is tutorial 10.
+# And one that no picture shows: **a trained softmax model.** Its weights are not YOSO's. Put YOSO
+# in its place and it has to be tuned again; that is tutorial 10.
 #
 # ## What to keep
 #
-# - Sampled attention takes time in proportion to $n$, and with fixed $\tau$ the same few megabytes whatever the length.
-# - Begin with $\tau = \log_2 n$, $m = 32$. Bits fight unrelated keys, hashes fight noise; too many bits leave rows that meet nobody.
+# - Sampled attention takes time in proportion to $n$, and with fixed $\tau$ the same few megabytes
+#   whatever the length.
+# - Begin with $\tau = \log_2 n$, $m = 32$. Bits fight unrelated keys, hashes fight noise; too many
+#   bits leave rows that meet nobody.
 # - It pays from about a thousand tokens on, where attention is peaked and heads have 64 dims or so.
 #
 # Next: [12. The paper's experiment](12_listops.ipynb), where models are trained with it.
 #
 # ## Exercise 1: enough hashes
 #
-# A query and its one key stand at angle `angle`, and hashes have `bits` bits. Which is the smallest number of hashes for which the two
-# meet at least once with probability `1 - miss` or more?
+# A query and its one key stand at angle `angle`, and hashes have `bits` bits. Which is the smallest
+# number of hashes for which the two meet at least once with probability `1 - miss` or more?
 
 
 # %% tags=["exercise-1"]
@@ -533,13 +563,16 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: quadratic time in linear memory
 #
-# Write the exact expectation, `weight @ value` with $E_{ij} = (1 - \theta_{ij}/\pi)^\tau$, for `block` queries at a time, in NumPy. The
-# checker compares with the library and watches NumPy's memory: never may all weights be there at once. Queries and keys have length 1.
+# Write the exact expectation, `weight @ value` with $E_{ij} = (1 - \theta_{ij}/\pi)^\tau$, for
+# `block` queries at a time, in NumPy. The checker compares with the library and watches NumPy's
+# memory: never may all weights be there at once. Queries and keys have length 1.
 
 
 # %% tags=["exercise-2"]
 def expectation_in_blocks(query, key, value, tau, block):
-    """``(n_q, d_v)``: the expectation, not normalised, from at most ``block * n_k`` weights at a time."""
+    """``(n_q, d_v)``: the expectation, not normalized, from at most ``block * n_k`` weights at a
+    time.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -563,14 +596,17 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: a text that arrives in pieces
 #
-# A bucket is a plain sum, so keys and values may come one piece after the other and be forgotten. Write the cumulation of tutorial 4 for
-# an iterator of pieces `(key_hash_code, value)`: $\mathrm{out}_i = \frac{1}{m} \sum_h T_h[\mathrm{code}_h(q_i)]$. The iterator can be
-# gone through only once.
+# A bucket is a plain sum, so keys and values may come one piece after the other and be forgotten.
+# Write the cumulation of tutorial 4 for an iterator of pieces `(key_hash_code, value)`:
+# $\mathrm{out}_i = \frac{1}{m} \sum_h T_h[\mathrm{code}_h(q_i)]$. The iterator can be gone through
+# only once.
 
 
 # %% tags=["exercise-3"]
 def cumulate_pieces(query_hash_code, pieces, capacity, dims):
-    """``(n_q, dims)``: what `yoso_core.lsh_cumulation` gives for all pieces joined. Codes are ``(n, m)``, values ``(n, dims)``."""
+    """``(n_q, dims)``: what `yoso_core.lsh_cumulation` gives for all pieces joined. Codes are
+    ``(n, m)``, values ``(n, dims)``.
+    """
     raise NotImplementedError("exercise 3 is waiting for you")
 
 
@@ -594,7 +630,8 @@ print("Exercise 3: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** $(1 - p)^m \le \varepsilon$ when $m \ge \log \varepsilon / \log(1 - p)$, with $p = (1 - \theta/\pi)^\tau$.
+# **Exercise 1.** $(1 - p)^m \le \varepsilon$ when $m \ge \log \varepsilon / \log(1 - p)$, with $p =
+# (1 - \theta/\pi)^\tau$.
 
 
 # %% tags=["solution-1"]

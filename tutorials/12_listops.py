@@ -1,16 +1,19 @@
 # %% [markdown]
 # # 12. The paper's experiment
 #
-# **You will be able to** repeat ListOps, a task of the paper, in small: make its data, train a two-layer encoder with softmax, with YOSO's
-# expectation and with YOSO's samples, and say what such a run shows and what it does not.
+# **You will be able to** repeat ListOps, a task of the paper, in small: make its data, train a
+# two-layer encoder with softmax, with YOSO's expectation and with YOSO's samples, and say what such
+# a run shows and what it does not.
 #
 # **Time:** 40 minutes, and 20 for the exercises.
 #
 # **You need:** tutorials 9 and 11; PyTorch and transformers (`pip install 'yoso-core[model]'`).
 #
-# **Source:** [`yoso_core.model.layers`](../model/layers.py) and [`yoso_core.model.heads`](../model/heads.py); section 4 of
-# [Zeng et al. 2021](https://arxiv.org/abs/2111.09714), with the task of [Tay et al. 2020](https://arxiv.org/abs/2011.04006) after
-# [Nangia and Bowman 2018](https://arxiv.org/abs/1804.06028).
+# **Source:** [`yoso_core.model.layers`](../model/layers.py) and
+# [`yoso_core.model.heads`](../model/heads.py); section 4 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714), with the task of [Tay et al.
+# 2020](https://arxiv.org/abs/2011.04006) after [Nangia and Bowman
+# 2018](https://arxiv.org/abs/1804.06028).
 
 # %%
 import math
@@ -37,22 +40,27 @@ torch.set_num_threads(1)  # such small matrices gain nothing from more
 # %% [markdown]
 # ## The task
 #
-# The Long Range Arena is a set of tasks for attention over long texts, and the paper runs all of them. We take the first, *ListOps*. A
-# text is a nested list of digits with an operator in front of every list:
+# The Long Range Arena is a set of tasks for attention over long texts, and the paper runs all of
+# them. We take the first, *ListOps*. A text is a nested list of digits with an operator in front of
+# every list:
 #
-# - `MIN`, `MAX` and `MED` are the smallest, the largest and the median of a list (between two middle digits, their mean rounded down);
+# - `MIN`, `MAX` and `MED` are the smallest, the largest and the median of a list (between two
+#   middle digits, their mean rounded down);
 # - `SM` is the sum of a list, modulo 10.
 #
-# What is its value? The answer is a digit, so this is classification with ten classes. In the Arena a text has 500 to 2,000 tokens, lists
-# of up to 10 and up to 10 levels of operators. To make one: choose an operator, choose how many arguments it has, and let each of them be
-# a list of its own with probability 1/4, otherwise a digit.
+# What is its value? The answer is a digit, so this is classification with ten classes. In the Arena
+# a text has 500 to 2,000 tokens, lists of up to 10 and up to 10 levels of operators. To make one:
+# choose an operator, choose how many arguments it has, and let each of them be a list of its own
+# with probability 1/4, otherwise a digit.
 
 # %%
 VALUE_OF = {"MIN": min, "MAX": max, "MED": lambda x: int(median(x)), "SM": lambda x: sum(x) % 10}
 
 
 def expression(rng, levels, longest, nested=0.25):
-    """A random expression: an operator and its 2 to ``longest`` arguments, with at most ``levels`` operators above a digit."""
+    """A random expression: an operator and its 2 to ``longest`` arguments, with at most
+    ``levels`` operators above a digit.
+    """
     arguments = []
     for _ in range(rng.randint(2, longest)):
         deeper = levels > 1 and rng.random() < nested
@@ -83,8 +91,8 @@ assert value(("MIN", 8, 6)) == 6
 assert value(example) == max(2, 4, 3, 6) == 6
 
 # %% [markdown]
-# As a tree, with the value of each list beside its operator. To answer, something has to be worked out at the leaves first and carried
-# up, one level after the other.
+# As a tree, with the value of each list beside its operator. To answer, something has to be worked
+# out at the leaves first and carried up, one level after the other.
 
 
 # %%
@@ -100,9 +108,9 @@ def draw_tree(axes, tree):
             below = [place(argument, level + 1) for argument in node[1:]]
             x = (below[0] + below[-1]) / 2
             for end in below:
-                axes.plot([x, end], [-level, -level - 1], color=draw.GREY, linewidth=1.2, zorder=1)
-        text, colour = (str(node), "white") if isinstance(node, int) else (f"{node[0]} = {value(node)}", "#d9ecf7")
-        box = {"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": draw.INK, "linewidth": 0.8}
+                axes.plot([x, end], [-level, -level - 1], color=draw.GRAY, linewidth=1.2, zorder=1)
+        text, color = (str(node), "white") if isinstance(node, int) else (f"{node[0]} = {value(node)}", "#d9ecf7")
+        box = {"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": draw.INK, "linewidth": 0.8}
         axes.text(x, -level, text, ha="center", va="center", fontsize=9.5, bbox=box, zorder=2)
         return x
 
@@ -122,11 +130,12 @@ figure
 # %% [markdown]
 # ## Two guesses that know almost nothing
 #
-# Before training anything: how well can one do without understanding? Two guesses, made from one half of some expressions and scored on
-# the other half.
+# Before training anything: how well can one do without understanding? Two guesses, made from one
+# half of some expressions and scored on the other half.
 #
 # - *The most frequent class*, whatever the text says.
-# - *The most frequent class for the first operator*. It reads a single token. A `MAX` of many digits is 9 more often than not.
+# - *The most frequent class for the first operator*. It reads a single token. A `MAX` of many
+#   digits is 9 more often than not.
 
 
 # %%
@@ -135,7 +144,9 @@ def most_frequent(labels):
 
 
 def score_of_guesses(train, test):
-    """Accuracy on ``test`` of both guesses, learnt from ``train``; each a list of (first operator, value)."""
+    """Accuracy on ``test`` of both guesses, learned from ``train``; each a list of (first
+    operator, value).
+    """
     overall = most_frequent([label for _, label in train])
     by_operator = {name: most_frequent([label for first, label in train if first == name]) for name in VALUE_OF}
     return (
@@ -171,17 +182,21 @@ assert np.allclose(shares.sum(axis=1), 1)
 figure
 
 # %% [markdown]
-# Keep that second number in mind. Tay et al. report 36.4% for a Transformer with softmax attention on their ListOps (table 1), and the
-# YOSO paper finds its attention level with softmax. **A guess that reads one token comes close to that.** So at this length the task, as
-# it is usually run, tells attention that works from attention that is broken. It says little about who can work out nested lists.
+# Keep that second number in mind. Tay et al. report 36.4% for a Transformer with softmax attention
+# on their ListOps (table 1), and the YOSO paper finds its attention level with softmax. **A guess
+# that reads one token comes close to that.** So at this length the task, as it is usually run,
+# tells attention that works from attention that is broken. It says little about who can work out
+# nested lists.
 #
 # ## In small
 #
-# We cannot train on 2,000 tokens in a tutorial. We can make the lists so short that a small model does begin to work them out: at most 2
-# levels of operators, 2 to 4 arguments, at most 27 tokens. All else follows
-# [the settings that the authors published](https://github.com/mlpen/YOSO/blob/03c96a9/LRA/models/yoso-v1-32/config.json)
-# for ListOps, but for two things said below: 2 layers, 64 dims, 2 heads, 128 dims in the feed-forward network, $m = 32$ hashes. They use
-# $\tau = 11$ bits for 2,000 tokens, which is $\log_2 n$; so do we, and get 5.
+# We cannot train on 2,000 tokens in a tutorial. We can make the lists so short that a small model
+# does begin to work them out: at most 2 levels of operators, 2 to 4 arguments, at most 27 tokens.
+# All else follows [the settings that the authors
+# published](https://github.com/mlpen/YOSO/blob/03c96a9/LRA/models/yoso-v1-32/config.json) for
+# ListOps, but for two things said below: 2 layers, 64 dims, 2 heads, 128 dims in the feed-forward
+# network, $m = 32$ hashes. They use $\tau = 11$ bits for 2,000 tokens, which is $\log_2 n$; so do
+# we, and get 5.
 
 # %%
 LEVELS, LONGEST = 2, 4
@@ -232,9 +247,10 @@ assert by_operator < arena_operator
 # %% [markdown]
 # ## Three encoders that differ in one thing
 #
-# All three are `YosoForSequenceClassification`, with the same parameters, drawn from the same seed. The first attends by samples, the
-# second by their exact expectation: one setting. For the third we put softmax in the place of YOSO attention, around the very same
-# projections of query, key and value.
+# All three are `YosoForSequenceClassification`, with the same parameters, drawn from the same seed.
+# The first attends by samples, the second by their exact expectation: one setting. For the third we
+# put softmax in the place of YOSO attention, around the very same projections of query, key and
+# value.
 
 
 # %%
@@ -254,7 +270,7 @@ class SoftmaxAttention(nn.Module):
         return context.transpose(1, 2).flatten(2), None
 
 
-KINDS = {"softmax": draw.GREY, "expectation": draw.BLUE, "sampled": draw.ORANGE}
+KINDS = {"softmax": draw.GRAY, "expectation": draw.BLUE, "sampled": draw.ORANGE}
 
 
 def make_model(kind, positions=longest_text, tau=TAU):
@@ -290,12 +306,13 @@ for kind in ("expectation", "sampled"):
 print(f"{sum(weight.numel() for weight in weights['softmax'].values()):,} parameters each")
 
 # %% [markdown]
-# Two things differ from the authors' settings. Their model averages the outputs of all tokens, ours reads the first one, [CLS], as the
-# heads of this library do. And we train for 2,000 steps of 64 texts with a rate that rises to 0.002 and falls again, where they take
-# 5,000 of 32 with 0.0001: a small model on short texts bears a higher rate, and we have little time.
+# Two things differ from the authors' settings. Their model averages the outputs of all tokens, ours
+# reads the first one, [CLS], as the heads of this library do. And we train for 2,000 steps of 64
+# texts with a rate that rises to 0.002 and falls again, where they take 5,000 of 32 with 0.0001: a
+# small model on short texts bears a higher rate, and we have little time.
 #
-# Every step takes the next 64 expressions, so the training set is gone through once. The accuracy is that on the test, in evaluation,
-# where the hashes of the sampled model are fixed.
+# Every step takes the next 64 expressions, so the training set is gone through once. The accuracy
+# is that on the test, in evaluation, where the hashes of the sampled model are fixed.
 
 
 # %%
@@ -316,7 +333,9 @@ def accuracy(model):
 
 
 def train(model, rate=2e-3, points=20):
-    """Train on all expressions once; the loss of every step, and the accuracy at ``points`` steps."""
+    """Train on all expressions once; the loss of every step, and the accuracy at ``points``
+    steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS, pct_start=0.1)
     torch.manual_seed(1)
@@ -345,7 +364,8 @@ history = {"softmax": train(models["softmax"])}
 history["expectation"] = train(models["expectation"])
 
 # %% [markdown]
-# In training the sampled model draws new hashes at every step, and takes its gradients from the same collisions (tutorial 8).
+# In training the sampled model draws new hashes at every step, and takes its gradients from the
+# same collisions (tutorial 8).
 
 # %%
 history["sampled"] = train(models["sampled"])
@@ -353,11 +373,11 @@ history["sampled"] = train(models["sampled"])
 # %%
 figure, (left, right) = draw.picture(2, height=3.8, width=9)
 window = max(10, STEPS // 40)
-for number, (kind, colour) in enumerate(KINDS.items()):
+for number, (kind, color) in enumerate(KINDS.items()):
     losses, scores = history[kind]
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    left.plot(np.arange(len(smooth)) + window, smooth, color=colour, linestyle=("-", "--", ":")[number], linewidth=1.8, label=kind)
-    right.plot(scores[:, 0], scores[:, 1], color=colour, marker=draw.MARKERS[number], markeredgecolor=draw.INK, markersize=5, label=kind)
+    left.plot(np.arange(len(smooth)) + window, smooth, color=color, linestyle=("-", "--", ":")[number], linewidth=1.8, label=kind)
+    right.plot(scores[:, 0], scores[:, 1], color=color, marker=draw.MARKERS[number], markeredgecolor=draw.INK, markersize=5, label=kind)
 left.set(title=f"Training loss, mean of {window} steps", xlabel="step", ylabel="cross entropy", ylim=(None, 2.45))
 left.axhline(math.log(10), color=draw.INK, linestyle=draw.DASHES, linewidth=1)
 left.text(STEPS, math.log(10) + 0.015, "knowing nothing, log 10", ha="right", va="bottom", fontsize=8.5)
@@ -372,12 +392,14 @@ for panel in (left, right):
 figure
 
 # %% [markdown]
-# All three leave both guesses behind. In the run that you see, learning by samples lags: the other two are about ten points ahead at the
-# end. That is the price of noise. Every step draws other hashes, and with 27 tokens there are few weights over which errors could
-# average out. Between softmax and the expectation lie a few points.
+# All three leave both guesses behind. In the run that you see, learning by samples lags: the other
+# two are about ten points ahead at the end. That is the price of noise. Every step draws other
+# hashes, and with 27 tokens there are few weights over which errors could average out. Between
+# softmax and the expectation lie a few points.
 #
-# Is that much? On 2,000 expressions an accuracy has a standard error of about $\sqrt{0.5 \cdot 0.5 / 2000} = 1.1\%$ (for a difference
-# exercise 2 does better), so it is not luck of the test. It may still be luck of the seed: other first weights are another run.
+# Is that much? On 2,000 expressions an accuracy has a standard error of about $\sqrt{0.5 \cdot 0.5
+# / 2000} = 1.1\%$ (for a difference exercise 2 does better), so it is not luck of the test. It may
+# still be luck of the seed: other first weights are another run.
 
 
 # %%
@@ -393,10 +415,10 @@ for kind, (losses, scores) in history.items():
     assert SMALL or beyond(scores[-1, 1], by_operator)
 
 # %% [markdown]
-# ## What have they learnt?
+# ## What have they learned?
 #
-# One number hides a lot. Here is the accuracy for each first operator, for flat lists and for those with a list inside. The dash over a
-# group is the best that one fixed answer could do in it.
+# One number hides a lot. Here is the accuracy for each first operator, for flat lists and for those
+# with a list inside. The dash over a group is the best that one fixed answer could do in it.
 
 # %%
 first = np.array([tree[0] for tree in test_trees])
@@ -408,11 +430,11 @@ assert sum(mask.sum() for mask in groups.values()) == TESTS
 
 right_answers = {kind: (predictions(model) == test_labels).numpy() for kind, model in models.items()}
 figure, axes = draw.picture(width=9, height=3.8)
-for number, (kind, colour) in enumerate(KINDS.items()):
+for number, (kind, color) in enumerate(KINDS.items()):
     heights = np.array([right_answers[kind][mask].mean() for mask in groups.values()])
     errors = np.array([2 * math.sqrt(h * (1 - h) / mask.sum()) for h, mask in zip(heights, groups.values(), strict=True)])
     places = np.arange(len(groups)) + 0.26 * (number - 1)
-    axes.bar(places, heights, 0.25, color=colour, edgecolor=draw.INK, linewidth=0.6, hatch=("", "//", "..")[number], label=kind)
+    axes.bar(places, heights, 0.25, color=color, edgecolor=draw.INK, linewidth=0.6, hatch=("", "//", "..")[number], label=kind)
     axes.errorbar(places, heights, errors, fmt="none", ecolor=draw.INK, elinewidth=1, capsize=2)
 for place, mask in enumerate(groups.values()):
     best = Counter(test_labels.numpy()[mask].tolist()).most_common(1)[0][1] / mask.sum()
@@ -424,14 +446,16 @@ draw.legend_under_title(axes, columns=4)
 figure
 
 # %% [markdown]
-# The thin lines reach two standard errors up and down. `MIN` and `MAX` of a flat list are learnt first: look for one digit, and there it
-# is. A median takes longer: several digits have to be weighed against each other, and there sampling noise hurts most. Modular
-# sums have not begun to be learnt, with any attention. And whatever stands above the dash had to come from more than one token.
+# The thin lines reach two standard errors up and down. `MIN` and `MAX` of a flat list are learned
+# first: look for one digit, and there it is. A median takes longer: several digits have to be
+# weighed against each other, and there sampling noise hurts most. Modular sums have not begun to be
+# learned, with any attention. And whatever stands above the dash had to come from more than one
+# token.
 #
 # ## Swapping attention afterwards
 #
-# The weights of a YOSO model do not know how attention is computed. `config.use_expectation` and `config.num_hash` may change at any time
-# (tutorial 9). What does that do to the accuracy?
+# The weights of a YOSO model do not know how attention is computed. `config.use_expectation` and
+# `config.num_hash` may change at any time (tutorial 9). What does that do to the accuracy?
 
 # %%
 nums_hash = [4, 16, 64, 256]
@@ -439,7 +463,7 @@ figure, axes = draw.picture(width=6.4, height=3.8)
 swapped = {}
 names = {"expectation": "trained with the expectation", "sampled": "trained with samples"}
 for number, trained in enumerate(("expectation", "sampled")):
-    model, colour = models[trained], KINDS[trained]
+    model, color = models[trained], KINDS[trained]
     before = model.config.use_expectation, model.config.num_hash
     model.config.use_expectation = True
     swapped[trained, "expectation"] = accuracy(model)
@@ -449,8 +473,8 @@ for number, trained in enumerate(("expectation", "sampled")):
         swapped[trained, m] = accuracy(model)
     model.config.use_expectation, model.config.num_hash = before
     scores = [swapped[trained, m] for m in nums_hash]
-    axes.plot(nums_hash, scores, color=colour, marker=draw.MARKERS[number], markeredgecolor=draw.INK, label=names[trained])
-    axes.axhline(swapped[trained, "expectation"], color=colour, linestyle=(":", draw.DASHES)[number], linewidth=1.8)
+    axes.plot(nums_hash, scores, color=color, marker=draw.MARKERS[number], markeredgecolor=draw.INK, label=names[trained])
+    axes.axhline(swapped[trained, "expectation"], color=color, linestyle=(":", draw.DASHES)[number], linewidth=1.8)
     axes.text(
         nums_hash[0], swapped[trained, "expectation"] + 0.008, f"{names[trained]}, run with the expectation", fontsize=8.5, va="bottom"
     )
@@ -466,13 +490,15 @@ assert models["sampled"].config.num_hash == 32
 figure
 
 # %% [markdown]
-# More hashes than a model was trained with do it no harm. Few hashes are noise: the model that was trained by samples is used to it, the
-# one that was trained with the expectation never saw any, and falls further.
+# More hashes than a model was trained with do it no harm. Few hashes are noise: the model that was
+# trained by samples is used to it, the one that was trained with the expectation never saw any, and
+# falls further.
 #
 # ## What a step would cost at the Arena's length
 #
-# At 27 tokens sampling is the slowest of the three: its place is elsewhere. Here is one training step, forward and backward, of the same
-# models on two texts of $n$ random tokens, with $\tau = \log_2 n$. No model is trained here; it is only a matter of time.
+# At 27 tokens sampling is the slowest of the three: its place is elsewhere. Here is one training
+# step, forward and backward, of the same models on two texts of $n$ random tokens, with $\tau =
+# \log_2 n$. No model is trained here; it is only a matter of time.
 
 
 # %%
@@ -490,9 +516,9 @@ def step_seconds(kind, n):
 
 sizes = [64, 256, 1024] if SMALL else [64, 256, 1024, 2048, 4096]
 figure, axes = draw.picture(width=6.4, height=3.8)
-for number, (kind, colour) in enumerate(KINDS.items()):
+for number, (kind, color) in enumerate(KINDS.items()):
     times = 1000 * np.array([step_seconds(kind, n) for n in sizes])
-    axes.plot(sizes, times, color=colour, marker=draw.MARKERS[number], markeredgecolor=draw.INK, label=kind)
+    axes.plot(sizes, times, color=color, marker=draw.MARKERS[number], markeredgecolor=draw.INK, label=kind)
     print(f"{kind:12s}", ", ".join(f"n = {n:,}: {taken:,.0f} ms" for n, taken in zip(sizes, times, strict=True)))
 axes.set(xscale="log", yscale="log", title="A training step on two texts", xlabel="tokens n", ylabel="milliseconds of one core")
 axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
@@ -503,39 +529,48 @@ axes.legend(loc="upper left")
 figure
 
 # %% [markdown]
-# Much of a short step is not attention at all, so the lines begin close together and part as $n$ grows.
+# Much of a short step is not attention at all, so the lines begin close together and part as $n$
+# grows.
 #
 # ## What this shows, and what it does not
 #
-# It shows that YOSO attention can be *learnt through*: by its expectation and by samples, with the paper's gradient, from random weights,
-# on a task where a token has to find others. All three models go far beyond what the first operator gives away.
+# It shows that YOSO attention can be *learned through*: by its expectation and by samples, with the
+# paper's gradient, from random weights, on a task where a token has to find others. All three
+# models go far beyond what the first operator gives away.
 #
 # It does not show which attention is better at ListOps.
 #
-# - It is **one seed**, one learning rate, 2,000 steps. Curves that still rise have not arrived, and another rate could change their
-#   order.
-# - The texts are **short**. Nothing here tests what YOSO is for, and with 27 tokens in 32 buckets sampling is at its noisiest.
-# - At the Arena's own length the usual score is near that of a guess from one token. To claim more one would have to go beyond that guess
-#   first.
+# - It is **one seed**, one learning rate, 2,000 steps. Curves that still rise have not arrived, and
+#   another rate could change their order.
+# - The texts are **short**. Nothing here tests what YOSO is for, and with 27 tokens in 32 buckets
+#   sampling is at its noisiest.
+# - At the Arena's own length the usual score is near that of a guess from one token. To claim more
+#   one would have to go beyond that guess first.
 #
-# Such a run is good for three things: to find out that something is broken, to see what is learnt first, and to plan the real one.
+# Such a run is good for three things: to find out that something is broken, to see what is learned
+# first, and to plan the real one.
 #
 # ## What to keep
 #
-# - Before you train, score the guesses that know almost nothing. On ListOps of full length, reading one token is worth about 35%.
-# - One setting makes a model exact or sampled, in training and after it; train with the hashes that you will run with, or with fewer.
+# - Before you train, score the guesses that know almost nothing. On ListOps of full length, reading
+#   one token is worth about 35%.
+# - One setting makes a model exact or sampled, in training and after it; train with the hashes that
+#   you will run with, or with fewer.
 # - An accuracy without its standard error, its baseline and its number of seeds is half a result.
 #
 # Next: [13. Five heads, five tasks](13_five_heads_five_tasks.ipynb).
 #
 # ## Exercise 1: without a tree
 #
-# A model sees tokens, not trees. Work out a value from the tokens alone, from left to right, with a stack: what is open waits on it.
+# A model sees tokens, not trees. Work out a value from the tokens alone, from left to right, with a
+# stack: what is open waits on it.
 
 
 # %% tags=["exercise-1"]
 def value_of_tokens(text):
-    """The value of an expression given as a list of tokens such as ``["[MAX", "2", "[SM", "9", "4", "]", "]"]``."""
+    """The value of an expression given as a list of tokens such as
+    ``["[MAX", "2", "[SM", "9", "4", "]", "]"]``.
+    """
     raise NotImplementedError("exercise 1 is waiting for you")
 
 
@@ -552,14 +587,18 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: is the difference real?
 #
-# Two models answer the same test. Their accuracies differ; by how much, and what is the standard error of *the difference*? The answers
-# are not independent: an easy expression is easy for both. So look at each expression: did the first win, the second, or neither? The
-# difference is a mean of such numbers, and the standard error of a mean of $n$ numbers is their standard deviation over $\sqrt{n}$.
+# Two models answer the same test. Their accuracies differ; by how much, and what is the standard
+# error of *the difference*? The answers are not independent: an easy expression is easy for both.
+# So look at each expression: did the first win, the second, or neither? The difference is a mean of
+# such numbers, and the standard error of a mean of $n$ numbers is their standard deviation over
+# $\sqrt{n}$.
 
 
 # %% tags=["exercise-2"]
 def difference(first_right, second_right):
-    """``(accuracy of the first less that of the second, its standard error)`` from bool arrays, one entry for each expression."""
+    """``(accuracy of the first less that of the second, its standard error)`` from bool arrays,
+    one entry for each expression.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -585,8 +624,8 @@ print("Exercise 2: right.")
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** Every open operator is a list on the stack. A closing bracket turns the topmost list into a number, which joins the list
-# below.
+# **Exercise 1.** Every open operator is a list on the stack. A closing bracket turns the topmost
+# list into a number, which joins the list below.
 
 
 # %% tags=["solution-1"]
@@ -604,8 +643,8 @@ def value_of_tokens(text):
 
 
 # %% [markdown]
-# **Exercise 2.** Each expression counts +1, -1 or 0. Remember that this is the error of *this pair of models* on other expressions. It
-# knows nothing of other seeds: for those, train again.
+# **Exercise 2.** Each expression counts +1, -1 or 0. Remember that this is the error of *this pair
+# of models* on other expressions. It knows nothing of other seeds: for those, train again.
 
 
 # %% tags=["solution-2"]

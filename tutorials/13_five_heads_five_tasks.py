@@ -1,15 +1,17 @@
 # %% [markdown]
 # # 13. Five heads, five tasks
 #
-# **You will be able to** pre-train a small YOSO encoder on text of your own, put each of the five heads on it, fine-tune them with
-# transformers' `Trainer`, and say what a score is worth by putting a trivial guess beside it.
+# **You will be able to** pre-train a small YOSO encoder on text of your own, put each of the five
+# heads on it, fine-tune them with transformers' `Trainer`, and say what a score is worth by putting
+# a trivial guess beside it.
 #
 # **Time:** 40 minutes, and 25 for the exercises.
 #
 # **You need:** tutorial 9.
 #
-# **Source:** [`yoso_core.model.heads`](../model/heads.py), [`yoso_core.model.tokenizer`](../model/tokenizer.py); section 4 of
-# [Zeng et al. 2021](https://arxiv.org/abs/2111.09714).
+# **Source:** [`yoso_core.model.heads`](../model/heads.py),
+# [`yoso_core.model.tokenizer`](../model/tokenizer.py); section 4 of [Zeng et al.
+# 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import ast
@@ -62,9 +64,10 @@ if SMALL:
 # %% [markdown]
 # ## Text that you have already
 #
-# Every Python carries a few hundred modules with their documentation inside. That is our data: docstrings, and the source around them.
-# `sources` finds a module's text (and that of a package's modules) and `docstrings` takes it apart. Nothing is downloaded, and since
-# versions of Python differ, so will your numbers, a little.
+# Every Python carries a few hundred modules with their documentation inside. That is our data:
+# docstrings, and the source around them. `sources` finds a module's text (and that of a package's
+# modules) and `docstrings` takes it apart. Nothing is downloaded, and since versions of Python
+# differ, so will your numbers, a little.
 
 # %%
 MODULES = """
@@ -78,7 +81,9 @@ weakref webbrowser wsgiref xml xmlrpc zipfile zoneinfo
 
 
 def sources(module):
-    """The source texts of a module, and of all modules in it if it is a package; none if this Python does not have it."""
+    """The source texts of a module, and of all modules in it if it is a package; none if this
+    Python does not have it.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.has_location:  # not there, or frozen into the interpreter
         return
@@ -108,8 +113,9 @@ print(f"{len(documents):,} docstrings, {sum(len(text) for *_, text in documents)
 # %% [markdown]
 # ## Hold some back, before anything else
 #
-# A score counts only on text that no model has seen, neither in fine-tuning nor in pre-training. So we split *once*, by whole docstrings:
-# two sentences of one docstring are too alike to stand on both sides. A checksum decides, so the split is the same on every run.
+# A score counts only on text that no model has seen, neither in fine-tuning nor in pre-training. So
+# we split *once*, by whole docstrings: two sentences of one docstring are too alike to stand on
+# both sides. A checksum decides, so the split is the same on every run.
 
 
 # %%
@@ -125,8 +131,9 @@ assert 0.15 < len(test_documents) / len(documents) < 0.25
 # %% [markdown]
 # ## A tokenizer
 #
-# YOSO's checkpoints use RoBERTa's byte-level BPE. Ours is trained on the training text in a second and knows 1,000 pieces. `load_tokenizer`
-# makes RoBERTa's tokenizer of the two files that the `tokenizers` package writes.
+# YOSO's checkpoints use RoBERTa's byte-level BPE. Ours is trained on the training text in a second
+# and knows 1,000 pieces. `load_tokenizer` makes RoBERTa's tokenizer of the two files that the
+# `tokenizers` package writes.
 
 # %%
 folder = Path(tempfile.mkdtemp())  # for all that this tutorial writes; removed at its end
@@ -146,12 +153,15 @@ assert [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id] 
 # %% [markdown]
 # ## The encoder
 #
-# Two layers of 64 dims, a thousandth of a model that is used in earnest. Two of its settings need a word:
+# Two layers of 64 dims, a thousandth of a model that is used in earnest. Two of its settings need a
+# word:
 #
-# - `use_expectation=True`. A text has at most 80 tokens here, so all its pairs can be weighed exactly, and training without noise is the
-#   simplest. At the end every model is scored with sampled attention too, on the same weights.
-# - `conv_window=9` adds a depth-wise convolution over the values, 9 tokens wide, to the attention, as in the authors' checkpoints.
-#   Attention has to learn which token is a neighbour, the convolution is born with it. Try `None`: the loss then takes far longer to fall.
+# - `use_expectation=True`. A text has at most 80 tokens here, so all its pairs can be weighed
+#   exactly, and training without noise is the simplest. At the end every model is scored with
+#   sampled attention too, on the same weights.
+# - `conv_window=9` adds a depth-wise convolution over the values, 9 tokens wide, to the attention,
+#   as in the authors' checkpoints. Attention has to learn which token is a neighbor, the
+#   convolution is born with it. Try `None`: the loss then takes far longer to fall.
 
 # %%
 config = YosoConfig(
@@ -200,7 +210,9 @@ SCORES = {}  # task: trivial guess, model, the same model with sampled attention
 
 
 def keep_score(task, trivial, score):
-    """``score()`` of the trainer's model with the expectation, then with sampled attention. The weights are the same."""
+    """``score()`` of the trainer's model with the expectation, then with sampled attention. The
+    weights are the same.
+    """
     model = trainer.model
     exact = score()
     model.config.use_expectation = False
@@ -213,8 +225,8 @@ def keep_score(task, trivial, score):
 # %% [markdown]
 # ## 1. Masked LM: `YosoForMaskedLM`
 #
-# **Data.** Nothing but text. `DataCollatorForLanguageModeling` masks 30% of the pieces, anew in every batch, and puts -100 as the label
-# wherever there is nothing to predict.
+# **Data.** Nothing but text. `DataCollatorForLanguageModeling` masks 30% of the pieces, anew in
+# every batch, and puts -100 as the label wherever there is nothing to predict.
 #
 # **Trivial guess.** The most frequent piece of the training text, everywhere.
 
@@ -255,8 +267,9 @@ for place, pieces in enumerate(best, 1):
     print(f"mask {place}:", ", ".join(tokenizer.decode([piece]).strip() for piece in pieces))
 
 # %% [markdown]
-# The loss starts near the logarithm of the number of pieces, where all are equally likely, falls to what their frequencies alone can give
-# (their *entropy*), and then goes on falling: from there on the model reads.
+# The loss starts near the logarithm of the number of pieces, where all are equally likely, falls to
+# what their frequencies alone can give (their *entropy*), and then goes on falling: from there on
+# the model reads.
 
 # %%
 share = np.array(list(counted.values())) / sum(counted.values())
@@ -265,7 +278,7 @@ steps, losses = zip(*((row["step"], row["loss"]) for row in trainer.state.log_hi
 
 figure, axes = draw.picture(width=6.5)
 axes.plot(steps, losses, color=draw.BLUE, linewidth=1.5, label="training loss")
-axes.axhline(math.log(len(tokenizer)), color=draw.GREY, linestyle=draw.DASHES, label=f"log {len(tokenizer):,}")
+axes.axhline(math.log(len(tokenizer)), color=draw.GRAY, linestyle=draw.DASHES, label=f"log {len(tokenizer):,}")
 axes.axhline(entropy, color=draw.ORANGE, linestyle=":", linewidth=2, label="entropy of the pieces")
 axes.set(title="Pre-training", xlabel="step", ylabel="loss of a masked piece")
 axes.grid(True)
@@ -274,8 +287,9 @@ assert np.mean(losses[-3:]) < entropy - 0.2
 figure
 
 # %% [markdown]
-# **Reuse.** `save_pretrained` writes encoder and head. `from_pretrained` of another class takes the encoder, leaves the head out and gives
-# the new head random numbers. That is all there is to "fine-tuning a pre-trained model".
+# **Reuse.** `save_pretrained` writes encoder and head. `from_pretrained` of another class takes the
+# encoder, leaves the head out and gives the new head random numbers. That is all there is to
+# "fine-tuning a pre-trained model".
 
 # %%
 trainer.model.save_pretrained(folder)
@@ -298,8 +312,8 @@ def fine_tune(kind, rows, collator, steps, learning_rate=3e-3, **labels):
 #
 # **Task.** From which module's documentation is a sentence? Six modules and packages.
 #
-# **Data.** Rows of `input_ids` and one `labels` number. `DataCollatorWithPadding` pads a batch to its longest row and makes the
-# `attention_mask`.
+# **Data.** Rows of `input_ids` and one `labels` number. `DataCollatorWithPadding` pads a batch to
+# its longest row and makes the `attention_mask`.
 #
 # **Trivial guess.** The module with most sentences.
 
@@ -309,7 +323,9 @@ topics = list(TOPICS)
 
 
 def sentences(text):
-    """The sentences of a docstring's prose, of 4 to 40 words; paragraphs with examples are left out."""
+    """The sentences of a docstring's prose, of 4 to 40 words; paragraphs with examples are left
+    out.
+    """
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
         if ">>>" not in paragraph:
@@ -350,14 +366,16 @@ for sentence in ("Wait until the future is done.", "The handler writes each reco
 # %% [markdown]
 # ## 3. Token classification: `YosoForTokenClassification`
 #
-# **Task.** Which kind of thing is each piece of source code: keyword, name, operator, number, string or comment? Python's own `tokenize`
-# says.
+# **Task.** Which kind of thing is each piece of source code: keyword, name, operator, number,
+# string or comment? Python's own `tokenize` says.
 #
-# **Data.** The first 80 pieces of functions, with a label for each piece: the kind of its first character that is no space. Pieces of
-# nothing but space, `<s>` and `</s>` get -100. `DataCollatorForTokenClassification` pads the labels with -100 too.
+# **Data.** The first 80 pieces of functions, with a label for each piece: the kind of its first
+# character that is no space. Pieces of nothing but space, `<s>` and `</s>` get -100.
+# `DataCollatorForTokenClassification` pads the labels with -100 too.
 #
-# **Trivial guess.** For each piece, the kind that it had most often in training. That is a good guess: `(` is nearly always an operator.
-# Not in a string, though, and to know that one must look around.
+# **Trivial guess.** For each piece, the kind that it had most often in training. That is a good
+# guess: `(` is nearly always an operator. Not in a string, though, and to know that one must look
+# around.
 
 # %%
 KINDS = ["keyword", "name", "operator", "number", "string", "comment"]
@@ -375,7 +393,9 @@ def kind_of(found):
 
 
 def functions(source):
-    """Each function's text (with those inside it), the kind of each of its characters, and its docstring."""
+    """Each function's text (with those inside it), the kind of each of its characters, and its
+    docstring.
+    """
     lines = io.StringIO(source).readlines()
     begin = np.concatenate([[0], np.cumsum([len(line) for line in lines])])
     kinds = [None] * len(source)
@@ -413,12 +433,12 @@ collator = transformers.DataCollatorForTokenClassification(tokenizer)
 trainer = fine_tune(YosoForTokenClassification, train, collator, STEPS["tokens"], num_labels=len(KINDS))
 
 
-def labelled(rows):
+def labeled(rows):
     return [(piece, label) for row in rows for piece, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
 
 
 had = defaultdict(Counter)
-for piece, label in labelled(train):
+for piece, label in labeled(train):
     had[piece][label] += 1
 usual = {piece: kinds.most_common(1)[0][0] for piece, kinds in had.items()}
 
@@ -429,7 +449,7 @@ def token_score():
     return (found.predictions.argmax(axis=-1) == found.label_ids)[asked].mean()
 
 
-keep_score("tokens", np.mean([usual.get(piece, KINDS.index("name")) == label for piece, label in labelled(test)]), token_score)
+keep_score("tokens", np.mean([usual.get(piece, KINDS.index("name")) == label for piece, label in labeled(test)]), token_score)
 
 # %%
 code = 'def close(self, wait=5):\n    """Wait for (all) tasks."""\n    return self.stop(wait)  # and then wait'
@@ -447,13 +467,14 @@ print(" | ".join(f"{code[begin:end].strip()} ({KINDS[kind]})" for kind, begin, e
 # %% [markdown]
 # ## 4. Question answering: `YosoForQuestionAnswering`
 #
-# **Task.** Find the words of a passage that answer a question. The passage is a function's signature and a paragraph of its documentation,
-# and there are three questions: what is the default of a parameter, what is returned, what is raised? The same passage has different
-# answers, so the model must read the question.
+# **Task.** Find the words of a passage that answer a question. The passage is a function's
+# signature and a paragraph of its documentation, and there are three questions: what is the default
+# of a parameter, what is returned, what is raised? The same passage has different answers, so the
+# model must read the question.
 #
-# **Data.** `<s> question </s></s> passage </s>`, and where the answer starts and ends, counted in pieces: `start_positions` and
-# `end_positions`. Answers are found by construction: we know where the signature has the default. `char_to_token` says in which piece a
-# character is.
+# **Data.** `<s> question </s></s> passage </s>`, and where the answer starts and ends, counted in
+# pieces: `start_positions` and `end_positions`. Answers are found by construction: we know where
+# the signature has the default. `char_to_token` says in which piece a character is.
 #
 # **Trivial guess.** For each question, the place in the passage that was right most often.
 
@@ -475,7 +496,9 @@ def signature(node):
 
 
 def questions(node, document):
-    """``(kind, question, passage, first character of the answer, one beyond its last)`` of a function."""
+    """``(kind, question, passage, first character of the answer, one beyond its last)`` of a
+    function.
+    """
     head, places = signature(node)
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document) if ">>>" not in paragraph]
     for name, (begin, end) in places.items():
@@ -489,7 +512,9 @@ def questions(node, document):
 
 
 def question_rows(documents):
-    """The rows, and of each row: kind, passage, spans of its pieces, and at which piece the passage begins."""
+    """The rows, and of each row: kind, passage, spans of its pieces, and at which piece the
+    passage begins.
+    """
     rows, about = [], []
     for _, node, text in documents:
         for kind, question, passage, begin, end in questions(node, text) if isinstance(node, ast.FunctionDef) else []:
@@ -507,7 +532,9 @@ trainer = fine_tune(YosoForQuestionAnswering, train, padding, STEPS["questions"]
 
 # %%
 def best_span(start, end, begin):
-    """The ``(first, last)`` with the largest ``start[first] + end[last]``, ``begin <= first <= last``."""
+    """The ``(first, last)`` with the largest ``start[first] + end[last]``,
+    ``begin <= first <= last``.
+    """
     total = np.triu(start[begin:, None] + end[None, begin:]) + np.tril(np.full((len(start) - begin,) * 2, -np.inf), -1)
     first, last = np.unravel_index(total.argmax(), total.shape)
     return int(first) + begin, int(last) + begin
@@ -547,17 +574,20 @@ for kind in guesses:
 # %% [markdown]
 # ## 5. Multiple choice: `YosoForMultipleChoice`
 #
-# **Task.** Here is a sentence of a docstring; which of four comes next? One does. The three others open docstrings of other modules.
+# **Task.** Here is a sentence of a docstring; which of four comes next? One does. The three others
+# open docstrings of other modules.
 #
-# **Data.** Four rows for each question, `<s> sentence </s></s> candidate </s>`, and the number of the right one.
-# `DataCollatorForMultipleChoice` makes a batch of shape `(batch, choices, n)`.
+# **Data.** Four rows for each question, `<s> sentence </s></s> candidate </s>`, and the number of
+# the right one. `DataCollatorForMultipleChoice` makes a batch of shape `(batch, choices, n)`.
 #
 # **Trivial guess.** The place that was right most often: one in four.
 
 
 # %%
 def pairs_and_openings(documents):
-    """``(module, sentence, the next)`` wherever there is a next one, and ``(module, sentence)`` for the first of each docstring."""
+    """``(module, sentence, the next)`` wherever there is a next one, and ``(module, sentence)``
+    for the first of each docstring.
+    """
     pairs, openings = [], []
     for module, _, text in documents:
         found = sentences(text)
@@ -606,8 +636,8 @@ frequent = Counter(row["labels"] for row in train).most_common(1)[0][0]
 keep_score("choice", np.mean([row["labels"] == frequent for row in test]), lambda: choice_score(test))
 
 # %% [markdown]
-# A high score. Before you believe it, ask *what it is a score of*. Give every question the sentence of another question: whoever reads
-# the sentence must now be lost.
+# A high score. Before you believe it, ask *what it is a score of*. Give every question the sentence
+# of another question: whoever reads the sentence must now be lost.
 
 # %%
 contexts = [sentence for sentence, *_ in test_asked]
@@ -617,9 +647,10 @@ print(f"with a wrong sentence before the candidates: {blind:.1%}")
 assert blind > SCORES["choice"][1] - 0.1
 
 # %% [markdown]
-# It is hardly lost at all. The model has learned what a first sentence looks like ("Return ...", "Test that ...") and takes the candidate
-# that does not look so. Nothing is wrong with the model: the *questions* let it do that. The trivial guess did not find out, the exchange
-# did. Exercise 3 asks fair questions.
+# It is hardly lost at all. The model has learned what a first sentence looks like ("Return ...",
+# "Test that ...") and takes the candidate that does not look so. Nothing is wrong with the model:
+# the *questions* let it do that. The trivial guess did not find out, the exchange did. Exercise 3
+# asks fair questions.
 #
 # ## All five
 
@@ -631,9 +662,9 @@ for task, row in SCORES.items():
 
 at = np.arange(len(SCORES))
 figure, axes = draw.picture(width=7.5, height=3.8)
-looks = {"trivial guess": (draw.GREY, ""), "expectation": (draw.BLUE, ""), "sampled, 64 hashes": (draw.SKY, "//")}
-for i, (values, (label, (colour, hatch))) in enumerate(zip((trivial, exact, sampled), looks.items(), strict=True)):
-    bars = axes.bar(at + 0.27 * (i - 1), 100 * values, 0.25, color=colour, hatch=hatch, edgecolor="white", label=label)
+looks = {"trivial guess": (draw.GRAY, ""), "expectation": (draw.BLUE, ""), "sampled, 64 hashes": (draw.SKY, "//")}
+for i, (values, (label, (color, hatch))) in enumerate(zip((trivial, exact, sampled), looks.items(), strict=True)):
+    bars = axes.bar(at + 0.27 * (i - 1), 100 * values, 0.25, color=color, hatch=hatch, edgecolor="white", label=label)
     axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
 units = ("pieces", "sentences", "pieces", "exact spans", "of four")
 axes.set_xticks(at, [f"{task}\n({unit})" for task, unit in zip(SCORES, units, strict=True)])
@@ -642,8 +673,8 @@ draw.legend_under_title(axes)
 figure
 
 # %% [markdown]
-# Every head is clearly above its guess, and sampling, which no model was trained with, costs little. (Where it costs too much, train on for
-# a while with `config.use_expectation = False`.)
+# Every head is clearly above its guess, and sampling, which no model was trained with, costs
+# little. (Where it costs too much, train on for a while with `config.use_expectation = False`.)
 
 # %%
 margin = {"masked LM": 0.06, "text": 0.15, "tokens": 0.08, "questions": 0.15, "choice": 0.2}
@@ -655,23 +686,30 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## What to keep
 #
-# - Pre-train once, save, and let `from_pretrained` of another class put a new head on the encoder. What differs between tasks is the rows:
-#   one label, a label for each piece, two positions, four rows and a number.
+# - Pre-train once, save, and let `from_pretrained` of another class put a new head on the encoder.
+#   What differs between tasks is the rows: one label, a label for each piece, two positions, four
+#   rows and a number.
 # - Hold back whole documents, before pre-training. Put a trivial guess beside every score.
-# - A high score can be a fault of the questions. Take away what the model should need, and see whether it notices.
+# - A high score can be a fault of the questions. Take away what the model should need, and see
+#   whether it notices.
 #
-# This is the last tutorial. The same five classes take the published weights with `from_pretrained("uw-madison/yoso-4096")`.
+# This is the last tutorial. The same five classes take the published weights with
+# `from_pretrained("uw-madison/yoso-4096")`.
 #
 # ## Exercise 1: a score that looks at every class
 #
-# Of the pieces of source code, very few are numbers: a model that never says "number" still has a high share of right ones. The *macro F1*
-# treats classes alike. For one class let $t$ be the tokens that have the label and get it, $p$ all that get it and $a$ all that have it;
-# then $F_1 = 2t / (p + a)$, and 0 if there are none of either. The macro F1 is the mean over the classes. Labels of -100 do not count.
+# Of the pieces of source code, very few are numbers: a model that never says "number" still has a
+# high share of right ones. The *macro F1* treats classes alike. For one class let $t$ be the tokens
+# that have the label and get it, $p$ all that get it and $a$ all that have it; then $F_1 = 2t / (p
+# + a)$, and 0 if there are none of either. The macro F1 is the mean over the classes. Labels of
+# -100 do not count.
 
 
 # %% tags=["exercise-1"]
 def macro_f1(predicted, labels, num_labels):
-    """The mean F1 of ``num_labels`` classes. Two integer arrays of one shape; where ``labels`` is -100, neither counts."""
+    """The mean F1 of ``num_labels`` classes. Two integer arrays of one shape; where ``labels``
+    is -100, neither counts.
+    """
     raise NotImplementedError("exercise 1 is waiting for you")
 
 
@@ -692,13 +730,15 @@ print("Exercise 1: right.")
 # %% [markdown]
 # ## Exercise 2: answers of a sensible length
 #
-# `best_span` will take a whole passage for an answer if its ends score well. Write one that also obeys a limit: at most `longest` pieces.
-# Scores are any numbers, negative ones too.
+# `best_span` will take a whole passage for an answer if its ends score well. Write one that also
+# obeys a limit: at most `longest` pieces. Scores are any numbers, negative ones too.
 
 
 # %% tags=["exercise-2"]
 def best_short_span(start, end, begin, longest):
-    """The ``(first, last)`` of largest ``start[first] + end[last]`` with ``begin <= first <= last < first + longest``."""
+    """The ``(first, last)`` of largest ``start[first] + end[last]`` with
+    ``begin <= first <= last < first + longest``.
+    """
     raise NotImplementedError("exercise 2 is waiting for you")
 
 
@@ -717,14 +757,16 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: fair questions
 #
-# Write `fair_questions`: the wrong candidates shall be sentences that *follow* another one too, so that only the sentence in front tells
-# which is right. Take them from other modules, all different, at random, and put the right one at a random place. The checker then
-# asks the model of section 5.
+# Write `fair_questions`: the wrong candidates shall be sentences that *follow* another one too, so
+# that only the sentence in front tells which is right. Take them from other modules, all different,
+# at random, and put the right one at a random place. The checker then asks the model of section 5.
 
 
 # %% tags=["exercise-3"]
 def fair_questions(pairs, rng):
-    """``(sentence, four candidates, which of them is next)`` for every ``(module, sentence, following)`` in ``pairs``."""
+    """``(sentence, four candidates, which of them is next)`` for every
+    ``(module, sentence, following)`` in ``pairs``.
+    """
     raise NotImplementedError("exercise 3 is waiting for you")
 
 
@@ -753,7 +795,8 @@ print(f"Exercise 3: right. The model, which had {SCORES['choice'][1]:.0%}, has {
 # Folded in a notebook: unfold a cell when you have tried.
 
 # %% [markdown]
-# **Exercise 1.** The labels that count are cut out first. A class without any tokens has $p + a = 0$ and $t = 0$.
+# **Exercise 1.** The labels that count are cut out first. A class without any tokens has $p + a =
+# 0$ and $t = 0$.
 
 
 # %% tags=["solution-1"]
@@ -768,7 +811,8 @@ def macro_f1(predicted, labels, num_labels):
 
 
 # %% [markdown]
-# **Exercise 2.** `np.triu` and `np.tril` with a shift cut a band out of the matrix of all sums. Here is the plain way.
+# **Exercise 2.** `np.triu` and `np.tril` with a shift cut a band out of the matrix of all sums.
+# Here is the plain way.
 
 
 # %% tags=["solution-2"]
@@ -782,8 +826,9 @@ def best_short_span(start, end, begin, longest):
 
 
 # %% [markdown]
-# **Exercise 3.** The pool of wrong candidates is made of the followers of all pairs. Trained on *such* questions this little model stays
-# near 25% for a long time: to compare what two sentences are about is a far harder task than to know an opening.
+# **Exercise 3.** The pool of wrong candidates is made of the followers of all pairs. Trained on
+# *such* questions this little model stays near 25% for a long time: to compare what two sentences
+# are about is a far harder task than to know an opening.
 
 
 # %% tags=["solution-3"]

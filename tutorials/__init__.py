@@ -1,7 +1,7 @@
 """The tutorials: what there is, and copies of it for a reader's folder.
 
-``NN_name.py`` is the source of a tutorial, in Jupytext's percent format; ``NN_name.ipynb`` beside it is built from it, with outputs.
-Listing and copying need nothing but the standard library.
+``NN_name.py`` is the source of a tutorial, in Jupytext's percent format; ``NN_name.ipynb`` beside
+it is built from it, with outputs. Listing and copying need nothing but the standard library.
 """
 
 import re
@@ -61,7 +61,9 @@ def tutorials() -> list[Tutorial]:
 
 
 def index(folder: str = "") -> str:
-    """The table of tutorials/README.md, or of a README from which ``folder`` leads to the notebooks."""
+    """The table of tutorials/README.md, or of a README from which ``folder`` leads to the
+    notebooks.
+    """
     rows = [f"| {t.number} | [{t.title}]({folder}{t.notebook.name}) | {t.promise} | {t.time} | {t.needs} |" for t in tutorials()]
     return "\n".join(["| | tutorial | you will be able to | time | you need |", "|---|---|---|---|---|", *rows])
 
@@ -69,7 +71,8 @@ def index(folder: str = "") -> str:
 def copy(number: int, folder: Path, *, text: bool = False, overwrite: bool = False) -> Path:
     """Copy a tutorial's notebook, or its text source, to a folder, and return where it is now.
 
-    Raises ``ValueError`` for a number or a folder that does not exist, or a file that does unless ``overwrite``.
+    Raises ``ValueError`` for a number or a folder that does not exist, or a file that does unless
+    ``overwrite``.
     """
     known = {tutorial.number: tutorial for tutorial in tutorials()}
     if number not in known:

@@ -1,6 +1,8 @@
-"""Build the notebooks from their text sources, with outputs, and the index: ``python -m yoso_core.tutorials.build [NUMBER ...]``.
+"""Build the notebooks from their text sources, with outputs, and the index:
+``python -m yoso_core.tutorials.build [NUMBER ...]``.
 
-A notebook holds nothing that changes from run to run but what its own cells print: cells are numbered, times and versions left out.
+A notebook holds nothing that changes from run to run but what its own cells print: cells are
+numbered, times and versions left out.
 """
 
 import re
@@ -39,7 +41,8 @@ def notebook_of(path: Path) -> Any:
 
 
 def run_notebook(notebook: Any) -> None:
-    """Execute in a fresh kernel, in an empty folder, and keep the outputs; checkers are left to the reader, whose answer they wait for.
+    """Execute in a fresh kernel, in an empty folder, and keep the outputs; checkers are left to the
+    reader, whose answer they wait for.
 
     Raises ``RuntimeError`` where a cell writes to stderr, and what nbclient raises where one fails.
     """
@@ -61,7 +64,9 @@ def run_notebook(notebook: Any) -> None:
 
 
 def build(path: Path) -> Path:
-    """Run a text source as a notebook and write it beside the source. Raises ``RuntimeError`` if it is too large."""
+    """Run a text source as a notebook and write it beside the source. Raises ``RuntimeError`` if
+    it is too large.
+    """
     notebook = notebook_of(path)
     run_notebook(notebook)
     text = nbformat.writes(notebook)
@@ -75,7 +80,9 @@ def build(path: Path) -> Path:
 
 
 def write_index(readme: Path, folder: str = "") -> None:
-    """Put the table of tutorials between the marks of the README; ``folder`` leads from there to the notebooks."""
+    """Put the table of tutorials between the marks of the README; ``folder`` leads from there to
+    the notebooks.
+    """
     before, after = MARKS
     text = readme.read_text(encoding="utf-8")
     readme.write_text(re.sub(f"(?s){before}.*{after}", lambda _: f"{before}{index(folder)}\n{after}", text), encoding="utf-8")

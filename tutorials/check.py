@@ -1,12 +1,14 @@
-"""Run a tutorial from its text source, top to bottom, then its exercises: ``python -m yoso_core.tutorials.check FILE.py``.
+"""Run a tutorial from its text source, top to bottom, then its exercises:
+``python -m yoso_core.tutorials.check FILE.py``.
 
-Warnings are errors, every figure is drawn and searched for text that is cut off or too small. Then the checker of every exercise must
-accept the solution, and refuse the blank and each wrong answer. An exercise is made of cells with these tags, K counting from 1:
+Warnings are errors, every figure is drawn and searched for text that is cut off or too small. Then
+the checker of every exercise must accept the solution, and refuse the blank and each wrong answer.
+An exercise is made of cells with these tags, K counting from 1:
 
-``exercise-K``  the blank: it defines what the reader shall complete
-``check-K``     the checker: it raises where the answer is wrong; a notebook is built without running it
-``solution-K``  one right answer, at the end of the file
-``wrong-K``     a plausible wrong answer, at the very end; it does not go into the notebook
+``exercise-K``  the blank: it defines what the reader shall complete ``check-K``     the checker: it
+raises where the answer is wrong; a notebook is built without running it ``solution-K``  one right
+answer, at the end of the file ``wrong-K``     a plausible wrong answer, at the very end; it does
+not go into the notebook
 """
 
 import ast
@@ -56,7 +58,9 @@ class Exercise:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """The cells of a text source, numbered from 1. Raises `TutorialError` for a tag that means nothing."""
+    """The cells of a text source, numbered from 1. Raises `TutorialError` for a tag that means
+    nothing.
+    """
     cells = []
     for number, cell in enumerate(jupytext.read(path, fmt="py:percent").cells, 1):
         tags = tuple(cell.metadata.get("tags", ()))
@@ -83,7 +87,9 @@ def exercises(cells: list[Cell]) -> dict[int, Exercise]:
 
 
 def run_cell(cell: Cell, name: str, namespace: dict[str, Any]) -> None:
-    """Execute a cell as a notebook does: a figure that it ends with is drawn. Errors name the file, the cell and its line."""
+    """Execute a cell as a notebook does: a figure that it ends with is drawn. Errors name the
+    file, the cell and its line.
+    """
     filename = f"{name}, cell {cell.number}"
     linecache.cache[filename] = (len(cell.source), None, cell.source.splitlines(keepends=True), filename)
     body = ast.parse(cell.source, filename).body
@@ -98,7 +104,9 @@ def run_cell(cell: Cell, name: str, namespace: dict[str, Any]) -> None:
 
 
 def inspect_figure(figure: Figure, where: str) -> None:
-    """Raises `TutorialError` unless a notebook can show the figure, with every text whole and large enough to read."""
+    """Raises `TutorialError` unless a notebook can show the figure, with every text whole and
+    large enough to read.
+    """
     from yoso_core.draw import Picture, clipped
 
     if not isinstance(figure, Picture):
@@ -109,7 +117,9 @@ def inspect_figure(figure: Figure, where: str) -> None:
 
 
 def check_exercise(number: int, exercise: Exercise, name: str, namespace: dict[str, Any]) -> None:
-    """The checker passes the solution and refuses the rest. Raises `TutorialError`, or what the solution or the checker raised."""
+    """The checker passes the solution and refuses the rest. Raises `TutorialError`, or what the
+    solution or the checker raised.
+    """
     (check,) = exercise.checks
     for answer in (*exercise.blank, *exercise.wrong):
         run_cell(answer, name, namespace)
@@ -128,7 +138,9 @@ def check_exercise(number: int, exercise: Exercise, name: str, namespace: dict[s
 
 
 def check_tutorial(path: Path) -> None:
-    """Everything above, in a new ``__main__`` module: what a cell defines can be pickled and inspected, as in a notebook."""
+    """Everything above, in a new ``__main__`` module: what a cell defines can be pickled and
+    inspected, as in a notebook.
+    """
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     cells = read_cells(path)

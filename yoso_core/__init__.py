@@ -1,4 +1,5 @@
-"""YOSO attention (Zeng et al., ICML 2021, arXiv 2111.09714): linear-cost self-attention by LSH Bernoulli sampling.
+"""YOSO attention (Zeng et al., ICML 2021, arXiv 2111.09714): linear-cost self-attention by LSH
+Bernoulli sampling.
 
 Arrays of NumPy or PyTorch go in, the same kind comes out::
 
@@ -7,10 +8,12 @@ Arrays of NumPy or PyTorch go in, the same kind comes out::
     x = np.random.default_rng(0).standard_normal((4096, 64), dtype=np.float32)
     out = yoso_core.yoso_attention(x, x, x, num_hash=32, hash_code_len=8, rng=0)
 
-`yoso_core.reference` says what is right, in NumPy that reads like the formulas. `variants` lists what else computes it here, and
-``variant=`` of every function pins one by name: it runs or raises with the reason. Without it the best that can run is chosen.
+`yoso_core.reference` says what is right, in NumPy that reads like the formulas. `variants` lists
+what else computes it here, and ``variant=`` of every function pins one by name: it runs or raises
+with the reason. Without it the best that can run is chosen.
 
-`YosoModel`, `YosoForMaskedLM` and the other heads are the whole model in PyTorch, at home in Hugging Face.
+`YosoModel`, `YosoForMaskedLM` and the other heads are the whole model in PyTorch, at home in
+Hugging Face.
 """
 
 from importlib import import_module

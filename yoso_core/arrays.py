@@ -1,6 +1,7 @@
-"""The caller's kind of array: recognised on the way in, handed back on the way out.
+"""The caller's kind of array: recognized on the way in, handed back on the way out.
 
-A framework is looked at only if the caller has already imported it, so `import yoso_core` loads NumPy alone.
+A framework is looked at only if the caller has already imported it, so `import yoso_core` loads
+NumPy alone.
 """
 
 import sys
@@ -46,7 +47,9 @@ class Caller:
         return int(sys.modules["torch"].get_num_threads()) if self.library == "torch" else None
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        """The caller's array as NumPy, sharing a CPU array's memory; torch's half types are widened to float32, since NumPy lacks one."""
+        """The caller's array as NumPy, sharing a CPU array's memory; torch's half types are widened
+        to float32, since NumPy lacks one.
+        """
         if self.library == "numpy":
             return np.asarray(x)
         if self.library == "cupy":
@@ -60,7 +63,9 @@ class Caller:
         return x.numpy() if self.device == "cpu" else x.cpu().numpy()
 
     def from_numpy(self, result: np.ndarray[Any, Any], like: Array | None = None) -> Array:
-        """A fresh NumPy result as the caller's kind of array on the caller's device, in the dtype of ``like`` if one is given."""
+        """A fresh NumPy result as the caller's kind of array on the caller's device, in the dtype
+        of ``like`` if one is given.
+        """
         if self.library == "numpy":
             return result if like is None else result.astype(like.dtype, copy=False)
         if self.library == "cupy":
@@ -78,12 +83,14 @@ def device_of(x: Array, library: str | None) -> str:
 
 
 def one_caller(required: Mapping[str, Array], **optional: Array | None) -> Caller:
-    """The single library and device that all arrays given share, each by the name of its argument; an optional one may be ``None``.
+    """The single library and device that all arrays given share, each by the name of its argument;
+    an optional one may be ``None``.
 
     Raises
     ------
     TypeError : an argument is no array, or two are of different libraries.
-    ValueError : two are on different devices, or one asks for gradients that a plain array function cannot give.
+    ValueError : two are on different devices, or one asks for gradients that a plain array function
+        cannot give.
     """
     first = first_library = first_device = ""
     for name, x in (*required.items(), *((name, x) for name, x in optional.items() if x is not None)):

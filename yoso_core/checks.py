@@ -48,7 +48,9 @@ def floating(name: str, x: Array, *, ndim: int = 2, same_as: tuple[str, Array] |
 
 
 def same_precision(name: str, x: Array, other_name: str, other: Array) -> None:
-    """float64 goes with float64 alone; the others may be mixed, since all of them are computed in float32."""
+    """float64 goes with float64 alone; the others may be mixed, since all of them are computed in
+    float32.
+    """
     if (dtype_name(x) == "float64") != (dtype_name(other) == "float64"):
         raise TypeError(f"{name}: {dtype_name(x)} does not go with {other_name} of {dtype_name(other)}; convert one of them")
 

@@ -39,7 +39,8 @@ def main() -> None:
 def _one_line_errors(context: typer.Context) -> Iterator[None]:
     """Wrong input ends in one line on stderr that names the option, and exit status 2.
 
-    The library's errors begin with the name of an argument; an option of that name is said as it is typed.
+    The library's errors begin with the name of an argument; an option of that name is said as it is
+    typed.
     """
     try:
         yield
@@ -229,9 +230,11 @@ def compare(
 ) -> None:
     """Run every variant of an operation on the same input: errors, repeatability, time.
 
-    = marks the definition; the limit is the error that rounding allows; the range of the times is in the unit of their median.
+    = marks the definition; the limit is the error that rounding allows; the range of the times is
+    in the unit of their median.
 
-    Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits that it promises to.
+    Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits
+    that it promises to.
     """
     from yoso_core import comparison, inputs
 
@@ -278,7 +281,9 @@ def kernel(
         ),
     ] = None,
 ) -> None:
-    """Print the source of a CUDA kernel with the note that explains it; without a name, list them."""
+    """Print the source of a CUDA kernel with the note that explains it; without a name, list
+    them.
+    """
     from yoso_core.gpu.catalog import catalog
     from yoso_core.registry import KERNELS
 
@@ -314,7 +319,8 @@ def demo(
     ] = True,
     json_output: Json = False,
 ) -> None:
-    """Self-attention over a real text: softmax, the exact expectation, and sampling, side by side; and a model that learns the text.
+    """Self-attention over a real text: softmax, the exact expectation, and sampling, side by side;
+    and a model that learns the text.
 
     Exit status 1 if a variant disagrees with the definition.
     """
@@ -410,7 +416,8 @@ def convert(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Make a folder for from_pretrained of a checkpoint in the layout of the authors' repository (mlpen/YOSO).
+    """Make a folder for from_pretrained of a checkpoint in the layout of the authors' repository
+    (mlpen/YOSO).
 
     A parameter that a YOSO model has no place for is an error that names it, unless --drop does.
     """

@@ -1,4 +1,6 @@
-"""Every variant of an operation on the same inputs: how far from the truth, whether repeatable, how fast."""
+"""Every variant of an operation on the same inputs: how far from the truth, whether repeatable, how
+fast.
+"""
 
 import hashlib
 import json
@@ -47,7 +49,9 @@ class Row:
     max_error: float | None = None
     """Largest absolute error, over all entries, outputs and runs."""
     rms_error: float | None = None
-    """Root mean square error over the root mean square of the truth, the worst over outputs and runs."""
+    """Root mean square error over the root mean square of the truth, the worst over outputs and
+    runs.
+    """
     tolerance_used: float | None = None
     """Largest error in units of what is allowed there."""
     codes_differing: int | None = None
@@ -148,7 +152,9 @@ def _measure(op: str, result: Arrays, true: Arrays, allowed: Arrays) -> dict[str
 
 @dataclass(frozen=True)
 class Comparison:
-    """The variants of one operation side by side: print it, or ask for `table`, `to_json` or `plot`."""
+    """The variants of one operation side by side: print it, or ask for `table`, `to_json` or
+    `plot`.
+    """
 
     op: str
     inputs: dict[str, str]
@@ -170,7 +176,9 @@ class Comparison:
         return "\n".join([self._title, *table, *self.notes])
 
     def table(self) -> "Table":
-        """As a table for `rich.print`, the definition marked ``=``. What a variant failed with is in `notes`."""
+        """As a table for `rich.print`, the definition marked ``=``. What a variant failed with is
+        in `notes`.
+        """
         from rich.table import Table
         from rich.text import Text
 
@@ -184,7 +192,9 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What each variant that failed or cannot run said; those that said the same share a line."""
+        """What each variant that failed or cannot run said; those that said the same share a
+        line.
+        """
         said: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             if text := row.reason or row.failure:
@@ -218,7 +228,9 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers. A number that is not finite is the string ``"inf"``, since JSON has no other."""
+        """Plain dicts, lists, strings and numbers. A number that is not finite is the string
+        ``"inf"``, since JSON has no other.
+        """
         rows = [{**asdict(row), "verdict": row.verdict} for row in self.rows]
         return {
             "op": self.op,
@@ -233,9 +245,11 @@ class Comparison:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Error and time of every variant that can run here, side by side; written to ``path`` if one is given.
+        """Error and time of every variant that can run here, side by side; written to ``path`` if
+        one is given.
 
-        Needs matplotlib; raises ``ImportError`` without it, and ``ValueError`` for a file name whose ending it does not know.
+        Needs matplotlib; raises ``ImportError`` without it, and ``ValueError`` for a file name
+        whose ending it does not know.
         """
         try:
             from yoso_core import draw
@@ -264,16 +278,18 @@ class Comparison:
 
 
 def _plot_errors(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> None:
-    """Dots on a log scale. Zero and infinity have no place on one: they stand at its edges, and say so."""
+    """Dots on a log scale. Zero and infinity have no place on one: they stand at its edges, and say
+    so.
+    """
     from yoso_core.draw import BLUE, ORANGE
 
     finite = [x for values in series.values() for x in values if x and np.isfinite(x)]
     left, right = (min(finite) / 10, max(finite) * 10) if finite else (1e-9, 1e-6)
     lifts = (-0.13, 0.13) if len(series) > 1 else (0.0,)
-    for (label, values), colour, marker, lift in zip(series.items(), (BLUE, ORANGE), "os", lifts, strict=False):
+    for (label, values), color, marker, lift in zip(series.items(), (BLUE, ORANGE), "os", lifts, strict=False):
         shown = [(y + lift, value) for y, value in enumerate(values) if value is not None]
         edged = [left if value == 0 else min(value, right) for _, value in shown]
-        axes.plot(edged, [y for y, _ in shown], marker, color=colour, markersize=8, label=label, clip_on=False, zorder=3)
+        axes.plot(edged, [y for y, _ in shown], marker, color=color, markersize=8, label=label, clip_on=False, zorder=3)
         for y, value in shown:
             if value == 0:
                 axes.annotate("exact", (left, y), (8, 0), textcoords="offset points", ha="left", va="center", fontsize=8)
@@ -326,24 +342,29 @@ def compare(
     progress: bool = False,
     **kwargs: Any,
 ) -> Comparison:
-    """Run every variant of an operation on the same inputs: errors against the definition, bits, times.
+    """Run every variant of an operation on the same inputs: errors against the definition, bits,
+    times.
 
     >>> print(yoso_core.compare("fast_hash"))  # doctest: +SKIP
 
     Parameters
     ----------
     op : the function, or its name.
-    args, kwargs : the inputs, as for the function; without any, those of `example_inputs`. Where a sampled attention is given neither signs
-        nor planes, signs are drawn once, and every variant gets them.
+    args, kwargs : the inputs, as for the function; without any, those of `example_inputs`. Where a
+        sampled attention is given neither signs nor planes, signs are drawn once, and every variant
+        gets them.
     repeats : timed runs of each, in turns, after one that is not timed (the first may compile).
     names : only these variants.
-    emulate : the CUDA kernels too, run on the CPU: ``emulated:...`` and ``stepped:...``. They are slow, and their times are not a GPU's.
+    emulate : the CUDA kernels too, run on the CPU: ``emulated:...`` and ``stepped:...``. They are
+        slow, and their times are not a GPU's.
     progress : a bar on stderr, if it takes longer than a second or two.
 
     Returns
     -------
-    A `Comparison`: a row for every variant, those that fail or cannot run among them. The errors are against `truth`; a variant agrees
-    where they are within `tolerance` in every run. Variants on another device than the inputs get copies, made before the clock starts.
+    A `Comparison`: a row for every variant, those that fail or cannot run among them. The errors
+    are against `truth`; a variant agrees
+    where they are within `tolerance` in every run. Variants on another device than the inputs get
+    copies, made before the clock starts.
 
     Raises
     ------
@@ -398,7 +419,9 @@ def _progress(total: int, label: str, wanted: bool) -> Iterator[Callable[[], obj
 
 
 def _on_device(arguments: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The arguments where a place can have them: torch tensors and CuPy arrays are copied to its device if they are on another."""
+    """The arguments where a place can have them: torch tensors and CuPy arrays are copied to its
+    device if they are on another.
+    """
 
     def moved(x: Any) -> Any:
         library = library_of(x)

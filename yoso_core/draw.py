@@ -1,7 +1,8 @@
-"""Pictures with one look: Okabe and Ito's colours on white, readable in black-and-white print.
+"""Pictures with one look: Okabe and Ito's colors on white, readable in black-and-white print.
 
-Nothing here touches `matplotlib.pyplot`: a `Picture` shows itself wherever a notebook displays it, always in the same bytes.
-The helpers draw into matplotlib axes, so that a caller can add what is special to it.
+Nothing here touches `matplotlib.pyplot`: a `Picture` shows itself wherever a notebook displays it,
+always in the same bytes. The helpers draw into matplotlib axes, so that a caller can add what is
+special to it.
 """
 
 import io
@@ -26,10 +27,10 @@ from PIL import Image
 from yoso_core.arrays import Array
 from yoso_core.reference.hashing import pack_bits
 
-# Okabe and Ito's palette, told apart by every kind of colour vision.
+# Okabe and Ito's palette, told apart by every kind of color vision.
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
-SKY, PURPLE, YELLOW, GREY = "#56b4e9", "#cc79a7", "#f0e442", "#b3b3b3"
-PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, GREY)
+SKY, PURPLE, YELLOW, GRAY = "#56b4e9", "#cc79a7", "#f0e442", "#b3b3b3"
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, GRAY)
 INK, FAINT = "#333333", "#dddddd"
 MARKERS = "oDs^vPX*"
 DASHES = (0, (4, 3))
@@ -57,7 +58,8 @@ STYLE: dict[Any, Any] = {
 }
 
 WEIGHTS: Colormap = LinearSegmentedColormap.from_list("weights", ["#ffffff", SKY, BLUE, "#08243a"])
-"""From nothing to much; its lightness falls all the way, so it survives a black-and-white printer."""
+"""From nothing to much; its lightness falls all the way, so it survives a black-and-white printer.
+"""
 
 SIGNED: Colormap = LinearSegmentedColormap.from_list("signed", [VERMILION, "#ffffff", BLUE])
 """Negative, zero, positive. Print cannot tell the ends apart: write the numbers too."""
@@ -72,13 +74,15 @@ def use_look() -> None:
 
 
 class Picture(Figure):
-    """A figure that a notebook displays by itself: a PNG of at most 256 colours, small, and the same bytes on every run."""
+    """A figure that a notebook displays by itself: a PNG of at most 256 colors, small, and the same
+    bytes on every run.
+    """
 
     def pixels(self) -> Array:
         """The drawn figure, uint8 ``(height, width, 4)``."""
         canvas = FigureCanvasAgg(self)
         self.set_dpi(DOTS_PER_INCH)
-        for _ in range(2):  # beside a colour bar the layout settles in the second pass, and drawing makes but one
+        for _ in range(2):  # beside a color bar the layout settles in the second pass, and drawing makes but one
             self.draw_without_rendering()
         canvas.draw()
         return np.array(canvas.buffer_rgba())
@@ -91,10 +95,11 @@ class Picture(Figure):
 
 
 def picture(columns: int = 1, rows: int = 1, *, width: float | None = None, height: float = 3.2, **subplots: Any) -> tuple[Picture, Any]:
-    """``(figure, axes)`` as `matplotlib.pyplot.subplots` gives them: ``axes`` is one, or an array of them.
+    """``(figure, axes)`` as `matplotlib.pyplot.subplots` gives them: ``axes`` is one, or an array
+    of them.
 
-    ``width`` and ``height`` in inches, of the whole figure. Without a width: 4 for a column, at least 5 and at most 9. ``subplots`` go to
-    `Figure.subplots` (``width_ratios``, ``sharey``, ...).
+    ``width`` and ``height`` in inches, of the whole figure. Without a width: 4 for a column, at
+    least 5 and at most 9. ``subplots`` go to `Figure.subplots` (``width_ratios``, ``sharey``, ...).
     """
     figure = Picture(
         figsize=(min(9.0, max(5.0, 4.0 * columns)) if width is None else width, height),
@@ -104,7 +109,9 @@ def picture(columns: int = 1, rows: int = 1, *, width: float | None = None, heig
 
 
 def clipped(figure: Picture) -> list[str]:
-    """What is wrong with a figure's texts: beyond its edge, too small, tick labels over each other. Empty if it is fit to show."""
+    """What is wrong with a figure's texts: beyond its edge, too small, tick labels over each other.
+    Empty if it is fit to show.
+    """
     pixels = figure.pixels()
     height, width = pixels.shape[:2]
     wrong = []
@@ -150,9 +157,10 @@ def error_curve(
     label: str = "measured",
     number: int = 0,
 ) -> float:
-    """Dots on log-log axes, beside a dashed line of the slope that theory expects, through their middle. Returns the measured slope.
+    """Dots on log-log axes, beside a dashed line of the slope that theory expects, through their
+    middle. Returns the measured slope.
 
-    ``number`` picks colour and marker, for several curves in one figure.
+    ``number`` picks color and marker, for several curves in one figure.
     """
     x, error = np.asarray(x, float), np.asarray(error, float)
     measured = float(np.polyfit(np.log(x), np.log(error), 1)[0])
@@ -183,9 +191,11 @@ def heat_map(
     limits: tuple[float, float] | None = None,
     signed: bool = False,
 ) -> Any:
-    """A matrix as squares, row 0 on top. ``numbers`` is a format such as ``".2f"`` to write each value in its square.
+    """A matrix as squares, row 0 on top. ``numbers`` is a format such as ``".2f"`` to write each
+    value in its square.
 
-    ``limits`` of the colours: by default 0 (or minus the largest, if ``signed``) to the largest. Returns the image, for a colour bar.
+    ``limits`` of the colors: by default 0 (or minus the largest, if ``signed``) to the largest.
+    Returns the image, for a color bar.
     """
     largest = float(np.max(np.abs(matrix), initial=0)) or 1.0
     low, high = limits or (-largest if signed else 0.0, largest)
@@ -219,7 +229,7 @@ def matrices(
     signed: bool = False,
     height: float = 3.4,
 ) -> Picture:
-    """Matrices of one shape side by side under their titles, in one scale of colours."""
+    """Matrices of one shape side by side under their titles, in one scale of colors."""
     figure, grid = picture(len(shown), height=height, squeeze=False, sharey=True)
     largest = max(float(np.max(np.abs(matrix), initial=0)) for matrix in shown.values()) or 1.0
     scale = limits or (-largest if signed else 0.0, largest)
@@ -233,12 +243,16 @@ def matrices(
 
 
 def bits_text(code: int, hash_code_len: int) -> str:
-    """A code as its bits, the last bit first, as numbers are written: 6 with 3 bits is ``"110"``."""
+    """A code as its bits, the last bit first, as numbers are written: 6 with 3 bits is
+    ``"110"``.
+    """
     return format(int(code), f"0{hash_code_len}b")
 
 
-def bucket_colour(code: int) -> str:
-    """The colour of a bucket: that of the code below 8; above, buckets that differ in one bit still differ in colour."""
+def bucket_color(code: int) -> str:
+    """The color of a bucket: that of the code below 8; above, buckets that differ in one bit still
+    differ in color.
+    """
     folded, rest = 0, int(code)
     while rest:
         folded, rest = folded ^ rest % 8, rest // 8
@@ -246,7 +260,8 @@ def bucket_colour(code: int) -> str:
 
 
 def bucket_circle(axes: Axes, planes: Array, *, points: Array | None = None, names: Sequence[str] | None = None) -> None:
-    """The unit circle cut into buckets by planes ``(2, tau)`` (normals in columns), each labelled with its code, bits written.
+    """The unit circle cut into buckets by planes ``(2, tau)`` (normals in columns), each labeled
+    with its code, bits written.
 
     ``points (n, 2)`` are drawn as dots on the circle, named by ``names``.
     """
@@ -256,7 +271,7 @@ def bucket_circle(axes: Axes, planes: Array, *, points: Array | None = None, nam
     for start, end in zip(edges, [*edges[1:], edges[0] + 2 * np.pi], strict=True):
         middle = (start + end) / 2
         code = int(pack_bits(np.array([np.cos(middle), np.sin(middle)]) @ planes > 0))
-        sector = Wedge((0, 0), 1, np.degrees(start), np.degrees(end), facecolor=bucket_colour(code), alpha=0.35, edgecolor="none")
+        sector = Wedge((0, 0), 1, np.degrees(start), np.degrees(end), facecolor=bucket_color(code), alpha=0.35, edgecolor="none")
         axes.add_patch(sector)
         axes.text(1.22 * np.cos(middle), 1.22 * np.sin(middle), bits_text(code, tau), ha="center", va="center", fontsize=9)
     for b, angle in enumerate(normal):
@@ -276,7 +291,8 @@ def bucket_circle(axes: Axes, planes: Array, *, points: Array | None = None, nam
 
 
 def bucket_sphere(axes: Axes, planes: Array, *, points: Array | None = None, pixels: int = 240) -> None:
-    """The front half of the unit sphere, coloured by bucket: planes ``(3, tau)``; seen along the second axis.
+    """The front half of the unit sphere, colored by bucket: planes ``(3, tau)``; seen along the
+    second axis.
 
     ``points (n, 3)`` on the front are dots.
     """
@@ -285,8 +301,8 @@ def bucket_sphere(axes: Axes, planes: Array, *, points: Array | None = None, pix
     inside = x**2 + z**2 <= 1
     y = np.sqrt(np.where(inside, 1 - x**2 - z**2, 0))
     code = pack_bits(np.stack([x, y, z], -1) @ planes > 0)
-    colours = np.array([to_rgb(bucket_colour(c)) for c in range(1 << tau)])
-    front_half = np.dstack([colours[code], 0.4 * inside])
+    colors = np.array([to_rgb(bucket_color(c)) for c in range(1 << tau)])
+    front_half = np.dstack([colors[code], 0.4 * inside])
     axes.imshow(front_half, extent=(-1.02, 1.02, -1.02, 1.02), interpolation="nearest")
     for b in range(tau):
         side = np.where(inside, np.stack([x, y, z], -1) @ planes[:, b], np.nan)
@@ -306,9 +322,11 @@ def bucket_sphere(axes: Axes, planes: Array, *, points: Array | None = None, pix
 
 
 def butterflies(axes: Axes, stages: Sequence[Array], *, strides: Sequence[int]) -> None:
-    """The wires of a fast Hadamard transform, left to right: ``stages[s] (D,)`` are the numbers before step ``s``, the last the result.
+    """The wires of a fast Hadamard transform, left to right: ``stages[s] (D,)`` are the numbers
+    before step ``s``, the last the result.
 
-    Step ``s`` pairs entries ``strides[s]`` apart: the upper gets the sum, the lower upper minus lower. A dashed wire is subtracted.
+    Step ``s`` pairs entries ``strides[s]`` apart: the upper gets the sum, the lower upper minus
+    lower. A dashed wire is subtracted.
     """
     dim = len(stages[0])
     for step, stride in enumerate(strides):
@@ -340,10 +358,11 @@ def scatter_gather(
     table: Sequence[str],
     queries: Sequence[str],
 ) -> None:
-    """One hash at work: keys on the left are added to their buckets in the middle, queries on the right read theirs.
+    """One hash at work: keys on the left are added to their buckets in the middle, queries on the
+    right read theirs.
 
-    ``key_code (n_k,)`` and ``query_code (n_q,)``; the texts stand in the boxes, those of ``table`` one to a bucket. An arrow has its
-    bucket's colour.
+    ``key_code (n_k,)`` and ``query_code (n_q,)``; the texts stand in the boxes, those of ``table``
+    one to a bucket. An arrow has its bucket's color.
     """
     buckets = np.arange(hashtable_capacity)
     tall = max(len(key_code), len(query_code), hashtable_capacity)
@@ -354,7 +373,7 @@ def scatter_gather(
         (5.0, 1.0, right, queries, query_code),
     ):
         for y, text, code in zip(heights, texts, codes, strict=True):
-            axes.add_patch(Rectangle((x, y + 0.08), width, 0.84, facecolor=bucket_colour(code), alpha=0.35, edgecolor=INK, linewidth=0.7))
+            axes.add_patch(Rectangle((x, y + 0.08), width, 0.84, facecolor=bucket_color(code), alpha=0.35, edgecolor=INK, linewidth=0.7))
             axes.text(x + width / 2 + (0.15 if codes is buckets else 0), y + 0.5, text, ha="center", va="center", fontsize=9)
     tau = (hashtable_capacity - 1).bit_length()
     for code, y in enumerate(middle):
@@ -363,7 +382,7 @@ def scatter_gather(
         for y, code in zip(heights, codes, strict=True):
             bucket = (2.18 if writes else 3.82, middle[int(code)] + 0.5)
             start, end = ((x, y + 0.5), bucket) if writes else (bucket, (x, y + 0.5))
-            arrow = {"arrowstyle": "->", "color": bucket_colour(code), "linewidth": 1.5, "shrinkA": 0, "shrinkB": 0}
+            arrow = {"arrowstyle": "->", "color": bucket_color(code), "linewidth": 1.5, "shrinkA": 0, "shrinkB": 0}
             axes.annotate("", end, start, arrowprops=arrow)
     for x, text in ((0.5, "keys: scatter"), (3.0, "table"), (5.5, "queries: gather")):
         axes.text(x, -0.35, text, ha="center", va="center", fontweight="bold")
@@ -378,23 +397,25 @@ Touch = tuple[int, int, Literal["read", "write"]]
 def traffic(
     axes: Axes, touches: Iterable[Touch], *, threads: int, addresses: int, block: int | None = None, line: int | None = None
 ) -> None:
-    """Which thread touches which address: a row to a thread, a column to an address; circles read, squares write.
+    """Which thread touches which address: a row to a thread, a column to an address; circles read,
+    squares write.
 
-    ``block`` rules off every so many threads, ``line`` every so many addresses (a block of threads, a line of memory). A square in a
-    column that another thread writes too is a race, or the work of an atomic: it gets a dark edge.
+    ``block`` rules off every so many threads, ``line`` every so many addresses (a block of threads,
+    a line of memory). A square in a column that another thread writes too is a race, or the work of
+    an atomic: it gets a dark edge.
     """
     marks = list(dict.fromkeys(touches))
     writers: dict[int, set[int]] = {}
     for thread, address, kind in marks:
         if kind == "write":
             writers.setdefault(address, set()).add(thread)
-    for kind, marker, colour, size in (("write", "s", ORANGE, 7.5), ("read", "o", BLUE, 4.5)):
+    for kind, marker, color, size in (("write", "s", ORANGE, 7.5), ("read", "o", BLUE, 4.5)):
         for shared in (False, True):
             places = [(a, t) for t, a, k in marks if k == kind and (k == "write" and len(writers[a]) > 1) == shared]
             if places:
                 label = f"{kind}, by several threads" if shared else kind
                 edge = {"markeredgecolor": INK, "markeredgewidth": 1.8} if shared else {"markeredgecolor": "none"}
-                axes.plot(*zip(*places, strict=True), marker, color=colour, markersize=size, label=label, **edge)
+                axes.plot(*zip(*places, strict=True), marker, color=color, markersize=size, label=label, **edge)
     axes.set(xlim=(-0.7, addresses - 0.3), ylim=(threads - 0.3, -0.7), xlabel="address", ylabel="thread")
     for set_ticks, count in ((axes.set_xticks, addresses), (axes.set_yticks, threads)):
         set_ticks(range(0, count, 1 if count <= 16 else 4 if count <= 48 else 16))

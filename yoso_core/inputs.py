@@ -1,4 +1,6 @@
-"""Inputs for any operation, made from a seed: what `compare`, the tests and a curious reader start from."""
+"""Inputs for any operation, made from a seed: what `compare`, the tests and a curious reader start
+from.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,22 +30,26 @@ def example_inputs(
     seed: int = 0,
     library: Literal["numpy", "torch"] = "numpy",
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` for an operation, so that ``getattr(yoso_core, op)(*args, **kwargs)`` runs. The same seed gives the same inputs.
+    """``(args, kwargs)`` for an operation, so that ``getattr(yoso_core, op)(*args, **kwargs)``
+    runs. The same seed gives the same inputs.
 
-    Query ``i`` is key ``i`` (modulo ``n_key``) plus noise, at an angle of about 27 degrees, so that buckets meet.
+    Query ``i`` is key ``i`` (modulo ``n_key``) plus noise, at an angle of about 27 degrees, so that
+    buckets meet.
 
     Parameters
     ----------
     batch, heads : the leading dims.
     n, n_key : number of queries, and of keys (``None``: as many).
     dim, value_dim : ``d``, and ``d_v`` (``None``: the same).
-    dtype : ``"float16"``, ``"float32"``, ``"float64"``; with ``library="torch"`` also ``"bfloat16"``.
+    dtype : ``"float16"``, ``"float32"``, ``"float64"``; with ``library="torch"`` also
+        ``"bfloat16"``.
     num_hash, hash_code_len : ``m`` and ``tau``.
     masked : add masks that keep about three of four queries and keys, shared over the heads.
 
     Raises
     ------
-    ValueError : a size is out of range, the dtype is none of these, or the operation takes no masks.
+    ValueError : a size is out of range, the dtype is none of these, or the operation takes no
+        masks.
     """
     name = op_name(op)
     n_key, value_dim = n if n_key is None else n_key, dim if value_dim is None else value_dim

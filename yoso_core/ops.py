@@ -1,4 +1,5 @@
-"""The functions people call: each checks its arguments, picks a variant, and hands back the caller's kind of array.
+"""The functions people call: each checks its arguments, picks a variant, and hands back the
+caller's kind of array.
 
 The mathematics stands in `yoso_core.reference`, whose docstrings give the equations.
 """
@@ -36,12 +37,14 @@ def sample_signs(
     ----------
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
     dim : the vectors' dimension ``d``; ``D`` is the next power of two.
-    batch_shape : leading dims, broadcast against those of the vectors: ``()`` serves a whole batch with one draw.
+    batch_shape : leading dims, broadcast against those of the vectors: ``()`` serves a whole batch
+        with one draw.
     rng : `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy.
 
     Returns
     -------
-    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is applied first.
+    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is applied
+    first.
 
     >>> sample_signs(32, 8, 64, rng=0).shape
     (3, 4, 64)
@@ -53,10 +56,12 @@ def sample_signs(
 def sample_planes(
     num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard normal entries.
+    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard
+    normal entries.
 
-    Parameters are those of `sample_signs`. Returns float32 ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h``
-    is column ``h * hash_code_len + b``.
+    Parameters are those of `sample_signs`. Returns float32
+    ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h`` is column
+    ``h * hash_code_len + b``.
     """
     m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
     return _draw_planes(m, tau, d, batch_shape=shape, rng=_generator(rng))
@@ -71,14 +76,15 @@ def _generator(rng: object) -> np.random.Generator:
 
 
 def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
-    """Unnormalised fast Walsh-Hadamard transform over the last axis, in Sylvester order.
+    """Unnormalized fast Walsh-Hadamard transform over the last axis, in Sylvester order.
 
-    ``y_k = sum_j (-1)^{popcount(j & k)} x_j``, in ``D log2 D`` additions. The butterflies run from the largest stride to the smallest,
-    so every variant returns the same bits.
+    ``y_k = sum_j (-1)^{popcount(j & k)} x_j``, in ``D log2 D`` additions. The butterflies run from
+    the largest stride to the smallest, so every variant returns the same bits.
 
     Parameters
     ----------
-    x : float ``(..., D)``, ``D`` a power of two. float16 and bfloat16 are added up in float32 and rounded once.
+    x : float ``(..., D)``, ``D`` a power of two. float16 and bfloat16 are added up in float32 and
+        rounded once.
 
     Returns
     -------
@@ -96,20 +102,26 @@ def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
 
 
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
-    """Bucket numbers by the fast random rotation: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code.
+    """Bucket numbers by the fast random rotation: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a
+    code.
 
-    With ``per = D // tau``, bit ``b`` of code ``h`` is ``projection[h // per][(h % per) * tau + b] > 0``, worth ``2**b``; for ``tau > D``
-    the projections of all parts form one stream, cut every ``tau`` bits. Codes are the same bits in every variant.
+    With ``per = D // tau``, bit ``b`` of code ``h`` is
+    ``projection[h // per][(h % per) * tau + b] > 0``, worth ``2**b``; for ``tau > D`` the
+    projections of all parts form one stream, cut every ``tau`` bits. Codes are the same bits in
+    every variant.
 
     Parameters
     ----------
-    vectors : float ``(..., n, d)``. Hashed in float32 (float64 if given in it); their positive scale does not matter.
-    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the leading dims of ``vectors``.
+    vectors : float ``(..., n, d)``. Hashed in float32 (float64 if given in it); their positive
+        scale does not matter.
+    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the
+        leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
 
     Returns
     -------
-    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0; so has, by and large, one that is not
+    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0; so
+    has, by and large, one that is not
     finite, and it is for the caller to know.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2.
@@ -131,16 +143,18 @@ def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_co
 
 
 def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
-    """Bucket numbers by Gaussian hyperplanes: bit ``b`` of code ``h`` is ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
+    """Bucket numbers by Gaussian hyperplanes: bit ``b`` of code ``h`` is
+    ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
 
-    Codes of two vectors at angle ``theta`` collide with probability ``(1 - theta / pi)**tau``, exactly, for any dimension; the cost is
-    ``n d m tau``. Codes are the same within one variant only, since a dot product has no one order.
+    Codes of two vectors at angle ``theta`` collide with probability ``(1 - theta / pi)**tau``,
+    exactly, for any dimension; the cost is ``n d m tau``. Codes are the same within one variant
+    only, since a dot product has no one order.
 
     Parameters
     ----------
     vectors : float ``(..., n, d)``.
-    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`; ``batch`` broadcasts against the leading
-        dims of ``vectors``.
+    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`;
+        ``batch`` broadcasts against the leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
 
     Returns
@@ -189,21 +203,27 @@ def lsh_cumulation(
     validate: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """Every query adds up the values of the keys in its buckets: ``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j``.
+    """Every query adds up the values of the keys in its buckets:
+    ``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j``.
 
     Parameters
     ----------
-    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in ``[0, hashtable_capacity)``.
-    value : float ``(..., n_k, d_v)``; float16 and bfloat16 are added up in float32 and rounded once.
-    hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the buckets that are occupied.
-    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
-        skipped, so they may hold NaN; masked queries get zeros.
-    validate : check that the codes are in range (one pass over them, and on a GPU a wait for it); pass ``False`` for codes known to be
-        right. What a code out of range meets is then not promised, only that nothing crashes.
+    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in
+        ``[0, hashtable_capacity)``.
+    value : float ``(..., n_k, d_v)``; float16 and bfloat16 are added up in float32 and rounded
+        once.
+    hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the
+        buckets that are occupied.
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
+        nonzero = keep. Masked entries are skipped, so they may hold NaN; masked queries get zeros.
+    validate : check that the codes are in range (one pass over them, and on a GPU a wait for it);
+        pass ``False`` for codes known to be right. What a code out of range meets is then not
+        promised, only that nothing crashes.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is NaN.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is
+    NaN.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), algorithm 1.
 
@@ -252,12 +272,14 @@ def lsh_weighted_cumulation(
 
     Parameters
     ----------
-    query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of ``value``.
+    query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of
+        ``value``.
     The others are those of `lsh_cumulation`.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in its row.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in
+    its row.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
     """
@@ -312,20 +334,24 @@ def expectation_attention(
     key_mask: Array | None = None,
     variant: str | None = None,
 ) -> Array:
-    """YOSO-E, what sampling estimates: ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``.
+    """YOSO-E, what sampling estimates: ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for
+    unit ``q`` and ``k``.
 
     Parameters
     ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalised here, in float32 at least, whatever their scale. A zero vector
-        has cosine 0 with all.
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalized here, in float32 at
+        least, whatever their scale. A zero vector has cosine 0 with all.
     value : float ``(..., n_k, d_v)``.
     hash_code_len : ``tau`` (1 to 30).
-    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep.
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
+        nonzero = keep.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalised. Time ``n_q n_k (d + d_v)``, memory linear. A query that is not
-    finite gives NaN in its row, a kept key or value that is not finite gives NaN in every row of its head.
+    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. Time ``n_q n_k (d + d_v)``,
+    memory linear. A query that is not
+    finite gives NaN in its row, a kept key or value that is not finite gives NaN in every row of
+    its head.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
     """
@@ -348,15 +374,19 @@ def expectation_attention_backward(
     key_mask: Array | None = None,
     variant: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))`` by query, key and value.
+    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))`` by query, key
+    and value.
 
-    For unit vectors ``dq_i = sum_j E_ij w_ij (g_i . v_j) k_j``, ``dk_j = sum_i E_ij w_ij (g_i . v_j) q_i``, ``dv_j = sum_i E_ij g_i``; the
-    chain through the normalisation of query and key follows. ``grad="lower_bound"``: ``w = tau / 2``, the paper's, which is *not* the
-    derivative. ``grad="exact"``: ``w = tau / ((pi - theta) sin theta)``, both factors held at 1e-3 at least.
+    For unit vectors ``dq_i = sum_j E_ij w_ij (g_i . v_j) k_j``,
+    ``dk_j = sum_i E_ij w_ij (g_i . v_j) q_i``, ``dv_j = sum_i E_ij g_i``; the chain through the
+    normalization of query and key follows. ``grad="lower_bound"``: ``w = tau / 2``, the paper's,
+    which is *not* the derivative. ``grad="exact"``: ``w = tau / ((pi - theta) sin theta)``, both
+    factors held at 1e-3 at least.
 
     Parameters
     ----------
-    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``. The others are those of `expectation_attention`.
+    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``. The others are those of
+        `expectation_attention`.
 
     Returns
     -------
@@ -396,14 +426,17 @@ def lsh_attention_backward(
     validate: bool = True,
     variant: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of sampled attention for the codes of its forward pass: as `expectation_attention_backward`, with the share of hashes in
-    which query and key collide, ``C_ij``, in place of the expectation ``E_ij``.
+    """Gradients of sampled attention for the codes of its forward pass: as
+    `expectation_attention_backward`, with the share of hashes in which query and key collide,
+    ``C_ij``, in place of the expectation ``E_ij``.
 
-    With ``grad="lower_bound"`` the cost can be linear in ``n``; with ``grad="exact"`` it never is, since the factor depends on the pair.
+    With ``grad="lower_bound"`` the cost can be linear in ``n``; with ``grad="exact"`` it never is,
+    since the factor depends on the pair.
 
     Parameters
     ----------
-    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, in ``[0, 2**hash_code_len)``.
+    query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, in
+        ``[0, 2**hash_code_len)``.
     The others are those of `expectation_attention_backward` and `lsh_cumulation`.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
@@ -454,32 +487,38 @@ def yoso_attention(
     normalize_output: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``; differentiable on torch tensors.
+    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``; differentiable on
+    torch tensors.
 
-    ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into one bucket, which costs time linear in
-    ``n``; or, with ``use_expectation``, its expected value ``(1 - arccos(q_i . k_j) / pi)**tau``.
+    ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into
+    one bucket, which costs time linear in ``n``; or, with ``use_expectation``, its expected value
+    ``(1 - arccos(q_i . k_j) / pi)**tau``.
 
     Parameters
     ----------
     query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; only their directions matter.
     value : float ``(..., n_k, d_v)``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`, dense and exactly unbiased. The
-        expectation needs neither, and does not look at them.
-    rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh entropy), one draw for each index of the last
-        leading dim (the heads) and shared over the dims before it, so that a result does not depend on its neighbours in a batch.
-    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1, nonzero = keep. Masked entries are
-        skipped; masked queries get zeros.
-    normalize_output : scale every row to unit length, in float32 at least; a row shorter than 1e-12, such as that of a query
-        that met no key, becomes zeros.
+    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`,
+        dense and exactly unbiased. The expectation needs neither, and does not look at them.
+    rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh
+        entropy), one draw for each index of the last leading dim (the heads) and shared over the
+        dims before it, so that a result does not depend on its neighbors in a batch.
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
+        nonzero = keep. Masked entries are skipped; masked queries get zeros.
+    normalize_output : scale every row to unit length, in float32 at least; a row shorter than
+        1e-12, such as that of a query that met no key, becomes zeros.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row, a kept key that is not finite
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row,
+    a kept key that is not finite
     gives NaN in every row of its head, a kept value that is not finite in every row that meets it.
 
-    Torch tensors that require gradients, while gradients are enabled, go to `yoso_core.model.yoso_attention`, which draws from torch's own
-    generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which gradient it is.
+    Torch tensors that require gradients, while gradients are enabled, go to
+    `yoso_core.model.yoso_attention`, which draws from torch's own
+    generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which gradient
+    it is.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714).
     """

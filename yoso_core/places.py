@@ -30,10 +30,14 @@ class Place:
     run: Callable[[Callable[..., Any], Caller, Sequence[Any], Mapping[str, Any]], Any]
     """Call a kernel with the caller's arrays; its result as the kernel gave it."""
     back: Callable[[Caller, Any, Array | None], Array]
-    """One result as the caller's kind of array; the last argument is the one whose dtype it has, if any."""
+    """One result as the caller's kind of array; the last argument is the one whose dtype it has, if
+    any.
+    """
 
     def takes(self, caller: Caller) -> bool:
-        """Whether a caller who names a variant here may hand in these arrays. NumPy arrays are copied to the GPU and back, openly."""
+        """Whether a caller who names a variant here may hand in these arrays. NumPy arrays are
+        copied to the GPU and back, openly.
+        """
         return self.device == caller.kind or (self.device == "cuda" and caller.library == "numpy")
 
 
@@ -66,7 +70,8 @@ def _back_from_numpy(caller: Caller, result: Any, like: Array | None) -> Array:
     return caller.from_numpy(result, like)
 
 
-# GPU kernels, on a GPU and without one. A bfloat16 travels as its bits, since neither NumPy nor CuPy has the type.
+# GPU kernels, on a GPU and without one. A bfloat16 travels as its bits, since neither NumPy nor
+# CuPy has the type.
 
 
 def _bits_numpy(caller: Caller) -> Callable[[Array], np.ndarray[Any, Any]]:
@@ -146,7 +151,9 @@ class _TorchStream:
 
 
 def _torch_memory(index: int) -> Callable[[int], Any]:
-    """CuPy's memory out of torch's allocator: in the order of torch's stream, and safe in a CUDA graph that torch captures."""
+    """CuPy's memory out of torch's allocator: in the order of torch's stream, and safe in a CUDA
+    graph that torch captures.
+    """
     import cupy
 
     torch = sys.modules["torch"]
@@ -160,7 +167,9 @@ def _torch_memory(index: int) -> Callable[[int], Any]:
 
 @contextmanager
 def _callers_stream(caller: Caller) -> Iterator[tuple[int, int]]:
-    """The caller's device, current stream and allocator, made CuPy's own for the body: ``(device, stream pointer)``."""
+    """The caller's device, current stream and allocator, made CuPy's own for the body:
+    ``(device, stream pointer)``.
+    """
     import cupy
 
     index = int(caller.device.partition(":")[2]) if caller.kind == "cuda" else cupy.cuda.Device().id
@@ -272,7 +281,9 @@ def wait(caller: Caller, where: str) -> None:
 
 
 def gpu_report() -> dict[str, str]:
-    """What a GPU needs, and what of it was found: GPUs, driver, CUDA, and the packages, each with its version or with what is wrong."""
+    """What a GPU needs, and what of it was found: GPUs, driver, CUDA, and the packages, each with
+    its version or with what is wrong.
+    """
     found = {"GPU": missing("cupy") or ""}
     if importlib.util.find_spec("cupy") is not None:
         try:

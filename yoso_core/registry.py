@@ -1,6 +1,7 @@
 """Every implementation of every operation, what it needs, and whether it can run here.
 
-One table. The face picks from it, `compare` walks it, and one parametrised test checks every row against the reference.
+One table. The face picks from it, `compare` walks it, and one parametrised test checks every row
+against the reference.
 """
 
 import importlib
@@ -20,7 +21,9 @@ log = logging.getLogger("yoso_core")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row: an implementation, named by where it runs and what it does, and found only when it is first called."""
+    """One row: an implementation, named by where it runs and what it does, and found only when it
+    is first called.
+    """
 
     op: str
     name: str
@@ -32,7 +35,9 @@ class Kernel:
     kernels: tuple[str, ...] = ()
     """The CUDA kernels that it launches, by name."""
     definition: bool = False
-    """The one that says what is right; `compare` and the tests measure the others against it, in float64."""
+    """The one that says what is right; `compare` and the tests measure the others against it, in
+    float64.
+    """
 
     @property
     def where(self) -> str:
@@ -47,7 +52,9 @@ class Kernel:
         return PLACES[self.where]
 
     def run(self, caller: Caller, likes: Sequence[Array | None], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Call it with the caller's arrays. One result for each of ``likes``, in its dtype, as the caller's kind of array."""
+        """Call it with the caller's arrays. One result for each of ``likes``, in its dtype, as the
+        caller's kind of array.
+        """
         found = self.place.run(self.load(), caller, args, options)
         if len(likes) == 1:
             return self.place.back(caller, found, likes[0])
@@ -71,7 +78,8 @@ def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str
 _AROUND = "warp_per_vector thread_per_code normalize_rows expectation spoil_heads finish_attention"
 """Kernels of every attention: both hashes, the expectation, and what comes before and after."""
 
-# In order of preference on each device: the first that can run on the caller's device, and has room, is the automatic choice.
+# In order of preference on each device: the first that can run on the caller's device, and has
+# room, is the automatic choice.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("hadamard_transform", "cpu:tiles", "yoso_core.cpu:hadamard_transform", "16 vectors to a tile, radix-8 butterflies"),
     Kernel("hadamard_transform", "numpy:butterflies", "yoso_core.reference:hadamard_transform", "one stage at a time", definition=True),
@@ -210,18 +218,18 @@ KERNELS: tuple[Kernel, ...] = (
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
         "note_spoiled_heads pull_rows through_normalization",
     ),
-    Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalise tile by tile, codes never stored"),
-    Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalise", definition=True),
+    Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize tile by tile, codes never stored"),
+    Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize", definition=True),
     *_cuda(
         "yoso_attention",
         "shared_table",
-        "warp_per_vector, shared_table, normalise",
+        "warp_per_vector, shared_table, normalize",
         f"{_AROUND} shared_table",
     ),
     *_cuda(
         "yoso_attention",
         "sorted_buckets",
-        "warp_per_vector, sorted_buckets, normalise: any hash_code_len",
+        "warp_per_vector, sorted_buckets, normalize: any hash_code_len",
         f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
     ),
 )
@@ -257,7 +265,8 @@ def op_name(op: str | Callable[..., Any]) -> str:
 
 
 def variants(op: str | Callable[..., Any]) -> list[Variant]:
-    """Every implementation of an operation, the automatic choice first, with the reason where one cannot run here.
+    """Every implementation of an operation, the automatic choice first, with the reason where one
+    cannot run here.
 
     ``op`` is the function or its name. Raises ``ValueError`` for an operation that does not exist.
 
@@ -293,11 +302,13 @@ def _announce(op: str, name: str) -> None:
 def run(
     op: str, variant: str | None, caller: Caller, likes: Sequence[Array | None], args: Sequence[Any], options: Mapping[str, Any]
 ) -> Any:
-    """Call the variant named, or the best that can run on the caller's device and has room for these sizes.
+    """Call the variant named, or the best that can run on the caller's device and has room for
+    these sizes.
 
     Raises
     ------
-    ValueError : no variant has that name, it cannot run here (with the reason), it does not fit, or none runs on the caller's device.
+    ValueError : no variant has that name, it cannot run here (with the reason), it does not fit, or
+        none runs on the caller's device.
     """
     if variant is not None:
         return _named(op, variant, caller).run(caller, likes, args, options)
@@ -335,6 +346,8 @@ def _named(op: str, name: str, caller: Caller) -> Kernel:
 
 
 def automatic(op: str | Callable[..., Any], device: str) -> Variant | None:
-    """The first choice on a device (``"cpu"`` or ``"cuda"``) where the caller names none; ``None`` where nothing runs."""
+    """The first choice on a device (``"cpu"`` or ``"cuda"``) where the caller names none; ``None``
+    where nothing runs.
+    """
     found = (v for v in variants(op) if v.available and v.kernel.place.automatic and v.kernel.place.device == device)
     return next(found, None)

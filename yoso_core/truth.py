@@ -18,7 +18,9 @@ Arrays = tuple[NDArray[Any], ...]
 """One array per output of an operation."""
 
 HASHES = {"fast_hash": 0.0, "hyperplane_hash": 1e-3}
-"""Share of codes that may differ from the definition: none where the order of additions is part of the definition, few where it is not."""
+"""Share of codes that may differ from the definition: none where the order of additions is part of
+the definition, few where it is not.
+"""
 
 _OUTPUTS = {
     "hadamard_transform": ("x",),
@@ -33,11 +35,13 @@ _OUTPUTS = {
 
 
 def truth(op: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arrays:
-    """What is right: the definition, run in float64 on the inputs as they are; one NumPy array per output.
+    """What is right: the definition, run in float64 on the inputs as they are; one NumPy array per
+    output.
 
-    Hash codes come from the definition in the caller's own dtype (half types in float32), since a code is a matter of rounding. So do
-    the codes inside a sampled `yoso_attention`: its truth is the float64 sum over the collisions that the caller's dtype makes.
-    Entries beyond the range of the output's dtype are infinite, as they are when rounded.
+    Hash codes come from the definition in the caller's own dtype (half types in float32), since a
+    code is a matter of rounding. So do the codes inside a sampled `yoso_attention`: its truth is
+    the float64 sum over the collisions that the caller's dtype makes. Entries beyond the range of
+    the output's dtype are infinite, as they are when rounded.
     """
     name = op_name(op)
     arguments = bind(name, args, kwargs)
@@ -49,19 +53,23 @@ def truth(op: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 def tolerance(op: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, true: Arrays | None = None) -> Arrays:
-    """How far a variant may be from the truth, entry by entry: ``(2 u + 4) ulp`` of the terms that were added up.
+    """How far a variant may be from the truth, entry by entry: ``(2 u + 4) ulp`` of the terms that
+    were added up.
 
-    *The terms*, ``1/m sum |terms|``, are the definition in float64 with every number that is summed replaced by its absolute value:
-    rounding is relative to them, not to the sum, which may cancel. For rows scaled to unit length they are divided by the row's
-    length before scaling: 1 for a row in which nothing cancels, more for one that is shorter than its terms. An expected weight counts with
-    what a rounded cosine moves it by.
+    *The terms*, ``1/m sum |terms|``, are the definition in float64 with every number that is summed
+    replaced by its absolute value: rounding is relative to them, not to the sum, which may cancel.
+    For rows scaled to unit length they are divided by the row's length before scaling: 1 for a row
+    in which nothing cancels, more for one that is shorter than its terms. An expected weight counts
+    with what a rounded cosine moves it by.
 
-    *u* is what the definition itself loses in the caller's dtype: its largest error by the terms, in ulp, over all entries. A variant may
-    lose twice as much, for it adds in another order, plus 4 ulp, for where the definition is right by luck. Nothing wider than float64 can
-    judge float64, so there *u* is measured on the inputs rounded to float32; in ulp it is the same.
+    *u* is what the definition itself loses in the caller's dtype: its largest error by the terms,
+    in ulp, over all entries. A variant may lose twice as much, for it adds in another order, plus 4
+    ulp, for where the definition is right by luck. Nothing wider than float64 can judge float64, so
+    there *u* is measured on the inputs rounded to float32; in ulp it is the same.
 
-    An *ulp* is that of the output's dtype (half types are computed in float32 and rounded once). Where no term is added the result
-    must be exact. For hashes the one number is the share of codes that may differ: none, or 1e-3 for hyperplanes.
+    An *ulp* is that of the output's dtype (half types are computed in float32 and rounded once).
+    Where no term is added the result must be exact. For hashes the one number is the share of codes
+    that may differ: none, or 1e-3 for hyperplanes.
 
     Parameters
     ----------
@@ -89,7 +97,9 @@ def tolerance(op: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping
 
 
 def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by name. The signs of a sampled attention are drawn here, so that every variant is given the same."""
+    """The arguments by name. The signs of a sampled attention are drawn here, so that every variant
+    is given the same.
+    """
     if "variant" in kwargs:
         raise TypeError("variant: every variant runs; name those to run in names=[...]")
     arguments = dict(inspect.signature(getattr(ops, op)).bind(*args, **kwargs).arguments)
@@ -114,7 +124,9 @@ def definition_of(op: str) -> Kernel:
 
 
 def _define(op: str, arguments: Mapping[str, Any]) -> Arrays:
-    """The definition's own function on NumPy arrays: it may be given dtypes that the checked one refuses to mix."""
+    """The definition's own function on NumPy arrays: it may be given dtypes that the checked one
+    refuses to mix.
+    """
     return outputs_of(definition_of(op).load()(**{name: as_numpy(x) for name, x in arguments.items() if name != "validate"}))
 
 
@@ -128,7 +140,9 @@ def as_numpy(x: Any) -> Any:
 
 
 def _cast(op: str, arguments: Mapping[str, Any], dtype: type[np.floating[Any]], *, all_floats: bool = False) -> dict[str, Any]:
-    """Every float array in ``dtype``, except, unless ``all_floats``, those that a sampled attention hashes: codes stay as they are."""
+    """Every float array in ``dtype``, except, unless ``all_floats``, those that a sampled attention
+    hashes: codes stay as they are.
+    """
     sampled = op == "yoso_attention" and not arguments.get("use_expectation")
     hashed = ("query", "key", "planes") if sampled and not all_floats else ()
     arrays = {name: as_numpy(x) for name, x in arguments.items()}
@@ -143,7 +157,9 @@ def _finfo(x: Array) -> Any:
 
 
 def _terms(op: str, arguments: Mapping[str, Any]) -> Arrays:
-    """``1/m sum |terms|`` in float64; no less than the smallest normal number where there is any term, and 0 where there is none."""
+    """``1/m sum |terms|`` in float64; no less than the smallest normal number where there is any
+    term, and 0 where there is none.
+    """
     wide = _cast(op, arguments, np.float64)
     cosine_ulp = min(1.0, 2.0**-23 / float(_finfo(arguments[_OUTPUTS[op][-1]]).eps))  # half types are computed in float32
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -173,8 +189,10 @@ def _terms(op: str, arguments: Mapping[str, Any]) -> Arrays:
 def _expected_weight_terms(unit_query: NDArray[Any], unit_key: NDArray[Any], hash_code_len: int, cosine_ulp: float) -> NDArray[Any]:
     """The expected weight, plus ``cosine_ulp`` times how far it moves with the cosine.
 
-    A variant may take ``arccos`` of a cosine up to 0.99. What rounding the cosine costs is then no fault of its own: one ulp moves the
-    weight by ``tau / pi (1 - theta / pi)**(tau - 1) / sin(theta)`` ulp. Nearer to 1 it must do better, and gets no such allowance.
+    A variant may take ``arccos`` of a cosine up to 0.99. What rounding the cosine costs is then no
+    fault of its own: one ulp moves the weight by
+    ``tau / pi (1 - theta / pi)**(tau - 1) / sin(theta)`` ulp. Nearer to 1 it must do better, and
+    gets no such allowance.
     """
     cosine = unit_query @ unit_key.T
     theta = np.arccos(np.clip(cosine, -1, 1))
@@ -216,7 +234,9 @@ def _gradient_terms(
     query_mask: NDArray[Any] | None = None,
     key_mask: NDArray[Any] | None = None,
 ) -> Arrays:
-    """The sums of the backward definitions with every term by its absolute value; the angles are those of the signed vectors."""
+    """The sums of the backward definitions with every term by its absolute value; the angles are
+    those of the signed vectors.
+    """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     unit_query, unit_key = reference.l2_normalize(query), reference.l2_normalize(key)
     sums = grad_query, grad_key, grad_value = np.zeros(query.shape), np.zeros(key.shape), np.zeros(value.shape)
@@ -236,7 +256,9 @@ def _gradient_terms(
 
 
 def errors_of(result: NDArray[Any], true: NDArray[Any]) -> NDArray[Any]:
-    """``|result - true|``; 0 where both are the same infinity or both NaN, infinite where one of them alone is not finite."""
+    """``|result - true|``; 0 where both are the same infinity or both NaN, infinite where one of
+    them alone is not finite.
+    """
     wide = result.astype(np.float64)
     with np.errstate(invalid="ignore"):
         distance = np.nan_to_num(np.abs(wide - true), nan=np.inf, posinf=np.inf)

@@ -1,10 +1,11 @@
 """CUDA C++ kernels and their launchers.
 
-The `.cu` files hold the kernels: `hashing` and `hyperplanes` the two hashes, `cumulation` and `weighted` the two cumulations, `sort` what
-the sorted ones share, `expectation` the exact weights, `gradients` those of both kinds of attention,
-`attention` what stands around them. A launcher in the `.py` file of the same name
-takes the device first, then the arguments of the reference. `source` makes one text of a file and its headers, `cuda` launches it on a GPU
-through CuPy; `yoso_core.gpu.emulator` runs the same text on the CPU.
+The `.cu` files hold the kernels: `hashing` and `hyperplanes` the two hashes, `cumulation` and
+`weighted` the two cumulations, `sort` what the sorted ones share, `expectation` the exact weights,
+`gradients` those of both kinds of attention, `attention` what stands around them. A launcher in the
+`.py` file of the same name takes the device first, then the arguments of the reference. `source`
+makes one text of a file and its headers, `cuda` launches it on a GPU through CuPy;
+`yoso_core.gpu.emulator` runs the same text on the CPU.
 """
 
 from yoso_core.gpu.cupy_kernels.attention import yoso_attention_shared_table, yoso_attention_sorted_buckets

@@ -1,4 +1,5 @@
-// What stands around the cumulation in YOSO attention: rows that are not finite, and the scaling of the result to unit length.
+// What stands around the cumulation in YOSO attention: rows that are not finite, and the scaling of
+// the result to unit length.
 //
 // Compiled for VALUE, how the result is stored.
 #include "common.cuh"
@@ -7,8 +8,9 @@
 constexpr int WARPS = 8;
 
 // spoil_heads
-//   A block takes one head and says whether any row of it that is kept is spoiled: holds an infinity or NaN, as the hash has noted.
-//   Moves one or two bytes for each row in, 4 bytes for each head out. Deterministic.
+//   A block takes one head and says whether any row of it that is kept is spoiled: holds an
+//   infinity or NaN, as the hash has noted. Moves one or two bytes for each row in, 4 bytes for
+//   each head out. Deterministic.
 extern "C" __global__ void spoil_heads(const unsigned char* __restrict__ row_spoiled, const unsigned char* __restrict__ mask,
                                        int* __restrict__ head_spoiled, int rows_per_head) {
   const long long first = static_cast<long long>(blockIdx.x) * rows_per_head;
@@ -19,10 +21,11 @@ extern "C" __global__ void spoil_heads(const unsigned char* __restrict__ row_spo
 }
 
 // finish_attention
-//   A warp takes one row of sums: NaN where its query, or a key of its head, was not finite, else scaled to unit length if that is wanted,
-//   then rounded to VALUE. A row of at most 1e-12 becomes zeros, and so does a masked one. Blocks of 8 rows.
-//   The length is taken of the row divided by its largest entry, so that no square overflows or vanishes.
-//   Moves one row of sums in and one row out; the second and third look at the row are served by the cache. Deterministic.
+//   A warp takes one row of sums: NaN where its query, or a key of its head, was not finite, else
+//   scaled to unit length if that is wanted, then rounded to VALUE. A row of at most 1e-12 becomes
+//   zeros, and so does a masked one. Blocks of 8 rows. The length is taken of the row divided by
+//   its largest entry, so that no square overflows or vanishes. Moves one row of sums in and one
+//   row out; the second and third look at the row are served by the cache. Deterministic.
 extern "C" __global__ void finish_attention(const ACC* __restrict__ sums, const unsigned char* __restrict__ query_mask,
                                        const unsigned char* __restrict__ query_spoiled, const int* __restrict__ head_spoiled,
                                        VALUE* __restrict__ out, long long num_rows, long long rows_per_head, int value_dim, int normalize) {

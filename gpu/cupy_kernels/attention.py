@@ -87,10 +87,12 @@ def _hash(device: Device, x: Array, signs: Array | None, planes: Array | None, n
 
 
 def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
-    """Hash by `warp_per_vector`, cumulate by `shared_table`, normalise. Raises `DoesNotFit` where no column fits into shared memory."""
+    """Hash by `warp_per_vector`, cumulate by `shared_table`, normalize. Raises `DoesNotFit` where
+    no column fits into shared memory.
+    """
     return _attend(device, lsh_cumulation_shared_table, query, key, value, **options)  # type: ignore[arg-type]
 
 
 def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
-    """Hash by `warp_per_vector`, cumulate by `sorted_buckets`, normalise: any ``hash_code_len``."""
+    """Hash by `warp_per_vector`, cumulate by `sorted_buckets`, normalize: any ``hash_code_len``."""
     return _attend(device, lsh_cumulation_sorted_buckets, query, key, value, **options)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-// Types and small helpers of every kernel here. No header of CUDA is included: NVRTC finds none on many machines.
+// Types and small helpers of every kernel here. No header of CUDA is included: NVRTC finds none on
+// many machines.
 //
-// VALUE is how an array is stored (float, double, float16, bfloat16), OUT how a result is, ACC how they are computed with: double for double,
-// float for the rest.
+// VALUE is how an array is stored (float, double, float16, bfloat16), OUT how a result is, ACC how
+// they are computed with: double for double, float for the rest.
 #pragma once
 
 #ifndef VALUE
@@ -20,7 +21,8 @@ template <class T> struct Computed { typedef float type; };
 template <> struct Computed<double> { typedef double type; };
 typedef Computed<VALUE>::type ACC;
 
-// Exact widening. A float16 below its normal range is a whole multiple of 2^-24, which is a normal float: nothing is flushed to zero.
+// Exact widening. A float16 below its normal range is a whole multiple of 2^-24, which is a normal
+// float: nothing is flushed to zero.
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
@@ -55,7 +57,8 @@ __device__ inline ACC not_a_number() { return ACC(__uint_as_float(0x7fffffffu));
 
 __device__ inline bool is_finite(ACC x) { return x - x == ACC(0); }
 
-// An infinity or NaN in a sum means that it met a value that is not finite: the result there is NaN.
+// An infinity or NaN in a sum means that it met a value that is not finite: the result there is
+// NaN.
 __device__ inline ACC nan_unless_finite(ACC x) { return is_finite(x) ? x : not_a_number(); }
 
 template <class T> __device__ inline T smaller(T a, T b) { return a < b ? a : b; }
@@ -70,7 +73,8 @@ __device__ inline bool kept(const unsigned char* mask, long long row) { return m
 
 constexpr float HUGE_ENTRY = 1152921504606846976.f;  // 2^60: beyond it a vector is scaled down, so that no sum overflows
 
-// 1, or the power of two that brings a vector with such a largest entry back into range. A sign does not see it, and it is exact.
+// 1, or the power of two that brings a vector with such a largest entry back into range. A sign
+// does not see it, and it is exact.
 __device__ inline ACC range_scale(ACC largest) {
   return largest > ACC(HUGE_ENTRY) ? scalbn(ACC(1), -smaller(ilogb(largest), sizeof(ACC) == 8 ? 1000 : 100)) : ACC(1);
 }

@@ -1,4 +1,6 @@
-"""The real device: the `.cu` files compiled by NVRTC on first use and launched through CuPy on the caller's stream."""
+"""The real device: the `.cu` files compiled by NVRTC on first use and launched through CuPy on the
+caller's stream.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -38,7 +40,8 @@ def _function(kernel: CudaKernel, index: int) -> Any:
 class CupyDevice:
     """A GPU, with CuPy's current device and stream already set to the caller's.
 
-    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk), and nothing here ever waits for the GPU.
+    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk), and
+    nothing here ever waits for the GPU.
     """
 
     def __init__(self, index: int, stream: int) -> None:

@@ -1,20 +1,23 @@
 // Bernoulli cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j, three ways.
 //
-// Compiled for VALUE, and for OUT, how the result is stored; shared_table also for LANES, the hashes side by side.
+// Compiled for VALUE, and for OUT, how the result is stored; shared_table also for LANES, the
+// hashes side by side.
 //
-// Arrays are contiguous: codes (heads, n, m), value (heads, n_k, d_v), out (heads, n_q, d_v), masks (heads, n).
+// Arrays are contiguous: codes (heads, n, m), value (heads, n_k, d_v), out (heads, n_q, d_v), masks
+// (heads, n).
 #include "common.cuh"
 #include "sort.cuh"
 
 __device__ inline OUT mean(ACC sum, int num_hash) { return narrow<OUT>(nan_unless_finite(sum / ACC(num_hash))); }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// global_table: the paper's algorithm. A table of every hash in global memory, for 32 value dims at a time: (heads, m, capacity, 32).
+// ------------------------------------------------------------------------------------------------
+// global_table: the paper's algorithm. A table of every hash in global memory, for 32 value dims at
+// a time: (heads, m, capacity, 32).
 
 // global_table_scatter
-//   A warp takes one key: lane l adds value dim first_dim + l to the key's bucket of every hash. Blocks of 8 keys.
-//   Moves 4 m bytes of codes and 32 values in, and 32 m atomic additions out for each key.
-//   Not deterministic: the order of the additions is that of chance.
+//   A warp takes one key: lane l adds value dim first_dim + l to the key's bucket of every hash.
+//   Blocks of 8 keys. Moves 4 m bytes of codes and 32 values in, and 32 m atomic additions out for
+//   each key. Not deterministic: the order of the additions is that of chance.
 extern "C" __global__ void global_table_scatter(const int* __restrict__ key_hash_code, const VALUE* __restrict__ value,
                                                 const unsigned char* __restrict__ key_mask, ACC* __restrict__ table, int n_k, int num_hash,
                                                 int capacity, int value_dim, int first_dim) {
@@ -29,8 +32,9 @@ extern "C" __global__ void global_table_scatter(const int* __restrict__ key_hash
 }
 
 // global_table_gather
-//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash after hash. Blocks of 8 queries.
-//   Moves 4 m bytes of codes and 32 m sums in and 32 results out for each query. Deterministic, given the table.
+//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash
+//   after hash. Blocks of 8 queries. Moves 4 m bytes of codes and 32 m sums in and 32 results out
+//   for each query. Deterministic, given the table.
 extern "C" __global__ void global_table_gather(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                                const ACC* __restrict__ table, OUT* __restrict__ out, int n_q, int num_hash, int capacity,
                                                int value_dim, int first_dim) {
@@ -47,26 +51,30 @@ extern "C" __global__ void global_table_gather(const int* __restrict__ query_has
   out[row * value_dim + dim] = mean(sum, num_hash);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 #ifdef LANES
 constexpr int BATCH = 8;
 
 // shared_table
-//   A block takes a few value dims of one head and does everything for them: it adds all keys to its tables, then lets all queries read.
-//   Its tables stand in shared memory as one array of capacity + 1 rows, one *column* for each pair of a hash and a value dim, and every
-//   column belongs to one thread. So no two threads ever add to the same entry: no atomics, no conflict between banks (neighbouring
-//   threads have neighbouring columns, whatever their codes), and every sum is taken in the order of the keys.
-//   Thread t has hash t % LANES and value dim t / LANES of the block's. Keys that are masked go to the last row, which nobody reads.
+//   A block takes a few value dims of one head and does everything for them: it adds all keys to
+//   its tables, then lets all queries read. Its tables stand in shared memory as one array of
+//   capacity + 1 rows, one *column* for each pair of a hash and a value dim, and every column
+//   belongs to one thread. So no two threads ever add to the same entry: no atomics, no conflict
+//   between banks (neighboring threads have neighboring columns, whatever their codes), and every
+//   sum is taken in the order of the keys. Thread t has hash t % LANES and value dim t / LANES of
+//   the block's. Keys that are masked go to the last row, which nobody reads.
 //
-//   Scatter: BATCH keys at a time, so that their entries are fetched together and not one after the other. Where two of them share a
-//   bucket, the later takes the earlier's sum and not what was fetched.
-//   Gather: a thread fetches its column's entry for LANES queries, and its group of LANES threads adds them up over the hashes by halves:
-//   in each step a thread gives away half of its queries and takes the partner's sums for the other half, so that LANES queries cost
-//   LANES - 1 shuffles, and thread i ends with the whole sum of query i.
-//   Where m is more than the hashes that fit side by side, the block does this in rounds and keeps the sums in `unfinished`.
+//   Scatter: BATCH keys at a time, so that their entries are fetched together and not one after the
+//   other. Where two of them share a bucket, the later takes the earlier's sum and not what was
+//   fetched. Gather: a thread fetches its column's entry for LANES queries, and its group of LANES
+//   threads adds them up over the hashes by halves: in each step a thread gives away half of its
+//   queries and takes the partner's sums for the other half, so that LANES queries cost LANES - 1
+//   shuffles, and thread i ends with the whole sum of query i. Where m is more than the hashes that
+//   fit side by side, the block does this in rounds and keeps the sums in `unfinished`.
 //
-//   grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2 cache, but for the first of its
-//   blocks), its slice of the values, and its slice of the result. Deterministic: the same bits every time.
+//   grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
+//   cache, but for the first of its blocks), its slice of the values, and its slice of the result.
+//   Deterministic: the same bits every time.
 extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code,
                                         const VALUE* __restrict__ value, const unsigned char* __restrict__ query_mask,
                                         const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished, OUT* __restrict__ out,
@@ -148,16 +156,18 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// sorted_buckets: keys in the order of their codes, so that a bucket is a run of neighbours, and its sum needs no atomic. Any capacity.
-// `bucket_sum` is (heads, hashes of the group, n_k, d_v): a bucket's sum stands at the position where the bucket starts.
+// ------------------------------------------------------------------------------------------------
+// sorted_buckets: keys in the order of their codes, so that a bucket is a run of neighbors, and its
+// sum needs no atomic. Any capacity. `bucket_sum` is (heads, hashes of the group, n_k, d_v): a
+// bucket's sum stands at the position where the bucket starts.
 
 constexpr int STRETCH = 64;
 
 // sum_buckets
-//   A block walks STRETCH sorted positions of one head and hash, a thread for each value dim. It writes one sum for each bucket, at its
-//   start, or at the start of the stretch for a bucket that began before it.
-//   Moves 8 bytes and one row of values in for each key, one row of sums out for each bucket. Deterministic.
+//   A block walks STRETCH sorted positions of one head and hash, a thread for each value dim. It
+//   writes one sum for each bucket, at its start, or at the start of the stretch for a bucket that
+//   began before it. Moves 8 bytes and one row of values in for each key, one row of sums out for
+//   each bucket. Deterministic.
 extern "C" __global__ void sum_buckets(const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ value,
                                        ACC* __restrict__ bucket_sum, int n_k, int num_hash, int first_hash, int capacity, int value_dim) {
   const long long head = blockIdx.z;
@@ -181,8 +191,9 @@ extern "C" __global__ void sum_buckets(const int* __restrict__ sorted_code, cons
 }
 
 // join_stretches
-//   Buckets that reach over several stretches: their sums are added up at the bucket's start, from left to right. A block takes one head
-//   and hash, a thread each value dim. Moves two rows of sums for each stretch that starts inside a bucket. Deterministic.
+//   Buckets that reach over several stretches: their sums are added up at the bucket's start, from
+//   left to right. A block takes one head and hash, a thread each value dim. Moves two rows of sums
+//   for each stretch that starts inside a bucket. Deterministic.
 extern "C" __global__ void join_stretches(const int* __restrict__ sorted_code, ACC* __restrict__ bucket_sum, int n_k, int num_hash,
                                           int first_hash, int capacity, int value_dim) {
   const long long head = blockIdx.y;
@@ -198,9 +209,10 @@ extern "C" __global__ void join_stretches(const int* __restrict__ sorted_code, A
 }
 
 // gather_buckets
-//   A warp takes one query. Its lanes look up the starts of 32 buckets at once, one hash each, by bisection of the sorted codes; then they
-//   go through these buckets together, a lane for each value dim. Blocks of 8 queries.
-//   Moves 4 bytes of code, about log2(n_k) codes, and a row of sums in for each hash, a row of results out. Deterministic.
+//   A warp takes one query. Its lanes look up the starts of 32 buckets at once, one hash each, by
+//   bisection of the sorted codes; then they go through these buckets together, a lane for each
+//   value dim. Blocks of 8 queries. Moves 4 bytes of code, about log2(n_k) codes, and a row of sums
+//   in for each hash, a row of results out. Deterministic.
 extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                           const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
                                           ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,

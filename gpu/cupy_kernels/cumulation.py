@@ -15,7 +15,9 @@ _WARP = 32
 _ROWS = 8
 _STRETCH = 64
 _GROUP_BYTES = 256 << 20
-"""Bucket sums that stand in memory at one time: those of all hashes for some heads, or of some hashes where one head has more."""
+"""Bucket sums that stand in memory at one time: those of all hashes for some heads, or of some
+hashes where one head has more.
+"""
 
 
 class _Call:
@@ -65,7 +67,9 @@ def lsh_cumulation_global_table(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """The paper's algorithm: tables in global memory, 32 value dims at a time. Raises `DoesNotFit` where they do not fit."""
+    """The paper's algorithm: tables in global memory, 32 value dims at a time. Raises `DoesNotFit`
+    where they do not fit.
+    """
     call = _Call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
     if call.trivial:
         return call.out
@@ -99,9 +103,11 @@ def lsh_cumulation_global_table(
 
 
 def shared_table_layout(num_hash: int, value_dim: int, hashtable_capacity: int, max_shared: int, itemsize: int) -> tuple[int, int, int]:
-    """``(lanes, side_by_side, width)``: threads to a group, hashes that they do at one time, and value dims to a block.
+    """``(lanes, side_by_side, width)``: threads to a group, hashes that they do at one time, and
+    value dims to a block.
 
-    A column takes ``(hashtable_capacity + 1) * itemsize`` bytes, and a block has ``lanes * width`` of them.
+    A column takes ``(hashtable_capacity + 1) * itemsize`` bytes, and a block has ``lanes * width``
+    of them.
 
     Raises
     ------
@@ -134,7 +140,9 @@ def lsh_cumulation_shared_table(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """Tables in shared memory, a column to a thread, scatter and gather in one kernel. Raises `DoesNotFit` where no column fits."""
+    """Tables in shared memory, a column to a thread, scatter and gather in one kernel. Raises
+    `DoesNotFit` where no column fits.
+    """
     call = _Call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
     if call.trivial:
         return call.out
@@ -174,7 +182,8 @@ def lsh_cumulation_sorted_buckets(
     out_dtype: Any = None,
     sorted_codes: SortedCodes | None = None,
 ) -> Array:
-    """Keys sorted by code, buckets summed as runs of neighbours, found again by bisection: any capacity, no float atomics.
+    """Keys sorted by code, buckets summed as runs of neighbors, found again by bisection: any
+    capacity, no float atomics.
 
     ``sorted_codes``: those of the keys, as `sort_codes` gives them, where the caller has them.
     """

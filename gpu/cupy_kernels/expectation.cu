@@ -1,8 +1,10 @@
-// Expected attention: out_i = sum_j (1 - arccos(q_i . k_j) / pi)^tau v_j for unit q and k, blocked, so that no matrix of weights is stored.
+// Expected attention: out_i = sum_j (1 - arccos(q_i . k_j) / pi)^tau v_j for unit q and k, blocked,
+// so that no matrix of weights is stored.
 //
 // Compiled for VALUE, and for OUT, how the result is stored.
 //
-// Arrays are contiguous: query, key (heads, n, d), value (heads, n_k, d_v), out (heads, n_q, d_v), masks (heads, n).
+// Arrays are contiguous: query, key (heads, n, d), value (heads, n_k, d_v), out (heads, n_q, d_v),
+// masks (heads, n).
 #include "common.cuh"
 #include "tiles.cuh"
 
@@ -13,9 +15,10 @@ constexpr int BLOCKS = sizeof(ACC) == 8 ? 2 : 3;  // that share a multiprocessor
 constexpr ACC STEEP = ACC(0.99);  // beyond this cosine arccos has lost too much
 
 // normalize_rows
-//   A warp scales one row to unit length; VALUE is how the row is stored. It is divided by its largest entry first, so that no square
-//   overflows or vanishes. A zero row stays zero, a row that is not finite becomes NaN.
-//   Blocks of 8 rows. Moves d numbers in (again from cache, twice) and d out for each row. Deterministic.
+//   A warp scales one row to unit length; VALUE is how the row is stored. It is divided by its
+//   largest entry first, so that no square overflows or vanishes. A zero row stays zero, a row that
+//   is not finite becomes NaN. Blocks of 8 rows. Moves d numbers in (again from cache, twice) and d
+//   out for each row. Deterministic.
 extern "C" __global__ void normalize_rows(const VALUE* __restrict__ vectors, ACC* __restrict__ unit, long long rows, int dim) {
   const int lane = threadIdx.x;
   const long long row = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -27,17 +30,20 @@ extern "C" __global__ void normalize_rows(const VALUE* __restrict__ vectors, ACC
 }
 
 // expectation
-//   A block takes 64 queries and 64 value dims (32 of them in float64), and walks over the keys 32 (16) at a time:
-//   1. queries, keys and values go to shared memory, 64 (32) coordinates at a time; queries stay there if they have no more;
+//   A block takes 64 queries and 64 value dims (32 of them in float64), and walks over the keys 32
+//   (16) at a time:
+//   1. queries, keys and values go to shared memory, 64 (32) coordinates at a time; queries stay
+//      there if they have no more;
 //   2. a thread takes 4 queries by 2 keys (2 by 2): cosines in registers, weights to shared memory;
 //   3. a thread takes 4 (2) queries by 4 value dims: weights times values, to sums in registers.
-//   Every product reads shared memory four entries at a time, in rows that are four entries longer than their content, so that the rows
-//   a warp reads at one time start in different banks.
-//   Where a cosine is beyond 0.99 on either side, the whole warp takes |q - k| and |q + k| of that pair together.
-//   grid (queries / 64, slices of value dims, heads). Shared memory: 43 KiB (37 in float64).
-//   Moves, for each block, n_k (d + 64) numbers, from the L2 cache but for the first block of a head: 16 multiply-adds to a byte.
-//   In all 2 n_q n_k (d + d_v) operations and n_q n_k arccosines for each head, the cosines again for each slice of 64.
-//   Deterministic: every sum is taken in the order of the keys, by itself for each tile.
+//   Every product reads shared memory four entries at a time, in rows that are four entries longer
+//   than their content, so that the rows a warp reads at one time start in different banks.
+//   Where a cosine is beyond 0.99 on either side, the whole warp takes |q - k| and |q + k| of that
+//   pair together. grid (queries / 64, slices of value dims, heads). Shared memory: 43 KiB (37 in
+//   float64). Moves, for each block, n_k (d + 64) numbers, from the L2 cache but for the first
+//   block of a head: 16 multiply-adds to a byte. In all 2 n_q n_k (d + d_v) operations and n_q n_k
+//   arccosines for each head, the cosines again for each slice of 64. Deterministic: every sum is
+//   taken in the order of the keys, by itself for each tile.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 expectation(const ACC* __restrict__ unit_query, const ACC* __restrict__ unit_key, const VALUE* __restrict__ value,
             const unsigned char* __restrict__ query_mask, const unsigned char* __restrict__ key_mask, OUT* __restrict__ out, int n_q,

@@ -1,4 +1,6 @@
-"""Launcher of expected attention. The equation stands in `yoso_core.reference.expectation_attention`, the kernels in `expectation.cu`."""
+"""Launcher of expected attention. The equation stands in
+`yoso_core.reference.expectation_attention`, the kernels in `expectation.cu`.
+"""
 
 from typing import Any
 
@@ -13,7 +15,9 @@ _THREADS = 256
 
 
 def unit_rows(device: Device, vectors: Array) -> Array:
-    """Rows scaled to unit length, as contiguous ``(heads, n, d)`` of the accumulator's dtype; NaN where a row is not finite."""
+    """Rows scaled to unit length, as contiguous ``(heads, n, d)`` of the accumulator's dtype; NaN
+    where a row is not finite.
+    """
     flat = layout.heads(device, vectors)
     unit = device.empty(flat.shape, layout.accumulator(flat))
     if unit.size:
@@ -38,7 +42,8 @@ def expectation_attention_blocked(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """64 queries to a block, which walks over the keys: `expectation`. Working memory: unit copies of query and key.
+    """64 queries to a block, which walks over the keys: `expectation`. Working memory: unit copies
+    of query and key.
 
     ``out_dtype``: that of the result, if not that of ``value``.
     """

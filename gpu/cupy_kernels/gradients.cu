@@ -1,12 +1,15 @@
-// Gradients of attention, expected and sampled. For unit vectors all of them have one form: rows x with companions p walk over the others,
-// rows y with companions r,
+// Gradients of attention, expected and sampled. For unit vectors all of them have one form: rows x
+// with companions p walk over the others, rows y with companions r,
 //   pull_i = sum_j C_ij w_ij (p_i . r_j) y_j        spread_i = sum_j C_ij r_j.
-// With queries and gradients of the output as x, p and keys and values as y, r, pull is the gradient of the query; with the roles exchanged
-// it is that of the key, and spread that of the value. Then pull goes through the normalisation of x.
+// With queries and gradients of the output as x, p and keys and values as y, r, pull is the
+// gradient of the query; with the roles exchanged it is that of the key, and spread that of the
+// value. Then pull goes through the normalization of x.
 //
-// Compiled for VALUE: in pull_rows and note_spoiled_heads how companions are stored, in through_normalization how the vectors are.
+// Compiled for VALUE: in pull_rows and note_spoiled_heads how companions are stored, in
+// through_normalization how the vectors are.
 //
-// Arrays are contiguous: unit rows and pull (heads, n, d), companions and spread (heads, n, d_v), codes (heads, n, m), masks (heads, n).
+// Arrays are contiguous: unit rows and pull (heads, n, d), companions and spread (heads, n, d_v),
+// codes (heads, n, m), masks (heads, n).
 #include "common.cuh"
 #include "tiles.cuh"
 
@@ -25,7 +28,8 @@ union PairTile {
   FourCodes codes[ROWS][HASHES / 4 + 1];
 };
 
-// Hashes first_hash ... of rows first_row ... go to a tile. Whatever is no code, or is out of range, is `nobody`.
+// Hashes first_hash ... of rows first_row ... go to a tile. Whatever is no code, or is out of
+// range, is `nobody`.
 template <int HEIGHT>
 __device__ inline void fetch_codes(FourCodes (*tile)[HASHES / 4 + 1], const int* codes, const unsigned char* mask, long long head, int rows,
                                    int first_row, int num_hash, int first_hash, int capacity, int nobody) {
@@ -39,20 +43,26 @@ __device__ inline void fetch_codes(FourCodes (*tile)[HASHES / 4 + 1], const int*
 }
 
 // pull_rows
-//   A block takes 32 rows and one slice of 64 columns (32 in float64), of pull and of spread alike, and walks over the others, 32 (16)
-//   at a time:
-//   1. rows, companions and others go to shared memory, 64 (32) coordinates at a time; the block's own stay there if they have no more.
-//      The slice comes last, so that the tiles then hold the columns to be added up;
-//   2. a thread takes 4 rows by 2 others (2 by 2): cosines and products p . r in registers. With codes, these go to shared memory, 32
-//      hashes at a time, where the weights will stand, and are compared;
-//   3. C and C w (p . r) go to shared memory; w is tau / 2, or if `exact` tau / ((pi - theta) sin(theta));
-//   4. a thread takes 4 (2) rows by 4 columns: weights times companions and weights times others, to sums in registers.
-//   Without codes C is the expected weight (1 - theta / pi)^tau. Beyond a cosine of 0.99 angle and sine come from differences; with codes
-//   beyond 0.9, since such a C has no error beside which that of a sine is small. `spread` may be null: it is then not made.
-//   grid (rows / 32, slices of columns, heads). Shared memory: 43 KiB (37 in float64).
-//   Moves, for each block, n_other (d + d_v) numbers, from the L2 cache but for the first block of a head, and n_other m codes.
-//   In all n n_other (4 d + 2 d_v) operations for each head, 2 d_v more for spread, m comparisons with codes; cosines and products again
-//   for each slice more. Deterministic: every sum is taken in the order of the others, by itself for each tile.
+//   A block takes 32 rows and one slice of 64 columns (32 in float64), of pull and of spread alike,
+//   and walks over the others, 32 (16) at a time:
+//   1. rows, companions and others go to shared memory, 64 (32) coordinates at a time; the block's
+//      own stay there if they have no more. The slice comes last, so that the tiles then hold the
+//      columns to be added up;
+//   2. a thread takes 4 rows by 2 others (2 by 2): cosines and products p . r in registers. With
+//      codes, these go to shared memory, 32 hashes at a time, where the weights will stand, and are
+//      compared;
+//   3. C and C w (p . r) go to shared memory; w is tau / 2, or if `exact` tau / ((pi - theta)
+//      sin(theta));
+//   4. a thread takes 4 (2) rows by 4 columns: weights times companions and weights times others,
+//      to sums in registers.
+//   Without codes C is the expected weight (1 - theta / pi)^tau. Beyond a cosine of 0.99 angle and
+//   sine come from differences; with codes beyond 0.9, since such a C has no error beside which
+//   that of a sine is small. `spread` may be null: it is then not made. grid (rows / 32, slices of
+//   columns, heads). Shared memory: 43 KiB (37 in float64). Moves, for each block, n_other (d +
+//   d_v) numbers, from the L2 cache but for the first block of a head, and n_other m codes. In all
+//   n n_other (4 d + 2 d_v) operations for each head, 2 d_v more for spread, m comparisons with
+//   codes; cosines and products again for each slice more. Deterministic: every sum is taken in the
+//   order of the others, by itself for each tile.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 pull_rows(const ACC* __restrict__ unit, const VALUE* __restrict__ companion, const int* __restrict__ code,
           const unsigned char* __restrict__ mask, const ACC* __restrict__ other_unit, const VALUE* __restrict__ other_companion,
@@ -178,9 +188,10 @@ pull_rows(const ACC* __restrict__ unit, const VALUE* __restrict__ companion, con
 constexpr int WARPS = 8;
 
 // note_spoiled_heads
-//   Says of each head whether a row that is kept, or its companion, holds an infinity or NaN: such a row spoils what the other side gets.
-//   A warp takes one row, blocks have 8. Moves 1 unit entry and d_v numbers in for each row, and an atomic write for each that is spoiled.
-//   Deterministic: whoever writes, writes 1.
+//   Says of each head whether a row that is kept, or its companion, holds an infinity or NaN: such
+//   a row spoils what the other side gets. A warp takes one row, blocks have 8. Moves 1 unit entry
+//   and d_v numbers in for each row, and an atomic write for each that is spoiled. Deterministic:
+//   whoever writes, writes 1.
 extern "C" __global__ void note_spoiled_heads(const ACC* __restrict__ unit, const VALUE* __restrict__ companion,
                                               const unsigned char* __restrict__ mask, int* __restrict__ head_spoiled, long long num_rows,
                                               long long rows_per_head, int dim, int companion_dim) {
@@ -193,10 +204,10 @@ extern "C" __global__ void note_spoiled_heads(const ACC* __restrict__ unit, cons
 }
 
 // through_normalization
-//   From the gradient by a unit row u = x / |x| to that by x: factor (f - (f . u) u) / |x|. Rows that are masked, and zero rows, get zeros,
-//   what is left of a spoiled head (`head_spoiled` may be null) gets NaN.
-//   A warp takes one row, blocks have 8. Moves d vector entries and d of the gradient in, again from cache three times, and d out.
-//   Deterministic.
+//   From the gradient by a unit row u = x / |x| to that by x: factor (f - (f . u) u) / |x|. Rows
+//   that are masked, and zero rows, get zeros, what is left of a spoiled head (`head_spoiled` may
+//   be null) gets NaN. A warp takes one row, blocks have 8. Moves d vector entries and d of the
+//   gradient in, again from cache three times, and d out. Deterministic.
 extern "C" __global__ void through_normalization(const VALUE* __restrict__ vectors, const ACC* __restrict__ pull,
                                                  const unsigned char* __restrict__ mask, const int* __restrict__ head_spoiled,
                                                  VALUE* __restrict__ out, long long num_rows, long long rows_per_head, int dim,

@@ -1,6 +1,7 @@
 """Launchers of the gradients of attention: the kernels in `gradients.cu`.
 
-The equations stand in `yoso_core.reference.expectation_attention_backward` and `yoso_core.reference.lsh_attention_backward`.
+The equations stand in `yoso_core.reference.expectation_attention_backward` and
+`yoso_core.reference.lsh_attention_backward`.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ _WARPS = 8
 
 @dataclass(frozen=True)
 class _Side:
-    """Queries with the gradients of their outputs, or keys with their values, as the kernels want them: ``(heads, n, ...)``."""
+    """Queries with the gradients of their outputs, or keys with their values, as the kernels want
+    them: ``(heads, n, ...)``.
+    """
 
     vectors: Array
     unit: Array
@@ -49,7 +52,9 @@ def _side(device: Device, vectors: Array, companion: Array, mask: Array | None, 
 
 
 def _pull(device: Device, side: _Side, other: _Side, spread: Array | None, hash_code_len: int, grad: Grad) -> Array:
-    """``pull`` of `pull_rows`, the gradient by the unit rows of a side; ``spread`` is filled where one is given."""
+    """``pull`` of `pull_rows`, the gradient by the unit rows of a side; ``spread`` is filled where
+    one is given.
+    """
     heads, n, dim = side.unit.shape
     companion_dim = side.companion.shape[2]
     pull = device.empty(side.unit.shape, side.unit.dtype)
@@ -90,7 +95,9 @@ def _spoiled_heads(device: Device, side: _Side) -> Array:
 def _through_normalization(
     device: Device, side: _Side, pull: Array, like: Array, factor: float = 1.0, head_spoiled: Array | None = None
 ) -> Array:
-    """The gradient by the caller's vectors, ``like`` them, from that by their unit rows, which is ``factor * pull``."""
+    """The gradient by the caller's vectors, ``like`` them, from that by their unit rows, which is
+    ``factor * pull``.
+    """
     out = device.empty(like.shape, like.dtype)
     if out.size:
         dim = like.shape[-1]
@@ -116,7 +123,9 @@ def _through_normalization(
 def _by_pairs(
     device: Device, queries: _Side, keys: _Side, query: Array, key: Array, value: Array, hash_code_len: int, grad: Grad
 ) -> Gradients:
-    """All three gradients from all pairs, with the collisions of the codes as weights if there are codes, else with the expectation."""
+    """All three gradients from all pairs, with the collisions of the codes as weights if there are
+    codes, else with the expectation.
+    """
     grad_value = device.empty(value.shape, value.dtype)
     pull_query = _pull(device, queries, keys, None, hash_code_len, grad)
     pull_key = _pull(device, keys, queries, grad_value.reshape(keys.companion.shape), hash_code_len, grad)
@@ -135,9 +144,10 @@ def expectation_attention_backward_blocked(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Gradients:
-    """32 rows to a block, which walks over the other side: once by query, once by key. Repeatable bit by bit.
+    """32 rows to a block, which walks over the other side: once by query, once by key. Repeatable
+    bit by bit.
 
-    Working memory: unit copies of query and key, and their gradients before the normalisation.
+    Working memory: unit copies of query and key, and their gradients before the normalization.
     """
     queries, keys = _side(device, query, grad_out, query_mask), _side(device, key, value, key_mask)
     return _by_pairs(device, queries, keys, query, key, value, hash_code_len, grad)
@@ -157,10 +167,12 @@ def lsh_attention_backward_outer_products(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Gradients:
-    """``grad="lower_bound"``: three cumulations, linear in ``n_q + n_k``; ``"exact"``: all pairs, blocked, with their collisions counted.
+    """``grad="lower_bound"``: three cumulations, linear in ``n_q + n_k``; ``"exact"``: all pairs,
+    blocked, with their collisions counted.
 
-    With the lower bound the gradient of the query is a cumulation of unit keys, weighted by ``grad_out`` and ``value``; that of the key is
-    the same from the other side, and that of the value a plain cumulation of ``grad_out``. Repeatable bit by bit.
+    With the lower bound the gradient of the query is a cumulation of unit keys, weighted by
+    ``grad_out`` and ``value``; that of the key is the same from the other side, and that of the
+    value a plain cumulation of ``grad_out``. Repeatable bit by bit.
     """
     queries = _side(device, query, grad_out, query_mask, query_hash_code)
     keys = _side(device, key, value, key_mask, key_hash_code)

@@ -1,24 +1,28 @@
-// Fast Hadamard hashing: tau sign bits of H D3 H D2 H D1 x to a code. Codes are the same bits as those of the reference.
+// Fast Hadamard hashing: tau sign bits of H D3 H D2 H D1 x to a code. Codes are the same bits as
+// those of the reference.
 //
 // Compiled for VALUE and for D, the vector's dimension rounded up to a power of two.
 //
-// H is log2(D) stages of butterflies: at stride s the entries i and i ^ s become their sum (the lower) and their difference (the upper).
-// The stages run from the largest stride to the smallest in both kernels, as the definition says, so that every sum is the same float.
+// H is log2(D) stages of butterflies: at stride s the entries i and i ^ s become their sum (the
+// lower) and their difference (the upper). The stages run from the largest stride to the smallest
+// in both kernels, as the definition says, so that every sum is the same float.
 #include "common.cuh"
 
-// One butterfly, seen from the entry that holds `mine`; `other` is its partner's. The upper entry takes lower minus upper.
+// One butterfly, seen from the entry that holds `mine`; `other` is its partner's. The upper entry
+// takes lower minus upper.
 __device__ inline ACC butterfly(ACC mine, ACC other, bool upper) { return upper ? other - mine : mine + other; }
 
 // block_per_part
-//   A block rotates one vector by one part; thread i holds entry i.
-//   Strides of 32 and more go through shared memory (D entries), smaller ones by shuffle within a warp.
-//   grid (vectors, parts), max(D, 32) threads: where D is below 32 the lanes beyond it work on zeros and are not looked at.
-//   Reads the vector once for each part: parts * d entries and 3 * D signs for codes of 4 bytes. Deterministic.
+//   A block rotates one vector by one part; thread i holds entry i. Strides of 32 and more go
+//   through shared memory (D entries), smaller ones by shuffle within a warp. grid (vectors,
+//   parts), max(D, 32) threads: where D is below 32 the lanes beyond it work on zeros and are not
+//   looked at. Reads the vector once for each part: parts * d entries and 3 * D signs for codes of
+//   4 bytes. Deterministic.
 extern "C" __global__ void __launch_bounds__(D < 32 ? 32 : D)
 block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
                long long vectors_per_head, int sign_sets, int dim, int num_hash, int hash_code_len) {
   __shared__ ACC buffer[D < 32 ? 32 : D];
-  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and a zero: a code is cut from two neighbours
+  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and a zero: a code is cut from two neighbors
   __shared__ ACC largest_of_warp[32];
 
   const int i = threadIdx.x, lane = i % 32, part = blockIdx.y, parts = gridDim.y;
@@ -71,11 +75,12 @@ constexpr int WARPS = 4;
 constexpr int ENTRIES = D < 32 ? 1 : D / 32;
 
 // warp_per_vector
-//   A warp hashes one vector, part after part; lane l holds the entries l, l + 32, l + 64, ... in registers.
-//   Strides of 32 and more are then between registers of one lane, smaller ones are shuffles: no barrier, and no shared memory
-//   but for the sign bits, of which one ballot packs 32 into a word.
-//   Where `spoiled` is wanted, it says which vectors hold an infinity or NaN, whose codes mean nothing.
-//   Blocks of 4 warps, each on its own. Reads the vector once: d entries and, from cache, 3 * parts * D signs. Deterministic.
+//   A warp hashes one vector, part after part; lane l holds the entries l, l + 32, l + 64, ... in
+//   registers. Strides of 32 and more are then between registers of one lane, smaller ones are
+//   shuffles: no barrier, and no shared memory but for the sign bits, of which one ballot packs 32
+//   into a word. Where `spoiled` is wanted, it says which vectors hold an infinity or NaN, whose
+//   codes mean nothing. Blocks of 4 warps, each on its own. Reads the vector once: d entries and,
+//   from cache, 3 * parts * D signs. Deterministic.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
                 unsigned char* __restrict__ spoiled, long long num_vectors, long long vectors_per_head, int sign_sets, int parts, int dim, int num_hash, int hash_code_len) {
@@ -88,7 +93,7 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
   const signed char* diagonals = signs + static_cast<long long>(set) * 3 * parts * D;
   int* code = codes + vector * num_hash;
   unsigned* words = words_of_warp[warp];
-  if (lane == 0) words[ENTRIES] = 0;  // a code is cut from two neighbours
+  if (lane == 0) words[ENTRIES] = 0;  // a code is cut from two neighbors
 
   ACC x[ENTRIES], largest = 0;
   bool finite = true;

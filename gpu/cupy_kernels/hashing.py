@@ -1,4 +1,6 @@
-"""Launchers of both hashes. The equations stand in `yoso_core.reference.hashing`, the kernels in `hashing.cu` and `hyperplanes.cu`."""
+"""Launchers of both hashes. The equations stand in `yoso_core.reference.hashing`, the kernels in
+`hashing.cu` and `hyperplanes.cu`.
+"""
 
 import numpy as np
 
@@ -12,7 +14,9 @@ _MAX_THREADS = 1024
 
 
 def _draws(device: Device, draw: Array, leading: tuple[int, ...], tail: int) -> Array:
-    """Signs or planes as contiguous ``(sets, *tail)``, such that head ``i`` takes set ``i % sets``."""
+    """Signs or planes as contiguous ``(sets, *tail)``, such that head ``i`` takes set
+    ``i % sets``.
+    """
     batch = draw.shape[: draw.ndim - tail]
     while batch and batch[0] == 1:
         batch = batch[1:]
@@ -28,7 +32,9 @@ def _kernel(name: str, vectors: Array, padded_dim: int) -> CudaKernel:
 
 
 def fast_hash_block_per_part(device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -> Array:
-    """One block for each vector and part: `block_per_part`. Raises `DoesNotFit` for vectors of more than 1024 entries."""
+    """One block for each vector and part: `block_per_part`. Raises `DoesNotFit` for vectors of more
+    than 1024 entries.
+    """
     hashed = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     if hashed.padded_dim > _MAX_THREADS:
         raise DoesNotFit(
@@ -57,7 +63,8 @@ def fast_hash_warp_per_vector(
 ) -> Array:
     """One warp for each vector, all parts in turn: `warp_per_vector`.
 
-    ``spoiled``: uint8 with an entry for each vector, set to 1 for one that is not finite and to 0 for the others.
+    ``spoiled``: uint8 with an entry for each vector, set to 1 for one that is not finite and to 0
+    for the others.
     """
     hashed = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     rows = vectors.shape[:-1]
@@ -78,7 +85,9 @@ def fast_hash_warp_per_vector(
 def hyperplane_hash_thread_per_code(
     device: Device, vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, spoiled: Array | None = None
 ) -> Array:
-    """One thread for each code: `thread_per_code`. ``spoiled`` as in `fast_hash_warp_per_vector`."""
+    """One thread for each code: `thread_per_code`. ``spoiled`` as in
+    `fast_hash_warp_per_vector`.
+    """
     rows = vectors.shape[:-1]
     codes = device.empty((*rows, num_hash), np.int32)
     if codes.size == 0:

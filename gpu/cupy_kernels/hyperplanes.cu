@@ -6,11 +6,12 @@
 constexpr int MAX_BITS = 30;
 
 // thread_per_code
-//   A thread makes one code: it walks the vector once and keeps up to 30 dot products in registers. Neighbouring threads make the codes of
-//   one vector from neighbouring planes.
-//   Moves, for each vector, d entries and, from cache, d * m * tau entries of the planes in, and 4 m bytes out. Deterministic.
-//   Where `spoiled` is wanted, the thread of the first code says whether the vector holds an infinity or NaN.
-//   A vector with an entry beyond 2^60 is scaled down by a power of two, as in the Hadamard hash.
+//   A thread makes one code: it walks the vector once and keeps up to 30 dot products in registers.
+//   Neighboring threads make the codes of one vector from neighboring planes.
+//   Moves, for each vector, d entries and, from cache, d * m * tau entries of the planes in, and 4
+//   m bytes out. Deterministic. Where `spoiled` is wanted, the thread of the first code says
+//   whether the vector holds an infinity or NaN. A vector with an entry beyond 2^60 is scaled down
+//   by a power of two, as in the Hadamard hash.
 extern "C" __global__ void thread_per_code(const VALUE* __restrict__ vectors, const ACC* __restrict__ planes, int* __restrict__ codes,
                                            unsigned char* __restrict__ spoiled, long long num_codes, long long vectors_per_head, int plane_sets, int dim, int num_hash,
                                            int hash_code_len) {

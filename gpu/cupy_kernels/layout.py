@@ -18,7 +18,9 @@ def c_type(x: Array) -> str:
 
 
 def accumulator(x: Array) -> Any:
-    """The dtype that an array's entries are added up in: float64 for float64, float32 for the rest."""
+    """The dtype that an array's entries are added up in: float64 for float64, float32 for the
+    rest.
+    """
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
@@ -40,7 +42,9 @@ def heads(device: Device, x: Array, tail: int = 2) -> Array:
 
 
 def mask_bytes(device: Device, mask: Array | None, rows: Shape) -> Array | None:
-    """A mask that broadcasts over ``rows = (..., n)`` as contiguous uint8 ``(heads, n)``; ``None`` stays ``None``."""
+    """A mask that broadcasts over ``rows = (..., n)`` as contiguous uint8 ``(heads, n)``; ``None``
+    stays ``None``.
+    """
     if mask is None:
         return None
     keep = device.xp.broadcast_to(mask != 0, rows)
@@ -60,7 +64,9 @@ def pow2_at_least(x: int) -> int:
 
 
 def grid_slices(count: int, at_once: int = MAX_GRID_YZ) -> list[slice]:
-    """Ranges of at most ``at_once``, and never more than 65,535: as far as the second and third axis of a grid reach."""
+    """Ranges of at most ``at_once``, and never more than 65,535: as far as the second and third
+    axis of a grid reach.
+    """
     step = max(1, min(at_once, MAX_GRID_YZ))
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 

@@ -1,5 +1,6 @@
-// What the kernels share that walk over pairs of rows in tiles, those of one side by those of the other: products, angles, weighted sums.
-// A file that includes this says before it how many THREADS a block has.
+// What the kernels share that walk over pairs of rows in tiles, those of one side by those of the
+// other: products, angles, weighted sums. A file that includes this says before it how many THREADS
+// a block has.
 #pragma once
 
 constexpr ACC PI = ACC(3.14159265358979323846), INVERSE_PI = ACC(0.318309886183790671538);
@@ -11,10 +12,12 @@ constexpr int COLUMNS = DIMS;                       // of a block's result
 constexpr int ACROSS = COLUMNS / 4, DOWN = THREADS / ACROSS;  // the threads as a rectangle: others or columns across, rows down
 constexpr int MY_ROWS = ROWS / DOWN, MY_OTHERS = OTHERS / ACROSS, MY_PAIRS = MY_ROWS * MY_OTHERS;
 
-// Tiles whose rows are read many at one time are four entries longer than their content, so that these start in different banks.
+// Tiles whose rows are read many at one time are four entries longer than their content, so that
+// these start in different banks.
 constexpr int LONG_ROW = DIMS / 4 + 1, LONG_PAIRS = OTHERS / 4 + 1;
 
-// A thread's place in the rectangle. A warp is 8 threads across and 4 down, so that it reads few different rows at one time.
+// A thread's place in the rectangle. A warp is 8 threads across and 4 down, so that it reads few
+// different rows at one time.
 struct Place {
   int lane, warp_across, warp_down;
   __device__ int across(int lane) const { return warp_across + lane % 8; }
@@ -32,8 +35,8 @@ template <int STRIDE> __device__ inline ACC& entry(Four (*tile)[STRIDE], int row
   return tile[row][column / 4].at[column % 4];
 }
 
-// Rows first_row ... of a head, WIDTH of their entries from first_dim on, go to a tile. Rows that are masked, and what lies beyond the
-// matrix, are zeros: nothing of a masked row is read.
+// Rows first_row ... of a head, WIDTH of their entries from first_dim on, go to a tile. Rows that
+// are masked, and what lies beyond the matrix, are zeros: nothing of a masked row is read.
 template <int HEIGHT, int WIDTH, int STRIDE, class T>
 __device__ inline void fetch_rows(Four (*tile)[STRIDE], const T* matrix, const unsigned char* mask, long long head, int rows, int first_row,
                                   int dim, int first_dim) {
@@ -68,7 +71,8 @@ __device__ inline void add_products(ACC (&sum)[MY_PAIRS], const Four (*rows)[STR
   for (int e = 0; e < MY_PAIRS; ++e) sum[e] += part[e];
 }
 
-// A thread's rows and four columns of weights (rows by others) times a matrix (others by columns), added to what they were.
+// A thread's rows and four columns of weights (rows by others) times a matrix (others by columns),
+// added to what they were.
 template <int STRIDE>
 __device__ inline void add_weighted(Four (&sum)[MY_ROWS], const Four (*weights)[LONG_PAIRS], const Four (*matrix)[STRIDE], Place at) {
   const int across = at.across(at.lane), down = at.down(at.lane);
@@ -115,9 +119,10 @@ template <int N> __device__ inline void to_power(ACC (&x)[N], int exponent) {
   }
 }
 
-// Near +-1 a cosine has lost the angle and the sine. For the pairs e with bit e of `steep` they come from differences of the unit vectors:
-// theta = 2 atan2(|a - b|, |a + b|), sin(theta) = |a - b| |a + b| / 2. The whole warp takes the pairs of all its lanes, one after the
-// other; the lane whose pair it is calls found(row, other, 1 - theta / pi, sin(theta)).
+// Near +-1 a cosine has lost the angle and the sine. For the pairs e with bit e of `steep` they
+// come from differences of the unit vectors: theta = 2 atan2(|a - b|, |a + b|), sin(theta) = |a -
+// b| |a + b| / 2. The whole warp takes the pairs of all its lanes, one after the other; the lane
+// whose pair it is calls found(row, other, 1 - theta / pi, sin(theta)).
 template <class Found>
 __device__ inline void measure_steep(unsigned steep, Place at, const ACC* rows, const ACC* others, int dim, Found found) {
   for (int e = 0; __any_sync(FULL_WARP, steep >> e); ++e) {

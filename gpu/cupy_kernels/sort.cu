@@ -1,4 +1,5 @@
-// Sorting rows by their hash code: a stable radix sort, four bits at a time, one block for each head and hash.
+// Sorting rows by their hash code: a stable radix sort, four bits at a time, one block for each
+// head and hash.
 #include "common.cuh"
 
 constexpr int DIGITS = 16;
@@ -7,11 +8,13 @@ constexpr int THREADS = 256;
 constexpr int TILE = 32;
 
 // transpose_codes
-//   (heads, n, m) becomes (heads, m, n), with `capacity` for what is masked or out of range: greater than every code, so that it sorts
-//   last and matches nobody. `order` starts as 0, 1, 2, ...
-//   A block of 32 by 8 threads moves 32 rows by 32 hashes through shared memory, so that neighbouring threads read and write neighbours;
-//   rows there are one entry longer than their content, so that a column does not stand in one bank.
-//   Moves 4 bytes in and 8 out for each code. Deterministic.
+//   (heads, n, m) becomes (heads, m, n), with `capacity` for what is masked or out of range:
+//   greater than every code, so that it sorts last and matches nobody. `order` starts as 0, 1, 2,
+//   ...
+//   A block of 32 by 8 threads moves 32 rows by 32 hashes through shared memory, so that
+//   neighboring threads read and write neighbors; rows there are one entry longer than their
+//   content, so that a column does not stand in one bank. Moves 4 bytes in and 8 out for each code.
+//   Deterministic.
 extern "C" __global__ void transpose_codes(const int* __restrict__ codes, const unsigned char* __restrict__ mask, int* __restrict__ sorted_code,
                                            int* __restrict__ order, int n, int num_hash, int capacity) {
   __shared__ int tile[TILE][TILE + 1];
@@ -41,11 +44,12 @@ __device__ inline int place(int digit, int thread) {
 }
 
 // sort_codes
-//   One round of the sort, by the four bits from `shift` on: a block sorts the n codes of one head and hash.
-//   Thread t takes the t-th run of consecutive rows. It counts its rows of each digit; a prefix sum over (digit, thread), in that order,
-//   says where each thread's rows of each digit go; it puts them there, in order. So equal digits keep their order.
-//   Shared memory: 16 x 256 counts, with a gap after every sixteen: a thread that adds up sixteen neighbours then meets no other in a bank.
-//   Moves 8 bytes in (the codes twice) and 8 out for each code. Deterministic.
+//   One round of the sort, by the four bits from `shift` on: a block sorts the n codes of one head
+//   and hash. Thread t takes the t-th run of consecutive rows. It counts its rows of each digit; a
+//   prefix sum over (digit, thread), in that order, says where each thread's rows of each digit go;
+//   it puts them there, in order. So equal digits keep their order. Shared memory: 16 x 256 counts,
+//   with a gap after every sixteen: a thread that adds up sixteen neighbors then meets no other in
+//   a bank. Moves 8 bytes in (the codes twice) and 8 out for each code. Deterministic.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sort_codes(const int* __restrict__ code, const int* __restrict__ order, int* __restrict__ code_out, int* __restrict__ order_out, int n, int shift) {
   __shared__ int start[DIGITS * (THREADS + THREADS / DIGITS)];
@@ -58,7 +62,8 @@ sort_codes(const int* __restrict__ code, const int* __restrict__ order, int* __r
   for (int i = first; i < last; ++i) ++start[place(code[base + i] >> shift & (DIGITS - 1), t)];
   __syncthreads();
 
-  // Thread t adds up the t-th sixteen counts of the flat table, 256 such totals are summed from left to right, then spread again.
+  // Thread t adds up the t-th sixteen counts of the flat table, 256 such totals are summed from
+  // left to right, then spread again.
   int* mine = start + t * (DIGITS + 1);
   int sum = 0;
   for (int i = 0; i < DIGITS; ++i) sum += mine[i];

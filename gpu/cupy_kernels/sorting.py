@@ -15,15 +15,18 @@ SortedCodes = tuple[Array, Array]
 
 
 def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Array | None) -> SortedCodes:
-    """Codes in ascending order for each head and hash, and the row that each came from; equal codes keep the order of their rows.
+    """Codes in ascending order for each head and hash, and the row that each came from; equal codes
+    keep the order of their rows.
 
     Parameters
     ----------
-    codes : int32, contiguous ``(heads, n, m)``. mask : uint8 ``(heads, n)``, nonzero = keep, or ``None``.
+    codes : int32, contiguous ``(heads, n, m)``. mask : uint8 ``(heads, n)``, nonzero = keep, or
+        ``None``.
 
     Returns
     -------
-    ``sorted_code, order``, both int32 ``(heads, m, n)``. Masked rows, and codes outside ``[0, hashtable_capacity)``, have the code
+    ``sorted_code, order``, both int32 ``(heads, m, n)``. Masked rows, and codes outside
+    ``[0, hashtable_capacity)``, have the code
     ``hashtable_capacity``: they stand last and match nobody.
     """
     heads, n, num_hash = codes.shape

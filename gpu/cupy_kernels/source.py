@@ -1,4 +1,6 @@
-"""The text of a `.cu` file as a compiler gets it: the project's own headers put in where they are named."""
+"""The text of a `.cu` file as a compiler gets it: the project's own headers put in where they are
+named.
+"""
 
 import re
 from functools import cache
@@ -17,7 +19,9 @@ KERNEL = re.compile(r'^extern "C" __global__ void(?:\s+__launch_bounds__\(.*?\))
 
 @cache
 def source(file: str) -> str:
-    """One text, so that a cache keyed by it never serves a kernel whose header has changed. Line numbers stay those of the files."""
+    """One text, so that a cache keyed by it never serves a kernel whose header has changed. Line
+    numbers stay those of the files.
+    """
 
     def include(found: re.Match[str]) -> str:
         line = text.count("\n", 0, found.start()) + 2

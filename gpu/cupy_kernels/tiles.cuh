@@ -1,7 +1,7 @@
 // What kernels share that work on tiles in shared memory, and with whole warps.
 #pragma once
 
-// Four neighbours of a row, fetched from shared memory at one time.
+// Four neighbors of a row, fetched from shared memory at one time.
 struct alignas(16) Four { ACC at[4]; };
 
 // The sum over the lanes of a warp, in every lane; always added in the same order.
@@ -10,8 +10,8 @@ __device__ inline ACC warp_sum(ACC x) {
   return x;
 }
 
-// A row's length is scale * length: entries are divided by the largest first, so that no square overflows or vanishes. Of a zero row
-// `scale` is 0 and `length` 1.
+// A row's length is scale * length: entries are divided by the largest first, so that no square
+// overflows or vanishes. Of a zero row `scale` is 0 and `length` 1.
 struct RowSize {
   ACC scale, length;
   bool finite;

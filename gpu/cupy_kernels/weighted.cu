@@ -1,9 +1,11 @@
-// Weighted cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j, three ways.
+// Weighted cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i .
+// key_weight_j) v_j, three ways.
 //
 // Compiled for VALUE, and for OUT, how the result is stored.
 //
-// Arrays are contiguous: codes (heads, n, m), weights (heads, n, d_w), value (heads, n_k, d_v), out (heads, n_q, d_v), masks (heads, n),
-// sorted codes and their order (heads, m, n), sums (heads, n_q, d_v rounded up to a multiple of four).
+// Arrays are contiguous: codes (heads, n, m), weights (heads, n, d_w), value (heads, n_k, d_v), out
+// (heads, n_q, d_v), masks (heads, n), sorted codes and their order (heads, m, n), sums (heads,
+// n_q, d_v rounded up to a multiple of four).
 #include "common.cuh"
 #include "sort.cuh"
 #include "tiles.cuh"
@@ -17,15 +19,17 @@ __device__ inline bool finite_row(const VALUE* row, int dim, int lane) {
   return __all_sync(FULL_WARP, all);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// weight_by_weight: the paper's algorithm. The weights leave the sum, coordinate by coordinate: sum_j (a . b_j) v_j is
-// sum_r a_r (sum_j b_jr v_j). So for each coordinate r, and 32 value dims at a time, there is a table in global memory,
-// (heads, m, capacity, 32), which the keys fill and the queries read.
+// ------------------------------------------------------------------------------------------------
+// weight_by_weight: the paper's algorithm. The weights leave the sum, coordinate by coordinate:
+// sum_j (a . b_j) v_j is sum_r a_r (sum_j b_jr v_j). So for each coordinate r, and 32 value dims at
+// a time, there is a table in global memory, (heads, m, capacity, 32), which the keys fill and the
+// queries read.
 
 // weight_by_weight_scatter
-//   A warp takes one key: lane l adds key_weight_r times value dim first_dim + l to the key's bucket of every hash. Blocks of 8 keys.
-//   Moves 4 m bytes of codes and 33 numbers in, and 32 m atomic additions out for each key.
-//   Not deterministic: the order of the additions is that of chance.
+//   A warp takes one key: lane l adds key_weight_r times value dim first_dim + l to the key's
+//   bucket of every hash. Blocks of 8 keys. Moves 4 m bytes of codes and 33 numbers in, and 32 m
+//   atomic additions out for each key. Not deterministic: the order of the additions is that of
+//   chance.
 extern "C" __global__ void weight_by_weight_scatter(const int* __restrict__ key_hash_code, const VALUE* __restrict__ key_weight,
                                                     const VALUE* __restrict__ value, const unsigned char* __restrict__ key_mask,
                                                     ACC* __restrict__ table, int n_k, int num_hash, int capacity, int weight_dim,
@@ -41,9 +45,10 @@ extern "C" __global__ void weight_by_weight_scatter(const int* __restrict__ key_
 }
 
 // weight_by_weight_gather
-//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash after hash, and adds query_weight_r times
-//   that to the query's sums. Blocks of 8 queries.
-//   Moves 4 m bytes of codes and 32 m table entries in, and 32 sums in and out for each query. Deterministic, given the table.
+//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash
+//   after hash, and adds query_weight_r times that to the query's sums. Blocks of 8 queries.
+//   Moves 4 m bytes of codes and 32 m table entries in, and 32 sums in and out for each query.
+//   Deterministic, given the table.
 extern "C" __global__ void weight_by_weight_gather(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight,
                                                    const unsigned char* __restrict__ query_mask, const ACC* __restrict__ table,
                                                    ACC* __restrict__ sums, int n_q, int num_hash, int capacity, int weight_dim,
@@ -60,8 +65,9 @@ extern "C" __global__ void weight_by_weight_gather(const int* __restrict__ query
 }
 
 // finish_rows
-//   The sums of all hashes become the result: divided by m, rounded once, and NaN in the row of a query whose weight is not finite.
-//   A warp takes one row, blocks have 8. Moves d_w weights and d_v sums in and d_v results out for each. Deterministic.
+//   The sums of all hashes become the result: divided by m, rounded once, and NaN in the row of a
+//   query whose weight is not finite. A warp takes one row, blocks have 8. Moves d_w weights and
+//   d_v sums in and d_v results out for each. Deterministic.
 extern "C" __global__ void finish_rows(const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
                                        const ACC* __restrict__ sums, OUT* __restrict__ out, long long rows, int num_hash, int weight_dim,
                                        int value_dim) {
@@ -75,16 +81,18 @@ extern "C" __global__ void finish_rows(const VALUE* __restrict__ query_weight, c
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 constexpr int HELD = 4;  // entries of a vector that a lane holds in registers: 128 for the warp
 
 // sorted_pairs
-//   A warp takes one query and 128 value dims. Its lanes look up 32 buckets at once, one hash each, by bisection of the sorted codes;
-//   then the warp goes through these buckets together, key by key: the product of the weights by shuffles, times the value, to sums
-//   in registers. Blocks of 8 queries; grid (queries / 8, slices of value dims, heads).
-//   Registers: 128 coordinates of the query's weight (those beyond come from cache), 128 sums of the bucket and 128 of the query.
-//   Moves, for each query, m codes, and d_w + 128 numbers for each key that it meets, mostly from cache; n_q d_v results.
-//   Deterministic: every sum is taken in the order of hash and key. Any capacity.
+//   A warp takes one query and 128 value dims. Its lanes look up 32 buckets at once, one hash each,
+//   by bisection of the sorted codes; then the warp goes through these buckets together, key by
+//   key: the product of the weights by shuffles, times the value, to sums in registers. Blocks of 8
+//   queries; grid (queries / 8, slices of value dims, heads). Registers: 128 coordinates of the
+//   query's weight (those beyond come from cache), 128 sums of the bucket and 128 of the query.
+//   Moves, for each query, m codes, and d_w + 128 numbers for each key that it meets, mostly from
+//   cache; n_q d_v results. Deterministic: every sum is taken in the order of hash and key. Any
+//   capacity.
 extern "C" __global__ void __launch_bounds__(256)
 sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
              const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ key_weight,
@@ -146,7 +154,7 @@ sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ 
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 constexpr int THREADS = 128;
 constexpr int WEIGHTS = 64;                          // coordinates of the weights at one time
 constexpr int COLUMNS = sizeof(ACC) == 8 ? 32 : 64;  // value dims of a block
@@ -159,8 +167,8 @@ __device__ inline Four operator+(Four a, Four b) {
   return a;
 }
 
-// Rows order[0 .. count) of a matrix, WIDTH of their entries from `from` on, go to a tile. What lies beyond the matrix is zeros, and so
-// is what fills up the last four rows.
+// Rows order[0 .. count) of a matrix, WIDTH of their entries from `from` on, go to a tile. What
+// lies beyond the matrix is zeros, and so is what fills up the last four rows.
 template <int WIDTH, int STRIDE>
 __device__ inline void fetch_rows(Four (*tile)[STRIDE], const VALUE* matrix, const int* order, int count, int dim, int from) {
   const int c = threadIdx.x % WIDTH;
@@ -171,15 +179,18 @@ __device__ inline void fetch_rows(Four (*tile)[STRIDE], const VALUE* matrix, con
 }
 
 // outer_products
-//   Inside a bucket the weighted sum is linear attention: S = sum_j key_weight_j v_j^T, and every query of the bucket gets
-//   query_weight_i S. Keys and queries are sorted by the code of one hash, so that a bucket is a run of either.
-//   A block takes a stretch of sorted keys, does every bucket that starts in it, and skips those that no query asks for.
-//   S is taken in pieces of 64 coordinates by 64 value dims (32 in float64), which stand in shared memory: first the keys come, 16 at a
-//   time, and a thread adds up pieces of 4 by 4 in registers; then the queries, 32 at a time, and a thread takes 4 by 4 of their sums.
-//   grid (stretches, slices of value dims, heads); one launch for each hash: a query is in one bucket, so nobody else writes its row.
-//   Shared memory: S, keys and queries: 33 KiB (45 in float64).
-//   Moves, for each hash, n_k (d_w + d_v) and n_q d_w numbers in and n_q d_v sums in and out, and does 2 (n_q + n_k) d_w d_v operations,
-//   however skewed the buckets; but a bucket is the work of one block. Deterministic: every sum is taken in the order of hash and key.
+//   Inside a bucket the weighted sum is linear attention: S = sum_j key_weight_j v_j^T, and every
+//   query of the bucket gets query_weight_i S. Keys and queries are sorted by the code of one hash,
+//   so that a bucket is a run of either. A block takes a stretch of sorted keys, does every bucket
+//   that starts in it, and skips those that no query asks for. S is taken in pieces of 64
+//   coordinates by 64 value dims (32 in float64), which stand in shared memory: first the keys
+//   come, 16 at a time, and a thread adds up pieces of 4 by 4 in registers; then the queries, 32 at
+//   a time, and a thread takes 4 by 4 of their sums. grid (stretches, slices of value dims, heads);
+//   one launch for each hash: a query is in one bucket, so nobody else writes its row. Shared
+//   memory: S, keys and queries: 33 KiB (45 in float64). Moves, for each hash, n_k (d_w + d_v) and
+//   n_q d_w numbers in and n_q d_v sums in and out, and does 2 (n_q + n_k) d_w d_v operations,
+//   however skewed the buckets; but a bucket is the work of one block. Deterministic: every sum is
+//   taken in the order of hash and key.
 extern "C" __global__ void __launch_bounds__(THREADS)
 outer_products(const int* __restrict__ sorted_query_code, const int* __restrict__ query_order, const VALUE* __restrict__ query_weight,
                const int* __restrict__ sorted_key_code, const int* __restrict__ key_order, const VALUE* __restrict__ key_weight,
@@ -188,7 +199,7 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
   __shared__ Four outer[WEIGHTS][COLUMNS / 4];
   __shared__ Four key_tile[KEYS][WEIGHTS / 4];
   __shared__ Four value_tile[KEYS][COLUMNS / 4];
-  __shared__ Four query_tile[QUERIES][WEIGHTS / 4 + 1];  // one more, so that neighbouring rows do not start in the same bank
+  __shared__ Four query_tile[QUERIES][WEIGHTS / 4 + 1];  // one more, so that neighboring rows do not start in the same bank
 
   const long long head = blockIdx.z, sorted = head * num_hash + hash;
   const int* key_codes = sorted_key_code + sorted * n_k;

@@ -1,5 +1,6 @@
-"""Launchers of the weighted cumulation. The equation stands in `yoso_core.reference.lsh_weighted_cumulation_pairs`, the kernels in
-`weighted.cu`."""
+"""Launchers of the weighted cumulation. The equation stands in
+`yoso_core.reference.lsh_weighted_cumulation_pairs`, the kernels in `weighted.cu`.
+"""
 
 from typing import Any
 
@@ -14,12 +15,16 @@ _ROWS = 8
 _PAIR_COLUMNS = 128
 """Value dims that a warp of `sorted_pairs` holds in registers."""
 _COORDINATES = 64
-"""Coordinates of a weight that `weight_by_weight_gather` adds up by themselves before they join the total: sums of sums round less."""
+"""Coordinates of a weight that `weight_by_weight_gather` adds up by themselves before they join the
+total: sums of sums round less.
+"""
 _OUTER_THREADS = 128
 _STRETCH = 32
 """Sorted keys to a block of `outer_products`."""
 _CACHE_BYTES = 24 << 20
-"""Heads of so many bytes go through all hashes before the next ones: half of the L2 cache of an H100, so that they stay in it."""
+"""Heads of so many bytes go through all hashes before the next ones: half of the L2 cache of an
+H100, so that they stay in it.
+"""
 
 
 class _Call:
@@ -55,7 +60,9 @@ class _Call:
         return CudaKernel("weighted.cu", name, (("VALUE", layout.c_type(self.value)), ("OUT", layout.c_type(self.out))))
 
     def zero_sums(self) -> Array:
-        """``(heads, n_q, d_v)``, rows filled up to a multiple of four so that a thread can move four at one time."""
+        """``(heads, n_q, d_v)``, rows filled up to a multiple of four so that a thread can move
+        four at one time.
+        """
         return self.device.zeros((self.heads, self.n_q, 4 * layout.ceil_div(self.value_dim, 4)), self.accumulator)
 
     def finish(self, sums: Array) -> None:
@@ -89,10 +96,11 @@ def lsh_weighted_cumulation_weight_by_weight(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """The paper's algorithm: a table in global memory for each coordinate of the weights and 32 value dims.
+    """The paper's algorithm: a table in global memory for each coordinate of the weights and 32
+    value dims.
 
-    Float atomics: not repeatable bit by bit. Raises `DoesNotFit` where the table takes more than the device allows. ``out_dtype``: that of
-    the result, if not that of ``value``.
+    Float atomics: not repeatable bit by bit. Raises `DoesNotFit` where the table takes more than
+    the device allows. ``out_dtype``: that of the result, if not that of ``value``.
     """
     call = _Call(
         device, query_hash_code, query_weight, key_hash_code, key_weight, value, hashtable_capacity, query_mask, key_mask, out_dtype
@@ -160,9 +168,11 @@ def lsh_weighted_cumulation_sorted_pairs(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """Keys sorted by code; a warp to a query goes through its buckets key by key. Any capacity, repeatable bit by bit.
+    """Keys sorted by code; a warp to a query goes through its buckets key by key. Any capacity,
+    repeatable bit by bit.
 
-    The cost is that of the pairs that meet. ``out_dtype``: that of the result, if not that of ``value``.
+    The cost is that of the pairs that meet. ``out_dtype``: that of the result, if not that of
+    ``value``.
     """
     call = _Call(
         device, query_hash_code, query_weight, key_hash_code, key_weight, value, hashtable_capacity, query_mask, key_mask, out_dtype
@@ -205,10 +215,12 @@ def lsh_weighted_cumulation_outer_products(
     out_dtype: Any = None,
     sorted_codes: tuple[SortedCodes, SortedCodes] | None = None,
 ) -> Array:
-    """Keys and queries sorted by code; a bucket's keys become one matrix, which its queries are multiplied with.
+    """Keys and queries sorted by code; a bucket's keys become one matrix, which its queries are
+    multiplied with.
 
-    Any capacity, repeatable bit by bit, and linear in ``n_q + n_k`` however the codes are spread. ``out_dtype``: that of the result, if
-    not that of ``value``; ``sorted_codes``: those of the queries and of the keys, as `sort_codes` gives them, where the caller has them.
+    Any capacity, repeatable bit by bit, and linear in ``n_q + n_k`` however the codes are spread.
+    ``out_dtype``: that of the result, if not that of ``value``; ``sorted_codes``: those of the
+    queries and of the keys, as `sort_codes` gives them, where the caller has them.
     """
     call = _Call(
         device, query_hash_code, query_weight, key_hash_code, key_weight, value, hashtable_capacity, query_mask, key_mask, out_dtype

@@ -1,8 +1,10 @@
-"""Runs the CUDA C++ kernels of this project on a CPU, from the same source, so that they can be tested and watched on any machine.
+"""Runs the CUDA C++ kernels of this project on a CPU, from the same source, so that they can be
+tested and watched on any machine.
 
-The host's compiler makes a library of a `.cu` file. Its threads are fibers of one real thread: each runs until it ends or meets a barrier
-or an operation of its warp, then another has its turn. The order of turns is chosen, so a run can be repeated bit by bit, and a result
-that depends on the order shows under another (`order`).
+The host's compiler makes a library of a `.cu` file. Its threads are fibers of one real thread: each
+runs until it ends or meets a barrier or an operation of its warp, then another has its turn. The
+order of turns is chosen, so a run can be repeated bit by bit, and a result that depends on the
+order shows under another (`order`).
 
 >>> import numpy as np
 >>> from yoso_core.gpu.emulator import Emulator, KernelText, missing
@@ -16,29 +18,36 @@ that depends on the order shows under another (`order`).
 ...     Emulator().launch(double, (4,), (32,), (x, y, np.int32(100)))
 ...     assert (y == 2 * x).all()
 
-**What every launch reports**, as a `KernelFault` that names kernel, block, thread, file and line: barriers that threads of a block meet at
-different lines; an exited thread in the mask of a shuffle or vote, a lane that is not in its own mask or reads one that is not, lanes in
-one operation at different lines; deadlocks; too much shared memory, and launches that a GPU would refuse; failed assertions, traps,
-integer division by zero, null pointers and other accesses that the operating system stops. Shared memory begins every block as NaN
-(integers: -1).
+**What every launch reports**, as a `KernelFault` that names kernel, block, thread, file and line:
+barriers that threads of a block meet at different lines; an exited thread in the mask of a shuffle
+or vote, a lane that is not in its own mask or reads one that is not, lanes in one operation at
+different lines; deadlocks; too much shared memory, and launches that a GPU would refuse; failed
+assertions, traps, integer division by zero, null pointers and other accesses that the operating
+system stops. Shared memory begins every block as NaN (integers: -1).
 
 **What takes a special build**, up to fifty times slower where a kernel does little but move data:
 
-- `checked`: any access outside every array, to the byte; vectors at addresses that are no multiple of their size; reads of shared memory
-  that nobody has written; races in shared and global memory, whether or not the order of turns lets them show. `__syncthreads` orders the
-  threads of a block and `__syncwarp` the lanes in its mask; shuffles and votes order nothing, atomics only themselves, fences nothing.
-- `count_traffic`: bytes, 32-byte sectors, bank conflicts, colliding atomics, barriers and shuffles, by launch and by line.
+- `checked`: any access outside every array, to the byte; vectors at addresses that are no multiple
+  of their size; reads of shared memory that nobody has written; races in shared and global memory,
+  whether or not the order of turns lets them show. `__syncthreads` orders the threads of a block
+  and `__syncwarp` the lanes in its mask; shuffles and votes order nothing, atomics only themselves,
+  fences nothing.
+- `count_traffic`: bytes, 32-byte sectors, bank conflicts, colliding atomics, barriers and shuffles,
+  by launch and by line.
 - `sanitized`: AddressSanitizer and ThreadSanitizer, in a child process.
 
-**What it cannot show**: time, occupancy and registers; the weak order of memory, and threads that really run together; that `-ftz=true`
-flushes subnormal floats to zero; the last bit of `expf` and its like, which differs from the device's, and of products and sums that the
-device's compiler fuses. `__activemask`, inline PTX, textures, cooperative groups and dynamic parallelism are not there: a kernel that
-uses them does not compile. Two barriers in one line count as one place. A thread that spins until another has done something never ends,
-and a kernel that writes outside every array, where nothing stops it, may spoil the process: that is what `checked` is for.
+**What it cannot show**: time, occupancy and registers; the weak order of memory, and threads that
+really run together; that `-ftz=true` flushes subnormal floats to zero; the last bit of `expf` and
+its like, which differs from the device's, and of products and sums that the device's compiler
+fuses. `__activemask`, inline PTX, textures, cooperative groups and dynamic parallelism are not
+there: a kernel that uses them does not compile. Two barriers in one line count as one place. A
+thread that spins until another has done something never ends, and a kernel that writes outside
+every array, where nothing stops it, may spoil the process: that is what `checked` is for.
 
-It needs Linux or macOS and a C++17 compiler (``$CXX``, g++ or clang++); `missing` says what is not there. The special builds need Linux and
-g++, which is also what the tests run on.
-Libraries are kept in ``$YOSO_CORE_CACHE``, or ``~/.cache/yoso_core``; the folder may be deleted at any time. One launch runs at a time.
+It needs Linux or macOS and a C++17 compiler (``$CXX``, g++ or clang++); `missing` says what is not
+there. The special builds need Linux and g++, which is also what the tests run on. Libraries are
+kept in ``$YOSO_CORE_CACHE``, or ``~/.cache/yoso_core``; the folder may be deleted at any time. One
+launch runs at a time.
 """
 
 from yoso_core.gpu.emulator.build import missing

@@ -1,4 +1,6 @@
-"""From the text of a `.cu` file to a library: what is rewritten, how it is compiled, where it is kept."""
+"""From the text of a `.cu` file to a library: what is rewritten, how it is compiled, where it is
+kept.
+"""
 
 import ctypes
 import hashlib
@@ -21,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent / "cupy_kernels"
 
 FLAVOURS = ("plain", "counted", "address", "thread")
-"""How a kernel is built: as it is, with every access reported, for AddressSanitizer, for ThreadSanitizer."""
+"""How a kernel is built: as it is, with every access reported, for AddressSanitizer, for
+ThreadSanitizer.
+"""
 
 # Comments and strings are skipped; what is left are the declarations of shared memory.
 _SHARED = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?\b__shared__\b(?P<declaration>[^;{}]*);', re.DOTALL)
@@ -115,7 +119,8 @@ def _is_clang(command: tuple[str, ...]) -> bool:
 def missing_for_counting() -> str | None:
     """Why `count_traffic` and `checked` cannot work here; ``None`` if they can.
 
-    clang takes vectors apart before it reports an access, so that what it reports is not what a GPU would do.
+    clang takes vectors apart before it reports an access, so that what it reports is not what a GPU
+    would do.
     """
     if missing() or (sys.platform == "linux" and not _is_clang(compiler().command)):
         return missing()
@@ -131,7 +136,9 @@ def compiler() -> Compiler:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: ``$YOSO_CORE_CACHE``, or else the user's cache. Everything in it may be deleted at any time."""
+    """Where libraries are kept: ``$YOSO_CORE_CACHE``, or else the user's cache. Everything in it
+    may be deleted at any time.
+    """
     named = os.environ.get("YOSO_CORE_CACHE")
     if named:
         return Path(named).expanduser() / "emulator"
@@ -141,7 +148,9 @@ def cache_folder() -> Path:
 
 
 def _split(declaration: str) -> list[str]:
-    """At the commas that stand in no bracket. Inside ``[]`` and ``()`` a ``<`` compares, elsewhere it opens a template's arguments."""
+    """At the commas that stand in no bracket. Inside ``[]`` and ``()`` a ``<`` compares, elsewhere
+    it opens a template's arguments.
+    """
     parts, round_or_square, angle, start = [], 0, 0, 0
     for i, letter in enumerate(declaration):
         round_or_square += (letter in "([{") - (letter in ")]}")
@@ -154,7 +163,9 @@ def _split(declaration: str) -> list[str]:
 
 
 def rewrite_bounds(text: str) -> str:
-    """The ``__launch_bounds__`` of kernels as constants, for the check of launches. Lines stay where they stood."""
+    """The ``__launch_bounds__`` of kernels as constants, for the check of launches. Lines stay
+    where they stood.
+    """
 
     def replace(found: re.Match[str]) -> str:
         constant = f"namespace cuda_emulator_bounds {{ constexpr int {found['name']} = cuda_emulator::first_of({found['bounds']}); }}"
@@ -164,10 +175,12 @@ def rewrite_bounds(text: str) -> str:
 
 
 def rewrite_shared(text: str) -> str:
-    """Declarations of shared memory as references into the emulator's own, line by line where they stood.
+    """Declarations of shared memory as references into the emulator's own, line by line where they
+    stood.
 
-    ``__shared__ float a[4], b;`` becomes a struct of these members and references to them; ``extern __shared__ float c[];`` a pointer.
-    Raises ``ValueError`` for a declaration that is not understood.
+    ``__shared__ float a[4], b;`` becomes a struct of these members and references to them;
+    ``extern __shared__ float c[];`` a pointer. Raises ``ValueError`` for a declaration that is not
+    understood.
     """
     numbers = iter(range(len(text)))
 
@@ -176,7 +189,8 @@ def rewrite_shared(text: str) -> str:
             return found[0]
         line = text.count("\n", 0, found.start()) + 1
         first, *others = _split(found["declaration"])
-        # Only what stands before the name counts as the type: a template's commas or an array's size may hold names too.
+        # Only what stands before the name counts as the type: a template's commas or an array's
+        # size may hold names too.
         head = _TYPE_AND_NAME.fullmatch(first)
         tails = [_NAME.fullmatch(other) for other in others]
         if head is None or None in tails:
@@ -210,7 +224,8 @@ def _key(*parts: str) -> str:
 
 
 def _make(to: Path, file: str, text: str, flags: tuple[str, ...], inputs: tuple[str, ...], sanitizer: bool = True) -> None:
-    """Compile a text to a shared library, put into its place in one step, so that nobody ever sees half a file.
+    """Compile a text to a shared library, put into its place in one step, so that nobody ever sees
+    half a file.
 
     Without ``sanitizer`` a library compiled for one is not linked to it.
     """
@@ -237,7 +252,9 @@ def _make(to: Path, file: str, text: str, flags: tuple[str, ...], inputs: tuple[
 
 
 def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
-    """Load a library, made first where it is not there, and made again where it cannot be loaded."""
+    """Load a library, made first where it is not there, and made again where it cannot be
+    loaded.
+    """
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
@@ -249,7 +266,9 @@ def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
 
 @cache
 def _texts() -> tuple[str, ...]:
-    """Everything that a library depends on beside the kernel: the emulator's own files, and how this one compiles."""
+    """Everything that a library depends on beside the kernel: the emulator's own files, and how
+    this one compiles.
+    """
     return tuple((HERE / name).read_text("utf-8") for name in ("build.py", "runtime.hpp", "cuda.hpp", "traffic.hpp", "runtime.cpp"))
 
 
@@ -262,7 +281,9 @@ def _runtime(flavour: str) -> Path:
 
 
 def _parameter_names(text: str, kernel: str) -> tuple[str, ...]:
-    """The names of a kernel's parameters, for messages; empty where the text does not read as expected."""
+    """The names of a kernel's parameters, for messages; empty where the text does not read as
+    expected.
+    """
     plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     found = re.search(rf"\b{kernel}\s*\(([^()]*)\)\s*\{{", plain)
     return tuple(re.findall(r"(\w+)\s*(?:,|$)", found[1].strip())) if found else ()
@@ -270,7 +291,8 @@ def _parameter_names(text: str, kernel: str) -> tuple[str, ...]:
 
 @cache
 def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...], flavour: str) -> Library:
-    """The library of a `.cu` file, compiled with these options unless that has been done before, for all its kernels at once.
+    """The library of a `.cu` file, compiled with these options unless that has been done before,
+    for all its kernels at once.
 
     ``-DNAME=value`` becomes a line before the text, so that it touches no header of the emulator.
     Raises ``RuntimeError`` where there is no compiler, or with its messages.

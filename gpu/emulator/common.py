@@ -1,4 +1,6 @@
-"""What the emulator of CUDA C++ and the stepper of Numba's kernels share: orders, faults, and the launches that a GPU refuses."""
+"""What the emulator of CUDA C++ and the stepper of Numba's kernels share: orders, faults, and the
+launches that a GPU refuses.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +23,8 @@ _order: ContextVar[Order | None] = ContextVar("order", default=None)
 class KernelFault(RuntimeError):
     """A kernel did what it must not, or was launched as it cannot be.
 
-    ``kernel`` is its name; ``block`` and ``thread`` are indices ``(x, y, z)`` and ``file`` and ``line`` a place in the source, each
-    ``None`` where the fault has none.
+    ``kernel`` is its name; ``block`` and ``thread`` are indices ``(x, y, z)`` and ``file`` and
+    ``line`` a place in the source, each ``None`` where the fault has none.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class KernelFault(RuntimeError):
 def order(order: Order) -> Iterator[None]:
     """Launches in the body, by any emulator, run their blocks and threads in this order.
 
-    ``"forward"``, ``"reverse"``, or an int, the seed of a random order, which also lets the warps of a block overtake each other.
-    A kernel without a race gives the same result in all of them, up to the order of its float atomics.
+    ``"forward"``, ``"reverse"``, or an int, the seed of a random order, which also lets the warps
+    of a block overtake each other. A kernel without a race gives the same result in all of them, up
+    to the order of its float atomics.
     """
     token = _order.set(checked_order(order))
     try:
@@ -72,7 +75,8 @@ def order_here(otherwise: Order) -> Order:
 def launch_sizes(
     kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, max_shared: int, max_threads: int = MAX_THREADS
 ) -> tuple[Shape, Shape]:
-    """Grid and block with three sizes each. Raises `KernelFault` for a launch that a GPU would refuse.
+    """Grid and block with three sizes each. Raises `KernelFault` for a launch that a GPU would
+    refuse.
 
     ``max_threads`` is what the kernel itself allows a block, by its ``__launch_bounds__``.
     """

@@ -1,4 +1,5 @@
-// The part of CUDA C++ that the kernels use, for a C++ compiler. What is not here is not emulated, and using it is a compile error.
+// The part of CUDA C++ that the kernels use, for a C++ compiler. What is not here is not emulated,
+// and using it is a compile error.
 #pragma once
 #include "runtime.hpp"
 
@@ -106,7 +107,8 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T value, cuda
   const unsigned long long bits = cuda_emulator::bits_as<unsigned long long>(value);
   return static_cast<unsigned>(cuda_emulator::warp_operation(cuda_emulator::WarpOperation::match_any, mask, bits, -1, site));
 }
-// Which threads happen to run together is the hardware's choice: no kernel should ask, and here there is no answer.
+// Which threads happen to run together is the hardware's choice: no kernel should ask, and here
+// there is no answer.
 unsigned __activemask() = delete;
 
 template <class T> inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, cuda_emulator::CUDA_EMULATOR_SITE) {
@@ -135,7 +137,8 @@ inline void __threadfence_system() {}
 inline void __trap(cuda_emulator::CUDA_EMULATOR_SITE) { cuda_emulator::trap("__trap()", site); }
 #define assert(condition) ((condition) ? void() : cuda_emulator::trap("assertion failed: " #condition, {__builtin_FILE(), __builtin_LINE()}))
 
-// Atomics. Threads take turns, so a plain update is one; only the thread sanitizer must be shown that they are.
+// Atomics. Threads take turns, so a plain update is one; only the thread sanitizer must be shown
+// that they are.
 
 namespace cuda_emulator {
 
@@ -224,7 +227,8 @@ inline unsigned __float_as_uint(float x) { return cuda_emulator::bits_as<unsigne
 inline double __longlong_as_double(long long x) { return cuda_emulator::bits_as<double>(x); }
 inline long long __double_as_longlong(double x) { return cuda_emulator::bits_as<long long>(x); }
 
-// Mathematics. On the device some of these round differently in the last place; those called __name are coarser there.
+// Mathematics. On the device some of these round differently in the last place; those called __name
+// are coarser there.
 
 #define CUDA_EMULATOR_MATH1(name)                                 \
   extern "C" double name(double);                                 \
@@ -379,7 +383,8 @@ inline const Parameter* parameters(Absent, int*) { return nullptr; }
 
 }  // namespace cuda_emulator
 
-// The global `name`, where there is one, hides that of a namespace which is only used; and so does the bound of a kernel that has one.
+// The global `name`, where there is one, hides that of a namespace which is only used; and so does
+// the bound of a kernel that has one.
 #define CUDA_EMULATOR_KERNEL(name)                                                                                                \
   namespace cuda_emulator_absent { constexpr cuda_emulator::Absent name{}; }                                                      \
   using namespace cuda_emulator_absent;                                                                                           \

@@ -26,7 +26,9 @@ _flavour: ContextVar[str] = ContextVar("flavour", default="plain")
 
 @contextmanager
 def build_for(flavour: str) -> Iterator[None]:
-    """Build the kernels launched in the body for a sanitizer, whose library must have been in the process from its start."""
+    """Build the kernels launched in the body for a sanitizer, whose library must have been in the
+    process from its start.
+    """
     token = _flavour.set(flavour)
     try:
         yield
@@ -40,7 +42,9 @@ _running = threading.Lock()
 
 @dataclass(frozen=True)
 class KernelText:
-    """A kernel as a text of its own, where a `CudaKernel` names a file of the package. It may include the package's `.cuh` files."""
+    """A kernel as a text of its own, where a `CudaKernel` names a file of the package. It may
+    include the package's `.cuh` files.
+    """
 
     text: str
     name: str
@@ -90,7 +94,8 @@ class Emulator:
     ----------
     max_shared : bytes of shared memory to a block; those of an H100 unless told otherwise.
     max_table : bytes that a launcher may take for a table in global memory.
-    order : of blocks and threads, unless `order` says otherwise: ``"forward"``, ``"reverse"`` or a seed.
+    order : of blocks and threads, unless `order` says otherwise: ``"forward"``, ``"reverse"`` or a
+        seed.
 
     It can be made anywhere; `launch` raises ``RuntimeError`` where `missing` has a reason.
     """
@@ -116,13 +121,14 @@ class Emulator:
         Parameters
         ----------
         grid, block : one to three sizes.
-        args : for a pointer a C-contiguous array of its type (two bytes of a float16 or bfloat16: float16 or uint16) or ``None``, for
-            anything else a NumPy scalar of exactly its type.
+        args : for a pointer a C-contiguous array of its type (two bytes of a float16 or bfloat16:
+            float16 or uint16) or ``None``, for anything else a NumPy scalar of exactly its type.
         shared : bytes of dynamic shared memory.
 
         Raises
         ------
-        TypeError, ValueError : an argument does not fit its parameter, or there are too many or too few.
+        TypeError, ValueError : an argument does not fit its parameter, or there are too many or too
+            few.
         KernelFault : a launch that a GPU would refuse, or a fault of the kernel.
         RuntimeError : there is no compiler, or it refuses the kernel.
         """
@@ -178,7 +184,9 @@ def _function(kernel: CudaKernel | KernelText, flavour: str) -> tuple[build.Func
 
 
 class _Arguments:
-    """The arguments of one launch, checked against the kernel's parameters, in the form that the runtime reads."""
+    """The arguments of one launch, checked against the kernel's parameters, in the form that the
+    runtime reads.
+    """
 
     def __init__(self, function: build.Function, args: Sequence[Any]) -> None:
         parameters = function.parameters

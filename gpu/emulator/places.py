@@ -26,7 +26,9 @@ _known: dict[tuple[str, int], tuple[Frame, ...]] = {}
 
 
 def frames(library: str, offsets: Iterable[int]) -> dict[int, tuple[Frame, ...]]:
-    """The functions that each offset into a library lies in, innermost first; none without `addr2line`, or in a stripped library."""
+    """The functions that each offset into a library lies in, innermost first; none without
+    `addr2line`, or in a stripped library.
+    """
     wanted = list(offsets)
     unknown = sorted({offset for offset in wanted if (library, offset) not in _known})
     program = shutil.which("addr2line")
@@ -42,7 +44,8 @@ def frames(library: str, offsets: Iterable[int]) -> dict[int, tuple[Frame, ...]]
 
 
 def places(library: str, offsets: Iterable[int]) -> dict[int, Place | None]:
-    """The line of the kernels' source that each offset into a library comes from; ``None`` where that cannot be found.
+    """The line of the kernels' source that each offset into a library comes from; ``None`` where
+    that cannot be found.
 
     Where a function of the emulator has been inlined, it is the line that calls it.
     """

@@ -1,7 +1,9 @@
-// Runs a kernel's blocks one after another, every thread of a block as a fiber: it runs until it ends, meets a barrier, or meets an
-// operation of its warp. The order in which the fibers take turns is chosen; nothing else differs from run to run.
+// Runs a kernel's blocks one after another, every thread of a block as a fiber: it runs until it
+// ends, meets a barrier, or meets an operation of its warp. The order in which the fibers take
+// turns is chosen; nothing else differs from run to run.
 //
-// This file is never instrumented. In the builds for a sanitizer it tells the sanitizer about the fibers.
+// This file is never instrumented. In the builds for a sanitizer it tells the sanitizer about the
+// fibers.
 #if defined(__APPLE__)  // ucontext.h and mmap of macOS ask for these
 #define _XOPEN_SOURCE 700
 #define _DARWIN_C_SOURCE
@@ -102,7 +104,8 @@ enum Order { FORWARD, REVERSE, SEEDED };
 
 #if defined(__x86_64__) && !defined(CUDA_EMULATOR_UCONTEXT)
 struct Context { void* stack_pointer; };
-// swapcontext() would make a system call for the signal mask. The System V ABI lets a callee change all but these six registers.
+// swapcontext() would make a system call for the signal mask. The System V ABI lets a callee change
+// all but these six registers.
 __attribute__((naked, noinline, used)) void switch_context(Context*, Context*) {
   __asm__ volatile(
       "push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
@@ -178,7 +181,8 @@ char* arena;
 char* next_place;  // of static shared memory
 unsigned static_shared;
 
-// What threads synchronise on, for ThreadSanitizer: a page of addresses, which it forgets with every block.
+// What threads synchronize on, for ThreadSanitizer: a page of addresses, which it forgets with
+// every block.
 constexpr unsigned MEETINGS = PAGE / 8;
 char* meetings;
 unsigned next_meeting;
@@ -251,7 +255,8 @@ Text waiting(const Fiber& fiber) {
   return made;
 }
 
-// Where an access beyond every array lies, from the array that is nearest: "4 bytes past the end of values".
+// Where an access beyond every array lies, from the array that is nearest: "4 bytes past the end of
+// values".
 Text place_of(const char* address) {
   Text made;
   const Range* nearest = nullptr;
@@ -303,8 +308,8 @@ void forget(char* memory, size_t bytes) {
   munmap(memory, bytes);
   map(memory, bytes);
 }
-// A stack stands for one thread after another, all of one owner, between which no race is seen. So its turn comes again only after many
-// others. Making one for each thread would take far longer.
+// A stack stands for one thread after another, all of one owner, between which no race is seen. So
+// its turn comes again only after many others. Making one for each thread would take far longer.
 constexpr size_t STACKS_BETWEEN = 2048;
 #else
 void release(void*) {}
@@ -437,8 +442,8 @@ Warp warp_of(unsigned number) {
 
 void* new_meeting() { return meetings + 8 * (next_meeting++ % MEETINGS); }
 
-// The threads of one __syncwarp meet at one address; two under way at once, of different masks, do not. The other operations order
-// nothing that the lanes do to memory.
+// The threads of one __syncwarp meet at one address; two under way at once, of different masks, do
+// not. The other operations order nothing that the lanes do to memory.
 void* meeting_of(const Fiber& fiber) {
   if (fiber.operation != WarpOperation::sync) return nullptr;
   const Warp warp = warp_of(fiber.number);
@@ -465,7 +470,8 @@ unsigned long long result_for(const Warp& warp, unsigned mask, unsigned votes, c
   }
 }
 
-// Completes every operation of the warp whose lanes have all come, and says whether there was one. Called when no lane can run on.
+// Completes every operation of the warp whose lanes have all come, and says whether there was one.
+// Called when no lane can run on.
 bool complete_operations(const Warp& warp) {
   unsigned in_operation = 0, finished = 0;
   for (unsigned i = 0; i < warp.size; ++i) {
@@ -545,7 +551,8 @@ void run_warps() {
   }
 }
 
-// Lets the block pass its barrier when all threads that have not ended stand at it. False when the block has ended, or never will.
+// Lets the block pass its barrier when all threads that have not ended stand at it. False when the
+// block has ended, or never will.
 bool pass_barrier() {
   const Fiber *at_barrier = nullptr, *in_operation = nullptr, *elsewhere = nullptr;
   int yes = 0, all = 0;
@@ -599,7 +606,8 @@ char* aligned_up(char* p, size_t alignment) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + alignment - 1) / alignment * alignment);
 }
 
-// Shared memory of a launch: red zone, dynamic, red zone, and the static declarations, each with a red zone behind it.
+// Shared memory of a launch: red zone, dynamic, red zone, and the static declarations, each with a
+// red zone behind it.
 void lay_out_shared() {
   if (!arena) arena = map(nullptr, ARENA_BYTES), meetings = map(nullptr, PAGE);
 #if defined(CUDA_EMULATOR_ADDRESS)

@@ -1,4 +1,5 @@
-// What a compiled kernel and the emulator's runtime say to each other. No standard header is included here: a kernel compiles in an instant.
+// What a compiled kernel and the emulator's runtime say to each other. No standard header is
+// included here: a kernel compiles in an instant.
 #pragma once
 
 #pragma GCC visibility push(default)
@@ -10,7 +11,8 @@ struct dim3 { unsigned x = 1, y = 1, z = 1; };
 // Where in the source a call stands. As a default argument it is the place of the caller.
 struct Site { const char* file; int line; };
 
-// One declaration of static shared memory. Its place is given to it by the first thread of a launch that comes past.
+// One declaration of static shared memory. Its place is given to it by the first thread of a launch
+// that comes past.
 struct Slot { unsigned long long launch; char* place; };
 
 enum class WarpOperation : int { sync, shuffle, shuffle_xor, shuffle_up, shuffle_down, ballot, any, all, match_any };

@@ -1,4 +1,6 @@
-"""Kernels under the sanitizers of the compiler: AddressSanitizer for accesses beyond memory, ThreadSanitizer for races."""
+"""Kernels under the sanitizers of the compiler: AddressSanitizer for accesses beyond memory,
+ThreadSanitizer for races.
+"""
 
 import os
 import pickle
@@ -40,7 +42,9 @@ class Report:
     """What a sanitizer found, once for each place."""
 
     kind: str
-    """In the sanitizer's words: ``data race``, ``heap-buffer-overflow``, ``use-after-poison`` (beyond an array in shared memory)."""
+    """In the sanitizer's words: ``data race``, ``heap-buffer-overflow``, ``use-after-poison``
+    (beyond an array in shared memory).
+    """
     kernel: str
     file: str
     line: int
@@ -61,7 +65,8 @@ def _preloaded(compiler: tuple[str, ...], kind: str) -> list[str] | str:
     if not os.path.exists(path):
         return f"{compiler[0]} has no {name}: use g++, and install the package with that library if it has one of its own"
     start = ["env", f"LD_PRELOAD={path}"]
-    # Addresses that Linux draws at random may lie where ThreadSanitizer's own must be. Some containers do not allow to switch that off.
+    # Addresses that Linux draws at random may lie where ThreadSanitizer's own must be. Some
+    # containers do not allow to switch that off.
     fixed = ["setarch", platform.machine(), "-R", *start]
     tried = [fixed, start] if kind == "thread" and shutil.which("setarch") else [start]
     for command in tried:
@@ -83,11 +88,13 @@ def missing(kind: Kind) -> str | None:
 
 
 def sanitized(kind: Kind, code: str, *, timeout: float = 600, **names: Any) -> list[Report]:
-    """Run Python code in a child process, with every kernel that it launches in the emulator built for a sanitizer.
+    """Run Python code in a child process, with every kernel that it launches in the emulator built
+    for a sanitizer.
 
     Parameters
     ----------
-    kind : ``"address"`` finds accesses beyond arrays and shared memory, ``"thread"`` accesses of two threads that nothing orders.
+    kind : ``"address"`` finds accesses beyond arrays and shared memory, ``"thread"`` accesses of
+        two threads that nothing orders.
     code : a text, since the sanitizer must be in the process from its start.
     names : what the code finds defined; they travel by pickle.
 
@@ -96,7 +103,8 @@ def sanitized(kind: Kind, code: str, *, timeout: float = 600, **names: Any) -> l
     RuntimeError : what `missing` says, or the code has raised; the message holds its traceback.
 
     >>> from yoso_core.gpu.emulator import sanitizers
-    >>> sanitizers.sanitized("thread", "print('no kernel, no report')") if sanitizers.missing("thread") is None else []
+    >>> code = "print('no kernel, no report')"
+    >>> [] if sanitizers.missing("thread") else sanitizers.sanitized("thread", code)
     []
     """
     if kind not in _OPTIONS:
@@ -134,7 +142,9 @@ _CALL = "cuda_emulator_call_"
 
 
 def _parse(text: str) -> list[Report]:
-    """The reports that concern a kernel, those of one kind and the same places once. Others are of the interpreter's own libraries."""
+    """The reports that concern a kernel, those of one kind and the same places once. Others are of
+    the interpreter's own libraries.
+    """
     heads = list(_HEAD.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)] * bool(heads)
     found: dict[Any, Report] = {}

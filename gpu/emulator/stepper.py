@@ -1,20 +1,26 @@
-"""A device that runs the Python source of Numba's CUDA kernels on the CPU, thread by thread, and watches them.
+"""A device that runs the Python source of Numba's CUDA kernels on the CPU, thread by thread, and
+watches them.
 
-Every CUDA thread is a greenlet. It runs until it meets a barrier or ends, then the next thread of the block has its turn: no two run at the
-same time, and the order is chosen, so a result is repeatable, and one that depends on the order shows itself under another (`order`).
+Every CUDA thread is a greenlet. It runs until it meets a barrier or ends, then the next thread of
+the block has its turn: no two run at the same time, and the order is chosen, so a result is
+repeatable, and one that depends on the order shows itself under another (`order`).
 
 What the stepper reports, as a `KernelFault` that names the kernel, block, thread and line:
 
-- an index out of bounds, of a global, shared or local array; a negative one too, which on a GPU does not count from the end;
-- a barrier that some threads of a block wait at while others wait at another, or have left the kernel;
-- threads that wait for each other for ever, at a barrier or by a compare-and-swap that never succeeds (a loop that only reads, and waits
-  for another thread to write, never ends here);
+- an index out of bounds, of a global, shared or local array; a negative one too, which on a GPU
+  does not count from the end;
+- a barrier that some threads of a block wait at while others wait at another, or have left the
+  kernel;
+- threads that wait for each other for ever, at a barrier or by a compare-and-swap that never
+  succeeds (a loop that only reads, and waits for another thread to write, never ends here);
 - any exception in a thread.
 
-Shared and local memory begins as NaN, and as -1 in arrays of integers: memory that was not initialised shows in the result.
+Shared and local memory begins as NaN, and as -1 in arrays of integers: memory that was not
+initialized shows in the result.
 
-Python's integers stand in for integers of every width and do not wrap around. float32 is added up in float32; Numba's rule that a float32
-and an int64 make a float64 does not hold: here they make a float32.
+Python's integers stand in for integers of every width and do not wrap around. float32 is added up
+in float32; Numba's rule that a float32 and an int64 make a float64 does not hold: here they make a
+float32.
 """
 
 import functools
@@ -37,7 +43,8 @@ from yoso_core.gpu.emulator.common import KernelFault, launch_sizes, order_here
 T = TypeVar("T")
 
 _STOPS = frozenset({"syncthreads", "syncthreads_count", "syncthreads_and", "syncthreads_or", "cas", "compare_and_swap"})
-"""Where a thread may have to wait for others. A kernel that names none of them needs no greenlets."""
+"""Where a thread may have to wait for others. A kernel that names none of them needs no greenlets.
+"""
 
 _PATIENCE = 1000
 """Turns for threads whose compare-and-swap fails, before they count as waiting for ever."""
@@ -57,7 +64,9 @@ class _Fault(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """One event of `Stepper.trace`: a thread is about to run a line, or all threads of a block have reached a barrier."""
+    """One event of `Stepper.trace`: a thread is about to run a line, or all threads of a block have
+    reached a barrier.
+    """
 
     block: Shape
     thread: Shape | None
@@ -70,7 +79,8 @@ class Step:
 
 
 class Stepper:
-    """A device of NumPy arrays. Its kernels are functions under `numba.cuda.jit`, or plain ones written like them.
+    """A device of NumPy arrays. Its kernels are functions under `numba.cuda.jit`, or plain ones
+    written like them.
 
     Parameters
     ----------
@@ -90,11 +100,15 @@ class Stepper:
         return np.zeros(shape, dtype)
 
     def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
-        """Run a kernel to its end. Raises `KernelFault` for what it does wrong, and for a launch that a GPU would refuse."""
+        """Run a kernel to its end. Raises `KernelFault` for what it does wrong, and for a launch
+        that a GPU would refuse.
+        """
         self._run(kernel, grid, block, args, shared, None)
 
     def trace(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> list[Step]:
-        """Run a kernel as `launch` does, and tell what happened: every line that a thread ran and every barrier, in the order they came."""
+        """Run a kernel as `launch` does, and tell what happened: every line that a thread ran and
+        every barrier, in the order they came.
+        """
         steps: list[Step] = []
         self._run(kernel, grid, block, args, shared, steps)
         return steps
@@ -126,7 +140,8 @@ def _dtype(given: Any) -> np.dtype[Any]:
 
 
 class CheckedArray:
-    """A NumPy array as a kernel sees it: every index must lie in bounds, and integers are read as Python's.
+    """A NumPy array as a kernel sees it: every index must lie in bounds, and integers are read as
+    Python's.
 
     Fewer indices than dimensions give a part of the array, as a view.
     """
@@ -212,7 +227,9 @@ def _argument(x: Any, name: str) -> Any:
 
 
 class Atomic:
-    """`cuda.atomic`. Threads take turns, so each operation is a plain read and write; they return the old entry."""
+    """`cuda.atomic`. Threads take turns, so each operation is a plain read and write; they return
+    the old entry.
+    """
 
     def __init__(self, give_way: Callable[[], None]) -> None:
         self._give_way = give_way
@@ -278,7 +295,9 @@ class Dim3:
 
 
 class Cuda:
-    """What a kernel finds under the name ``cuda`` while the stepper runs it; the indices are those of the thread whose turn it is."""
+    """What a kernel finds under the name ``cuda`` while the stepper runs it; the indices are those
+    of the thread whose turn it is.
+    """
 
     warpsize = 32
 
@@ -312,7 +331,9 @@ class Cuda:
 
 
 class _RunningKernel:
-    """One launch: its own copies of the kernel's functions, the memory of the block that is running, and whose turn it is."""
+    """One launch: its own copies of the kernel's functions, the memory of the block that is
+    running, and whose turn it is.
+    """
 
     def __init__(
         self, kernel: Any, grid: Shape, block: Shape, args: Sequence[Any], shared: int, max_shared: int, steps: list[Step] | None
@@ -337,8 +358,9 @@ class _RunningKernel:
         self.reverse = chosen == "reverse"
         self.random = np.random.default_rng(chosen) if not isinstance(chosen, str) else None
 
-    # What a kernel names (the module numba.cuda, device functions) it finds in its globals, or in the cells of a function around it. They
-    # are put in place in a copy of the function, so that neither another launch nor anybody else sees it.
+    # What a kernel names (the module numba.cuda, device functions) it finds in its globals, or in
+    # the cells of a function around it. They are put in place in a copy of the function, so that
+    # neither another launch nor anybody else sees it.
 
     def copy(self, function: Any) -> Any:
         function = getattr(function, "py_func", function)
@@ -363,7 +385,9 @@ class _RunningKernel:
     # The memory of a block.
 
     def shared_array(self, shape: Any, dtype: Any) -> CheckedArray:
-        """An array of a fixed shape belongs to the place that asks for it; shape 0 is the memory that the launch gave, the same for all."""
+        """An array of a fixed shape belongs to the place that asks for it; shape 0 is the memory
+        that the launch gave, the same for all.
+        """
         frame, dtype = sys._getframe(1), _dtype(dtype)
         if shape == 0:
             whole = self.shared // dtype.itemsize * dtype.itemsize
@@ -413,8 +437,9 @@ class _RunningKernel:
     def run_in_turns(self) -> None:
         """Rounds from barrier to barrier, in which each thread has a turn.
 
-        A thread that arrives at a barrier switches to the next one itself (`arrive`); the last one, and one that ends, come back here. In
-        the first round all come back, since a greenlet that another one starts would begin on top of its stack.
+        A thread that arrives at a barrier switches to the next one itself (`arrive`); the last one,
+        and one that ends, come back here. In the first round all come back, since a greenlet that
+        another one starts would begin on top of its stack.
         """
         from greenlet import getcurrent, greenlet
 
@@ -440,7 +465,9 @@ class _RunningKernel:
                     turn.throw()
 
     def take_turns(self, turns: list[Any]) -> None:
-        """Until every thread has arrived or ended. Those whose compare-and-swap failed come again after the others."""
+        """Until every thread has arrived or ended. Those whose compare-and-swap failed come again
+        after the others.
+        """
         for _ in range(_PATIENCE):
             self.retrying: list[Any] = []
             queue = iter(turns)
@@ -489,7 +516,9 @@ class _RunningKernel:
     # What is told.
 
     def fault(self, error: Exception) -> KernelFault:
-        """The error with the place where it happened: the innermost line of the kernel, or of a device function."""
+        """The error with the place where it happened: the innermost line of the kernel, or of a
+        device function.
+        """
         file, line, trace = None, None, error.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code

@@ -1,8 +1,10 @@
-// Part of runtime.cpp, in the build that counts. The compiler puts a call before every access of a kernel, as for ThreadSanitizer, but
-// the functions called are those below. They check the access, and tally it by the place in the code that makes it.
+// Part of runtime.cpp, in the build that counts. The compiler puts a call before every access of a
+// kernel, as for ThreadSanitizer, but the functions called are those below. They check the access,
+// and tally it by the place in the code that makes it.
 //
-// The accesses that a warp makes together are found by place and number: the k-th time that each of its lanes comes to a place, counted
-// from the last point where the whole warp stood at one line, a barrier or an operation of all its lanes.
+// The accesses that a warp makes together are found by place and number: the k-th time that each of
+// its lanes comes to a place, counted from the last point where the whole warp stood at one line, a
+// barrier or an operation of all its lanes.
 
 struct Tally {  // read by Python
   unsigned long long offset;  // of the place, in its library
@@ -12,7 +14,7 @@ struct Tally {  // read by Python
   unsigned long long sectors, least_sectors;
   unsigned long long wavefronts, least_wavefronts;
   unsigned long long collisions, contended;
-  unsigned long long uninitialised;
+  unsigned long long uninitialized;
 };
 
 struct Totals {  // read by Python
@@ -65,7 +67,8 @@ std::vector<int> place_table;  // numbers of places, hashed; -1 is empty
 std::vector<Visits> visits[32];
 std::vector<int> visited[32];
 std::vector<SharedArray> shared_arrays;
-// For every byte of the arena; of what is older than the block nothing counts. Most of it is never touched, so it costs no memory.
+// For every byte of the arena; of what is older than the block nothing counts. Most of it is never
+// touched, so it costs no memory.
 auto* const written_at = static_cast<unsigned*>(calloc(ARENA_BYTES, sizeof(unsigned)));
 auto* const shared_watched = static_cast<Watched*>(calloc(ARENA_BYTES, sizeof(Watched)));
 std::vector<GlobalMemory> global_memory;
@@ -172,7 +175,8 @@ void tally_together(Place& place, const Together& group) {
   Tally& tally = place.tally;
   ++tally.warp_accesses;
   if (place.is_shared && place.access != Access::atomic) {
-    // 32 banks of 4 bytes each give one word at a time. A warp's access of 8 bytes goes in halves, one of 16 in quarters.
+    // 32 banks of 4 bytes each give one word at a time. A warp's access of 8 bytes goes in halves,
+    // one of 16 in quarters.
     const unsigned lanes_at_once = place.bytes <= 4 ? 32 : 128 / place.bytes;
     for (unsigned first = 0; first < 32; first += lanes_at_once) {
       unsigned long long words[32];
@@ -315,14 +319,15 @@ void access_shared(const char* address, unsigned bytes, Access access, const voi
       fail_at(pc, "%s %s at byte %td, shared memory that no thread of the block has written so far", verb(access), array->names,
               address - array->begin);
     }
-    ++places[place_number(pc, access, true, bytes, 0)].tally.uninitialised;
+    ++places[place_number(pc, access, true, bytes, 0)].tally.uninitialized;
   }
   if (request->checked) watch(&shared_watched[address - arena], bytes, {array->names, address - array->begin, true}, access, pc);
 }
 
 }  // namespace
 
-// `whole` where the compiler knows the address to be a multiple of the size, so that a GPU moves it in one piece.
+// `whole` where the compiler knows the address to be a multiple of the size, so that a GPU moves it
+// in one piece.
 void about_to_access(const void* where, unsigned bytes, Access access, const void* pc, bool whole) {
   if (!current) return;  // not in a kernel
   const char* address = static_cast<const char*>(where);

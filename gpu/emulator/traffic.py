@@ -1,4 +1,6 @@
-"""What a kernel moves, counted access by access: bytes, sectors, bank conflicts, atomics, barriers."""
+"""What a kernel moves, counted access by access: bytes, sectors, bank conflicts, atomics,
+barriers.
+"""
 
 import ctypes
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ from yoso_core.gpu.emulator.places import places
 
 @dataclass(frozen=True)
 class Counters:
-    """What is counted, of a launch or of one line. *Accesses* are those of warps: what its threads do together counts once."""
+    """What is counted, of a launch or of one line. *Accesses* are those of warps: what its threads
+    do together counts once.
+    """
 
     global_read_bytes: int = 0
     """Asked for by threads; two threads that ask for the same bytes count twice."""
@@ -27,7 +31,9 @@ class Counters:
     global_atomics: int = 0
     """By threads."""
     global_atomic_collisions: int = 0
-    """Atomics that must wait for another of the same access of their warp, since both are for one address."""
+    """Atomics that must wait for another of the same access of their warp, since both are for one
+    address.
+    """
     global_atomics_contended: int = 0
     """Atomics for an address that another atomic of the block was for since the last barrier."""
     shared_read_bytes: int = 0
@@ -41,7 +47,7 @@ class Counters:
     shared_atomics: int = 0
     shared_atomic_collisions: int = 0
     shared_atomics_contended: int = 0
-    uninitialised_reads: int = 0
+    uninitialized_reads: int = 0
     """Reads by threads of shared memory that no thread of the block has written."""
 
     @property
@@ -82,7 +88,8 @@ class Traffic(Counters):
     """Of warps; votes are ``__ballot_sync`` and its like."""
     votes: int = 0
     lines: tuple[LineTraffic, ...] = field(default=(), repr=False)
-    """The same by line, in the order of the files; empty without `addr2line`, which comes with g++."""
+    """The same by line, in the order of the files; empty without `addr2line`, which comes with g++.
+    """
 
 
 @dataclass
@@ -175,7 +182,8 @@ _checked: ContextVar[int] = ContextVar("checked", default=_NOT)
 def count_traffic() -> Iterator[TrafficLog]:
     """Count what the launches in the body move, of any emulator.
 
-    An access outside every array raises `KernelFault` here, where a plain launch may miss it. It takes Linux and g++.
+    An access outside every array raises `KernelFault` here, where a plain launch may miss it. It
+    takes Linux and g++.
     """
     log = TrafficLog()
     token = _logs.set((*_logs.get(), log))
@@ -186,14 +194,15 @@ def count_traffic() -> Iterator[TrafficLog]:
 
 
 @contextmanager
-def checked(*, uninitialised: bool = True) -> Iterator[None]:
-    """Check every access of the launches in the body, and raise `KernelFault` for the first that must not be. It takes Linux and g++.
+def checked(*, uninitialized: bool = True) -> Iterator[None]:
+    """Check every access of the launches in the body, and raise `KernelFault` for the first that
+    must not be. It takes Linux and g++.
 
-    These are: one outside every array; a vector at an address that is no multiple of its size; two accesses by different threads, one of
-    them a write, not both atomic, with no barrier in between; and, unless told otherwise, a read of shared memory that no thread of the
-    block has written.
+    These are: one outside every array; a vector at an address that is no multiple of its size; two
+    accesses by different threads, one of them a write, not both atomic, with no barrier in between;
+    and, unless told otherwise, a read of shared memory that no thread of the block has written.
     """
-    token = _checked.set(_CHECKED if uninitialised else _BUT_FOR_UNINITIALISED)
+    token = _checked.set(_CHECKED if uninitialized else _BUT_FOR_UNINITIALISED)
     try:
         yield
     finally:
@@ -225,7 +234,7 @@ class Tally(ctypes.Structure):
         ("least_wavefronts", ctypes.c_ulonglong),
         ("collisions", ctypes.c_ulonglong),
         ("contended", ctypes.c_ulonglong),
-        ("uninitialised", ctypes.c_ulonglong),
+        ("uninitialized", ctypes.c_ulonglong),
     )
 
 
@@ -251,7 +260,7 @@ def _counters(tally: Tally) -> dict[str, int]:
         made |= {"shared_wavefronts": tally.wavefronts, "least_shared_wavefronts": tally.least_wavefronts}
     else:
         made |= {"global_accesses": tally.warp_accesses, "global_sectors": tally.sectors, "least_global_sectors": tally.least_sectors}
-    return {**made, "uninitialised_reads": tally.uninitialised}
+    return {**made, "uninitialized_reads": tally.uninitialized}
 
 
 def tallies(library: ctypes.CDLL) -> tuple[list[Tally], Totals]:

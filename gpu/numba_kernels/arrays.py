@@ -1,4 +1,6 @@
-"""What the launchers here share: half types widened before the kernels and rounded after them, and masks that are always there."""
+"""What the launchers here share: half types widened before the kernels and rounded after them, and
+masks that are always there.
+"""
 
 from typing import Any
 
@@ -9,7 +11,9 @@ from yoso_core.gpu.device import Array, Device, Shape
 
 
 def computed(device: Device, x: Array) -> Array:
-    """``(..., n, d)`` as contiguous ``(heads, n, d)`` in the dtype that it is computed in; float16 and bfloat16 become float32, exactly."""
+    """``(..., n, d)`` as contiguous ``(heads, n, d)`` in the dtype that it is computed in; float16
+    and bfloat16 become float32, exactly.
+    """
     flat = layout.heads(device, x)
     if x.dtype == np.uint16:  # the upper half of a float32 is a bfloat16
         return (flat.astype(np.uint32) << 16).view(np.float32)
@@ -28,6 +32,8 @@ def rounded(device: Device, x: Array, shape: Shape, dtype: Any) -> Array:
 
 
 def kept(device: Device, mask: Array | None, rows: Shape) -> Array:
-    """The mask as uint8 ``(heads, n)``, nonzero = keep. A kernel here takes no ``None``: no mask keeps all."""
+    """The mask as uint8 ``(heads, n)``, nonzero = keep. A kernel here takes no ``None``: no mask
+    keeps all.
+    """
     keep = layout.mask_bytes(device, mask, rows)
     return device.xp.ones((layout.count(rows[:-1]), rows[-1]), np.uint8) if keep is None else keep

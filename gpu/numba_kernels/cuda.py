@@ -1,4 +1,6 @@
-"""The real device: Numba's CUDA kernels on CuPy's arrays and the caller's stream, compiled on first use for the types they are given."""
+"""The real device: Numba's CUDA kernels on CuPy's arrays and the caller's stream, compiled on first
+use for the types they are given.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -20,8 +22,9 @@ def _memory(device_id: int) -> int:
 class NumbaCuda:
     """A GPU, with CuPy's current device and stream already set to the caller's.
 
-    The first launch of a kernel with new types compiles it (about a second; kept for the life of the process). Nothing here ever waits for
-    the GPU: arrays are passed as they are, and a stream that they carry is not synchronised with.
+    The first launch of a kernel with new types compiles it (about a second; kept for the life of
+    the process). Nothing here ever waits for the GPU: arrays are passed as they are, and a stream
+    that they carry is not synchronized with.
 
     Parameters
     ----------

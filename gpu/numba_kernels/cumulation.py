@@ -1,7 +1,9 @@
-"""Bernoulli cumulation by tables. The equation stands in `yoso_core.reference.lsh_cumulation_pairs`.
+"""Bernoulli cumulation by tables. The equation stands in
+`yoso_core.reference.lsh_cumulation_pairs`.
 
-A *column* is the part of a table that belongs to one hash and one value dim: a number for every bucket. Keys add their values to the
-buckets of their codes, then queries read the buckets of theirs, and add up what they find over the hashes.
+A *column* is the part of a table that belongs to one hash and one value dim: a number for every
+bucket. Keys add their values to the buckets of their codes, then queries read the buckets of
+theirs, and add up what they find over the hashes.
 """
 
 import math
@@ -23,13 +25,13 @@ _SECTOR_BYTES = 32
 def add_keys_to_table(key_hash_code, value, keep_key, table, first_dim):
     """``table[head, h, code_h(k_j), c] += v_j[first_dim + c]``: the paper's scatter.
 
-    key_hash_code ``(heads, n_k, num_hash)``, value ``(heads, n_k, d_v)``, keep_key ``(heads, n_k)``; table ``(heads, num_hash, buckets,
-    dims)``, zeros at first.
+    key_hash_code ``(heads, n_k, num_hash)``, value ``(heads, n_k, d_v)``, keep_key
+    ``(heads, n_k)``; table ``(heads, num_hash, buckets, dims)``, zeros at first.
 
-    *A block* takes as many keys of one head as it has rows, and the value dims of the table.
-    *A thread* takes one dim of one key, through all hashes. Neighbours add to neighbours in the table, but keys of other threads may be
-    adding to the same bucket: the addition is atomic.
-    *Bytes*: the codes and these value dims once, and for each key and hash ``dims`` sums read and written.
+    *A block* takes as many keys of one head as it has rows, and the value dims of the table. *A
+    thread* takes one dim of one key, through all hashes. Neighbors add to neighbors in the table,
+    but keys of other threads may be adding to the same bucket: the addition is atomic. *Bytes*: the
+    codes and these value dims once, and for each key and hash ``dims`` sums read and written.
     *Deterministic*: no, atomics come in any order, and float sums depend on it.
     """
     head, c = cuda.blockIdx.y, cuda.threadIdx.x
@@ -48,10 +50,12 @@ def add_keys_to_table(key_hash_code, value, keep_key, table, first_dim):
 def read_table(query_hash_code, keep_query, table, out, first_dim, one_over_m):
     """``out_i[first_dim + c] = 1/m sum_h table[head, h, code_h(q_i), c]``: the paper's gather.
 
-    query_hash_code ``(heads, n_q, num_hash)``, keep_query ``(heads, n_q)``, out ``(heads, n_q, d_v)``; the table as in `add_keys_to_table`.
+    query_hash_code ``(heads, n_q, num_hash)``, keep_query ``(heads, n_q)``, out
+    ``(heads, n_q, d_v)``; the table as in `add_keys_to_table`.
 
-    *A block* takes as many queries of one head as it has rows. *A thread* takes one dim of one query, and writes it once.
-    *Bytes*: the codes once, ``dims`` table entries for each query and hash, the result once. *Deterministic*: yes, for a given table.
+    *A block* takes as many queries of one head as it has rows. *A thread* takes one dim of one
+    query, and writes it once. *Bytes*: the codes once, ``dims`` table entries for each query and
+    hash, the result once. *Deterministic*: yes, for a given table.
     """
     head, c = cuda.blockIdx.y, cuda.threadIdx.x
     query = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
@@ -72,18 +76,20 @@ def read_table(query_hash_code, keep_query, table, out, first_dim, one_over_m):
 def cumulate_in_shared_table(
     query_hash_code, key_hash_code, value, keep_query, keep_key, out, hashtable_capacity, hashes_at_once, dims_at_once, one_over_m
 ):
-    """The whole cumulation for some value dims of one head, with its table in shared memory and without atomics.
+    """The whole cumulation for some value dims of one head, with its table in shared memory and
+    without atomics.
 
-    Arrays as in `add_keys_to_table` and `read_table`; ``out`` holds zeros at first, and is added to, some hashes at a time.
+    Arrays as in `add_keys_to_table` and `read_table`; ``out`` holds zeros at first, and is added
+    to, some hashes at a time.
 
-    *A block* takes ``dims_at_once`` value dims of one head, and ``hashes_at_once`` hashes at a time, each in three steps with a barrier
-    after each: clear the table, let the keys add, let the queries read.
-    *Shared memory*: the table, ``hashtable_capacity`` rows of one number for each column. Threads with neighbouring columns then work in
-    neighbouring banks, whatever their rows.
-    *A thread* owns a column while keys add: it goes through all keys in order, and nobody else writes there. Then it takes (query, dim)
-    pairs in turn.
-    *Bytes*: the codes once for each block of dims, the values once for each group of hashes, the result twice for each group.
-    *Deterministic*: yes. Keys come in order, hashes come in order, however many are done at a time.
+    *A block* takes ``dims_at_once`` value dims of one head, and ``hashes_at_once`` hashes at a
+    time, each in three steps with a barrier after each: clear the table, let the keys add, let the
+    queries read. *Shared memory*: the table, ``hashtable_capacity`` rows of one number for each
+    column. Threads with neighboring columns then work in neighboring banks, whatever their rows. *A
+    thread* owns a column while keys add: it goes through all keys in order, and nobody else writes
+    there. Then it takes (query, dim) pairs in turn. *Bytes*: the codes once for each block of dims,
+    the values once for each group of hashes, the result twice for each group. *Deterministic*: yes.
+    Keys come in order, hashes come in order, however many are done at a time.
     """
     table = cuda.shared.array(0, value.dtype)
     head, first_dim = cuda.blockIdx.x, cuda.blockIdx.y * dims_at_once
@@ -124,9 +130,11 @@ def cumulate_in_shared_table(
 
 
 def table_cut(device: Device, heads: int, num_hash: int, capacity: int, value_dim: int, dtype: Any) -> tuple[int, int]:
-    """How many heads, and of these how many value dims, have their tables in global memory at one time.
+    """How many heads, and of these how many value dims, have their tables in global memory at one
+    time.
 
-    32 dims, as in the paper, or fewer where even one head's tables of 32 would not fit. Raises `DoesNotFit` where one dim does not.
+    32 dims, as in the paper, or fewer where even one head's tables of 32 would not fit. Raises
+    `DoesNotFit` where one dim does not.
     """
     column = num_hash * capacity * np.dtype(dtype).itemsize
     if column > device.max_table:
@@ -148,7 +156,9 @@ def lsh_cumulation_global_table(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """The paper's algorithm: tables of all hashes in global memory, 32 value dims at a time. Raises `DoesNotFit` where they do not fit."""
+    """The paper's algorithm: tables of all hashes in global memory, 32 value dims at a time. Raises
+    `DoesNotFit` where they do not fit.
+    """
     query_code, key_code = layout.heads(device, query_hash_code), layout.heads(device, key_hash_code)
     v = arrays.computed(device, value)
     keep_query = arrays.kept(device, query_mask, query_hash_code.shape[:-1])
@@ -191,7 +201,9 @@ def lsh_cumulation_shared_table(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """Tables in shared memory, a column to a thread: `cumulate_in_shared_table`. Raises `DoesNotFit` where not even one column fits."""
+    """Tables in shared memory, a column to a thread: `cumulate_in_shared_table`. Raises
+    `DoesNotFit` where not even one column fits.
+    """
     query_code, key_code = layout.heads(device, query_hash_code), layout.heads(device, key_hash_code)
     v = arrays.computed(device, value)
     keep_query = arrays.kept(device, query_mask, query_hash_code.shape[:-1])

@@ -1,8 +1,9 @@
-"""Fast Hadamard hashing: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code. The equation stands in `yoso_core.reference.fast_hash`.
+"""Fast Hadamard hashing: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code. The equation stands
+in `yoso_core.reference.fast_hash`.
 
-``H`` is ``log2(D)`` stages of butterflies: at stride ``s`` the entries ``i`` and ``i + s`` become their sum and their difference. The
-stages run from the largest stride to the smallest, as the definition says, so that every sum is the same float and every code the same
-number.
+``H`` is ``log2(D)`` stages of butterflies: at stride ``s`` the entries ``i`` and ``i + s`` become
+their sum and their difference. The stages run from the largest stride to the smallest, as the
+definition says, so that every sum is the same float and every code the same number.
 """
 
 import numpy as np
@@ -22,13 +23,14 @@ _MAX_THREADS = 512
 def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink):
     """One block hashes one vector, part after part.
 
-    vectors ``(vectors, d)``, signs ``(heads, 3, parts, D)``, codes ``(vectors, num_hash)``; ``shrink`` is a power of two.
+    vectors ``(vectors, d)``, signs ``(heads, 3, parts, D)``, codes ``(vectors, num_hash)``;
+    ``shrink`` is a power of two.
 
-    *Shared memory*: the vector as it is rotated, ``D`` entries.
-    *A thread*, of ``D / 2`` (or of any smaller power of two), does one butterfly of each stage. It alone reads and writes these two
-    entries, so one barrier between stages is enough. Work is dealt out in turn: of the pairs, entries and codes, thread ``t`` takes
-    ``t``, ``t + threads``, ...
-    *Bytes*: each vector once for each part (from cache, but for the first), ``3 D`` signs for each part, 4 bytes for each code.
+    *Shared memory*: the vector as it is rotated, ``D`` entries. *A thread*, of ``D / 2`` (or of any
+    smaller power of two), does one butterfly of each stage. It alone reads and writes these two
+    entries, so one barrier between stages is enough. Work is dealt out in turn: of the pairs,
+    entries and codes, thread ``t`` takes ``t``, ``t + threads``, ... *Bytes*: each vector once for
+    each part (from cache, but for the first), ``3 D`` signs for each part, 4 bytes for each code.
     *Deterministic*: yes, and the same codes as the reference.
     """
     entry = cuda.shared.array(0, vectors.dtype)
@@ -37,7 +39,8 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
     parts, padded_dim = signs.shape[2], signs.shape[3]
     head = vector // vectors_per_head
 
-    # Codes are cut from a stream of bits. A part gives as many as make whole codes; if not even one fits in, all, and codes span parts.
+    # Codes are cut from a stream of bits. A part gives as many as make whole codes; if not even one
+    # fits in, all, and codes span parts.
     bits_per_part = padded_dim
     if hash_code_len <= padded_dim:
         bits_per_part -= padded_dim % hash_code_len
@@ -62,7 +65,8 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
             for i in range(thread, padded_dim, threads):
                 if signs[head, diagonal, part, i] < 0:
                     entry[i] = -entry[i]
-            # No barrier: the first butterflies take entries i and i + D / 2, and one thread has dealt with both of them.
+            # No barrier: the first butterflies take entries i and i + D / 2, and one thread has
+            # dealt with both of them.
             stride = padded_dim // 2
             while stride > 0:
                 for pair in range(thread, padded_dim // 2, threads):
@@ -88,7 +92,9 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
 
 
 def fast_hash_shared_memory(device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -> Array:
-    """One block for each vector, which is rotated in shared memory: `hash_vectors`. Raises `DoesNotFit` for a vector too long for it."""
+    """One block for each vector, which is rotated in shared memory: `hash_vectors`. Raises
+    `DoesNotFit` for a vector too long for it.
+    """
     hashed = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     rows = vectors.shape[:-1]
     codes = device.empty((*rows, num_hash), np.int32)
@@ -102,7 +108,8 @@ def fast_hash_shared_memory(device: Device, vectors: Array, signs: Array, num_ha
             f"{device.max_shared:,}; the variant warp_per_vector of the CUDA C++ kernels takes more"
         )
     head_signs = layout.heads(device, device.xp.broadcast_to(signs, (*rows[:-1], *signs.shape[-3:])), tail=3)
-    # Huge entries end up in the middle of the range: far from overflow, and small entries beside them far from zero.
+    # Huge entries end up in the middle of the range: far from overflow, and small entries beside
+    # them far from zero.
     shrink = x.dtype.type(2.0**-960 if x.dtype == np.float64 else 2.0**-64)
     device.launch(
         hash_vectors,

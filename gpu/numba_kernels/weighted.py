@@ -1,7 +1,9 @@
-"""Weighted cumulation, weight by weight. The equation stands in `yoso_core.reference.lsh_weighted_cumulation_pairs`.
+"""Weighted cumulation, weight by weight. The equation stands in
+`yoso_core.reference.lsh_weighted_cumulation_pairs`.
 
-The weight of a pair is a dot product, and leaves the sum coordinate by coordinate: ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``.
-So each coordinate ``r`` is a cumulation of the values times ``b_jr``, read by queries that multiply by ``a_r``: the paper's first version.
+The weight of a pair is a dot product, and leaves the sum coordinate by coordinate:
+``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``. So each coordinate ``r`` is a cumulation of
+the values times ``b_jr``, read by queries that multiply by ``a_r``: the paper's first version.
 """
 
 import math
@@ -19,10 +21,12 @@ from yoso_core.gpu.numba_kernels.cumulation import THREADS, table_cut
 def add_weighted_keys_to_table(key_hash_code, key_weight, value, keep_key, table, r, first_dim):
     """``table[head, h, code_h(k_j), c] += key_weight_j[r] v_j[first_dim + c]``.
 
-    key_weight ``(heads, n_k, d_w)``; the other arrays, and who does what, as in `add_keys_to_table` of the unweighted cumulation.
+    key_weight ``(heads, n_k, d_w)``; the other arrays, and who does what, as in `add_keys_to_table`
+    of the unweighted cumulation.
 
-    *Bytes*: the codes, one weight of each key and these value dims once, and for each key and hash ``dims`` sums read and written.
-    *Deterministic*: no, atomics come in any order, and float sums depend on it.
+    *Bytes*: the codes, one weight of each key and these value dims once, and for each key and hash
+    ``dims`` sums read and written. *Deterministic*: no, atomics come in any order, and float sums
+    depend on it.
     """
     head, c = cuda.blockIdx.y, cuda.threadIdx.x
     key = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
@@ -40,11 +44,12 @@ def add_weighted_keys_to_table(key_hash_code, key_weight, value, keep_key, table
 def read_weighted_table(query_hash_code, query_weight, keep_query, table, out, r, first_dim, one_over_m):
     """``out_i[first_dim + c] += query_weight_i[r] / m * sum_h table[head, h, code_h(q_i), c]``.
 
-    query_weight ``(heads, n_q, d_w)``; the other arrays, and who does what, as in `read_table` of the unweighted cumulation. ``out`` holds
-    zeros at first. A weight that is not finite makes its row NaN even where the query met no key, since it is multiplied by zero.
+    query_weight ``(heads, n_q, d_w)``; the other arrays, and who does what, as in `read_table` of
+    the unweighted cumulation. ``out`` holds zeros at first. A weight that is not finite makes its
+    row NaN even where the query met no key, since it is multiplied by zero.
 
-    *Bytes*: the codes and one weight of each query once, ``dims`` table entries for each query and hash, the result read and written.
-    *Deterministic*: yes, for a given table.
+    *Bytes*: the codes and one weight of each query once, ``dims`` table entries for each query and
+    hash, the result read and written. *Deterministic*: yes, for a given table.
     """
     head, c = cuda.blockIdx.y, cuda.threadIdx.x
     query = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
@@ -72,7 +77,9 @@ def lsh_weighted_cumulation_weight_by_weight(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """The paper's first version: a table in global memory, for one coordinate of the weights at a time. Raises `DoesNotFit`."""
+    """The paper's first version: a table in global memory, for one coordinate of the weights at a
+    time. Raises `DoesNotFit`.
+    """
     query_code, key_code = layout.heads(device, query_hash_code), layout.heads(device, key_hash_code)
     a, b, v = (arrays.computed(device, x) for x in (query_weight, key_weight, value))
     keep_query = arrays.kept(device, query_mask, query_hash_code.shape[:-1])

@@ -1,12 +1,15 @@
 """YOSO attention on a real text, end to end, in about a minute: what ``yoso demo`` runs.
 
 1. `words`: a text becomes token vectors, by counting alone.
-2. `measure`: self-attention over a passage by softmax, by YOSO's exact expectation, and by sampling with more and more hashes.
-3. `language`: a small YOSO masked language model is trained on the text and fills masks in a part held out (needs PyTorch).
+2. `measure`: self-attention over a passage by softmax, by YOSO's exact expectation, and by sampling
+   with more and more hashes.
+3. `language`: a small YOSO masked language model is trained on the text and fills masks in a part
+   held out (needs PyTorch).
 4. `tables` and `figure`: what came out, on the terminal and as one picture.
 
-In 2, queries, keys and values are all the token vectors of `words.token_vectors`: one head, nothing learned. So tokens attend to tokens
-of similar meaning. Softmax gets the scale at which it is as sharp as YOSO on average (equal entropy), which makes them comparable.
+In 2, queries, keys and values are all the token vectors of `words.token_vectors`: one head, nothing
+learned. So tokens attend to tokens of similar meaning. Softmax gets the scale at which it is as
+sharp as YOSO on average (equal entropy), which makes them comparable.
 """
 
 import importlib.util
@@ -41,7 +44,8 @@ class LanguageSizes:
     """Hashes in training."""
     hash_code_len: int = 8
     conv_window: int = 7
-    """YOSO-C: the neighbours of a byte matter so much that the model would take far longer without."""
+    """YOSO-C: the neighbors of a byte matter so much that the model would take far longer without.
+    """
     masked: float = 0.25
     """Share of the bytes."""
     batch: int = 8
@@ -96,7 +100,9 @@ class DemoResult:
     """For each method, the median time at each of ``lengths``."""
     agreement: "list[Comparison]"
     language: "Language | None"
-    """The trained model; ``None`` where it was not asked for, or ``not_trained`` says what is missing."""
+    """The trained model; ``None`` where it was not asked for, or ``not_trained`` says what is
+    missing.
+    """
     not_trained: str | None
     elapsed: float
     output: Path
@@ -147,13 +153,15 @@ def run(
     text : a UTF-8 text file, or ``None`` for the help topics that come with Python.
     output : the picture to write; its folder must exist.
     seed : of every random draw.
-    training : train the language model too, where PyTorch and transformers are installed; the tables say so where they are not.
+    training : train the language model too, where PyTorch and transformers are installed; the
+        tables say so where they are not.
     show : print the tables, and progress bars on a terminal.
     sizes : how much to measure.
 
     Raises
     ------
-    ValueError : the text cannot be read, is no text or is too short; the output's folder does not exist.
+    ValueError : the text cannot be read, is no text or is too short; the output's folder does not
+        exist.
     ImportError : matplotlib is not installed.
     """
     if not output.parent.is_dir():

@@ -12,19 +12,21 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX, SamplingError, WordAttention
 from yoso_core.demo.tables import LABELS
-from yoso_core.draw import BLUE, DASHES, FAINT, GREY, INK, ORANGE, STYLE, legend_under_title
+from yoso_core.draw import BLUE, DASHES, FAINT, GRAY, INK, ORANGE, STYLE, legend_under_title
 
 if TYPE_CHECKING:
     from yoso_core.demo import DemoResult
     from yoso_core.demo.language import Language
 
-# They stay apart in black and white too: a light grey, a dark blue, hatching.
-COLOUR = {SOFTMAX: GREY, EXPECTATION: BLUE, SAMPLED: ORANGE}
+# They stay apart in black and white too: a light gray, a dark blue, hatching.
+COLOR = {SOFTMAX: GRAY, EXPECTATION: BLUE, SAMPLED: ORANGE}
 MARKER = {SOFTMAX: "s", EXPECTATION: "o", SAMPLED: "D"}
 
 
 def save_figure(result: "DemoResult", path: Path) -> None:
-    """Draw the panels and write them to ``path``: 1800 by 630 pixels, or 1560 by 1200 with the language model."""
+    """Draw the panels and write them to ``path``: 1800 by 630 pixels, or 1560 by 1200 with the
+    language model.
+    """
     sizes, language = result.sizes, result.language
     rows, columns, size, ratios = (1, 3, (12, 4.2), [1.05, 0.95, 1.1]) if language is None else (2, 2, (10.4, 8), [1, 1.05])
     with mpl.rc_context(STYLE):
@@ -51,7 +53,7 @@ def draw_words(axes: Axes, attention: WordAttention, number: int = 8) -> None:
     for place, name in enumerate(METHODS):
         lift, hatch = attention.lift[name][:number], "/////" if name == SAMPLED else None
         bars = rows + (place - 1) * 0.27
-        axes.barh(bars, lift, 0.25, color=COLOUR[name], label=LABELS[name], linewidth=0, edgecolor="white", hatch=hatch)
+        axes.barh(bars, lift, 0.25, color=COLOR[name], label=LABELS[name], linewidth=0, edgecolor="white", hatch=hatch)
     axes.axvline(1, color=INK, linewidth=0.9, linestyle=DASHES)
     axes.set_yticks(rows, attention.others[:number])
     axes.tick_params(axis="y", length=0)
@@ -66,7 +68,7 @@ def draw_error(axes: Axes, error: SamplingError) -> None:
     m, rms = np.array(error.num_hash), np.array(error.rms)
     level = np.exp(np.mean(np.log(rms * np.sqrt(m))))
     slope = f"measured, slope {error.slope:.2f}".replace("-", "\N{MINUS SIGN}")
-    axes.plot(m, rms, MARKER[SAMPLED], color=COLOUR[SAMPLED], markeredgecolor=INK, markersize=7, label=slope, zorder=3)
+    axes.plot(m, rms, MARKER[SAMPLED], color=COLOR[SAMPLED], markeredgecolor=INK, markersize=7, label=slope, zorder=3)
     axes.plot(m, level / np.sqrt(m), color=INK, linewidth=1, linestyle=DASHES, label=r"$1/\sqrt{m}$")
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(m, [str(i) for i in m])
@@ -81,9 +83,11 @@ def draw_error(axes: Axes, error: SamplingError) -> None:
 
 
 def draw_times(axes: Axes, lengths: list[int], seconds: dict[str, list[float]]) -> None:
-    """Log-log: time against the number of tokens, and how far apart softmax and sampling are at the last."""
+    """Log-log: time against the number of tokens, and how far apart softmax and sampling are at the
+    last.
+    """
     for name in METHODS:
-        axes.plot(lengths, np.array(seconds[name]) * 1e3, color=COLOUR[name], marker=MARKER[name], label=LABELS[name], linewidth=2)
+        axes.plot(lengths, np.array(seconds[name]) * 1e3, color=COLOR[name], marker=MARKER[name], label=LABELS[name], linewidth=2)
     slow, fast = seconds[SOFTMAX][-1] * 1e3, seconds[SAMPLED][-1] * 1e3
     arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (lengths[-1] * 1.2, slow), (lengths[-1] * 1.2, fast), arrowprops=arrow)
@@ -101,12 +105,14 @@ def draw_times(axes: Axes, lengths: list[int], seconds: dict[str, list[float]]) 
 
 
 def draw_learning(axes: Axes, language: "Language", num_hash: int, window: int = 20) -> None:
-    """The loss of the language model over the training steps, beside that of guessing by the frequencies of the bytes."""
+    """The loss of the language model over the training steps, beside that of guessing by the
+    frequencies of the bytes.
+    """
     losses = np.array(language.losses)
     window = min(window, len(losses))
     smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
     steps, held_out = zip(*language.held_out, strict=True)
-    axes.plot(np.arange(window, len(losses) + 1), smooth, color=GREY, linewidth=2, label="in training")
+    axes.plot(np.arange(window, len(losses) + 1), smooth, color=GRAY, linewidth=2, label="in training")
     axes.plot(steps, held_out, MARKER[SAMPLED], color=ORANGE, markeredgecolor=INK, markersize=7, label="text held out", zorder=3)
     axes.axhline(language.frequencies.loss, color=INK, linewidth=0.9, linestyle=DASHES, label="byte frequencies")
     axes.annotate(

@@ -1,8 +1,10 @@
-"""A small YOSO masked language model over bytes: trained on the demo's text, tested on a part held out, asked to fill masks there.
+"""A small YOSO masked language model over bytes: trained on the demo's text, tested on a part held
+out, asked to fill masks there.
 
-A token is a byte, so nothing has to be counted first, and every UTF-8 text will do. Some bytes are replaced by a mask, and the model has
-to say which they were. It trains with sampled attention, at linear cost, as the paper does; the same weights then run with the expectation
-and with fewer or more hashes. On the CPU always, so that a seed gives the same model everywhere.
+A token is a byte, so nothing has to be counted first, and every UTF-8 text will do. Some bytes are
+replaced by a mask, and the model has to say which they were. It trains with sampled attention, at
+linear cost, as the paper does; the same weights then run with the expectation and with fewer or
+more hashes. On the CPU always, so that a seed gives the same model everywhere.
 """
 
 import re
@@ -30,10 +32,14 @@ MASK = 256
 """The token after the 256 bytes."""
 
 SPANS = (1, 1, 1, 2, 3, 5)
-"""Lengths of masked runs, each as likely as the next. Many single bytes: their neighbours teach most at first."""
+"""Lengths of masked runs, each as likely as the next. Many single bytes: their neighbors teach most
+at first.
+"""
 
 BLOCKS, HELD_OUT_EVERY, LONGEST_BLOCK = 20, 10, 4096
-"""The text falls into at least 20 blocks, of at most 4,096 characters each, and one in ten is held out."""
+"""The text falls into at least 20 blocks, of at most 4,096 characters each, and one in ten is held
+out.
+"""
 
 CONTEXT_GAIN = 3.0
 """How much larger the weights that take the context in start than the others."""
@@ -106,7 +112,9 @@ class Language:
 
 
 def split(text: str) -> tuple[Array, str]:
-    """``(bytes to train on, text held out)``: the prose on one line a paragraph; every tenth block of it is held out."""
+    """``(bytes to train on, text held out)``: the prose on one line a paragraph; every tenth block
+    of it is held out.
+    """
     whole = "\n".join(" ".join(paragraph.split()) for paragraph in prose(text).split("\n\n"))
     size = max(1, min(len(whole) // BLOCKS, LONGEST_BLOCK))
     blocks = [whole[start : start + size] for start in range(0, len(whole), size)]
@@ -120,7 +128,9 @@ def as_bytes(text: str) -> Array:
 
 
 def span_mask(rows: int, length: int, share: float, generator: torch.Generator) -> Tensor:
-    """Bool ``(rows, length)``: runs of the lengths `SPANS`, which together cover about ``share``; at least one token of every row."""
+    """Bool ``(rows, length)``: runs of the lengths `SPANS`, which together cover about ``share``;
+    at least one token of every row.
+    """
     lengths = torch.tensor(SPANS)[torch.randint(len(SPANS), (rows, length), generator=generator)]
     starts = torch.rand(rows, length, generator=generator) < share * len(SPANS) / sum(SPANS)
     starts[torch.arange(rows), torch.randint(length, (rows,), generator=generator)] = True
@@ -131,7 +141,9 @@ def span_mask(rows: int, length: int, share: float, generator: torch.Generator) 
 
 
 def masked_batch(windows: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``(input_ids, labels)`` of windows of bytes ``(batch, n)``: what is masked has a label, all else does not count."""
+    """``(input_ids, labels)`` of windows of bytes ``(batch, n)``: what is masked has a label, all
+    else does not count.
+    """
     rows, length = windows.shape
     masked = span_mask(rows, length, share, generator)
     return windows.masked_fill(masked, MASK), windows.masked_fill(~masked, IGNORED)
@@ -142,11 +154,13 @@ def windows_at(data: Tensor, starts: Tensor, length: int) -> Tensor:
 
 
 def new_model(sizes: "LanguageSizes") -> YosoForMaskedLM:
-    """A model that learns in hundreds of steps; from the usual start of a large one it takes thousands to leave the byte frequencies.
+    """A model that learns in hundreds of steps; from the usual start of a large one it takes
+    thousands to leave the byte frequencies.
 
-    Weights of size ``1 / sqrt(hidden)`` keep the size of what they multiply. Positions start as sines of all wavelengths, so that near
-    ones look alike (Vaswani et al. 2017), and keys start as queries, so that what is alike attends to each other. The context, which
-    YOSO scales to length 1, starts larger. The convolutions of the heads start different from each other.
+    Weights of size ``1 / sqrt(hidden)`` keep the size of what they multiply. Positions start as
+    sines of all wavelengths, so that near ones look alike (Vaswani et al. 2017), and keys start as
+    queries, so that what is alike attends to each other. The context, which YOSO scales to length
+    1, starts larger. The convolutions of the heads start different from each other.
     """
     model = YosoForMaskedLM(
         YosoConfig(
@@ -181,7 +195,9 @@ def new_model(sizes: "LanguageSizes") -> YosoForMaskedLM:
 
 @contextmanager
 def attention_of(model: YosoForMaskedLM, num_hash: int | None) -> Iterator[None]:
-    """Evaluation with so many hashes, or with the expectation for ``None``; then training as before."""
+    """Evaluation with so many hashes, or with the expectation for ``None``; then training as
+    before.
+    """
     config, training = model.config, model.training
     before = config.use_expectation, config.num_hash
     config.use_expectation, config.num_hash = num_hash is None, num_hash or config.num_hash
@@ -203,7 +219,9 @@ def score(model: YosoForMaskedLM, input_ids: Tensor, labels: Tensor, num_hash: i
 
 
 def frequency_score(data: Tensor, labels: Tensor) -> Score:
-    """Of the byte frequencies in ``data``, each byte counted once more than it occurs so that none is impossible."""
+    """Of the byte frequencies in ``data``, each byte counted once more than it occurs so that none
+    is impossible.
+    """
     counts = torch.bincount(data, minlength=MASK).double() + 1
     wanted = labels[labels != IGNORED]
     return Score(float(-(counts / counts.sum()).log()[wanted].mean()), float((wanted == counts.argmax()).double().mean()))
@@ -217,7 +235,8 @@ def train(
     check: Callable[[], float],
     progress: "tqdm[None]",
 ) -> tuple[list[float], list[tuple[int, float]]]:
-    """AdamW; the learning rate rises over a tenth of the steps and falls to nothing along a cosine. The hashes are new in every step.
+    """AdamW; the learning rate rises over a tenth of the steps and falls to nothing along a cosine.
+    The hashes are new in every step.
 
     Returns the loss of every step, and ``(step, check())`` at a few of them.
     """
@@ -245,10 +264,12 @@ def train(
 
 
 def fill(model: YosoForMaskedLM, input_ids: Tensor, places: Sequence[int], num_hash: int | None, beams: int = 16) -> list[Fill]:
-    """The likeliest bytes for the masks at ``places`` of ``input_ids (n,)``, from left to right, the likeliest first.
+    """The likeliest bytes for the masks at ``places`` of ``input_ids (n,)``, from left to right,
+    the likeliest first.
 
-    ``p(b_1 ... b_k) = prod_i p(b_i | the text, b_1 ... b_(i-1))``, each factor from the model's softmax with the later masks still there.
-    Of the beginnings the ``beams`` likeliest are kept. Bytes that are no character at all are left out at the end.
+    ``p(b_1 ... b_k) = prod_i p(b_i | the text, b_1 ... b_(i-1))``, each factor from the model's
+    softmax with the later masks still there. Of the beginnings the ``beams`` likeliest are kept.
+    Bytes that are no character at all are left out at the end.
     """
     rows, log_p = input_ids[None], torch.zeros(1)
     with attention_of(model, num_hash):
@@ -267,7 +288,9 @@ def fill(model: YosoForMaskedLM, input_ids: Tensor, places: Sequence[int], num_h
 
 
 def passages(text: str, length: int) -> list[str]:
-    """Sentences of at most ``length`` bytes; longer ones are cut at a space. Short ones say too little to fill a mask from."""
+    """Sentences of at most ``length`` bytes; longer ones are cut at a space. Short ones say too
+    little to fill a mask from.
+    """
     found = []
     for sentence in SENTENCE_END.split(text):
         cut = sentence.encode()[:length].decode(errors="ignore")
@@ -279,7 +302,9 @@ def passages(text: str, length: int) -> list[str]:
 
 
 def choose_masks(text: str, length: int, number: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """``(before, masked, after)``: in passages over the whole text a word of two or three letters, or the last two of a longer one."""
+    """``(before, masked, after)``: in passages over the whole text a word of two or three letters,
+    or the last two of a longer one.
+    """
     found = passages(text, length)
     chosen = []
     for i in sorted(rng.choice(len(found), min(number, len(found)), replace=False)) if found else []:
@@ -300,7 +325,9 @@ def fill_passage(
 
 
 def learn(text: str, sizes: "LanguageSizes", seed: int, *, show: bool = True) -> Language:
-    """Train on nine tenths of the text, then score and fill masks on the rest. Random numbers of others are left as they are."""
+    """Train on nine tenths of the text, then score and fill masks on the rest. Random numbers of
+    others are left as they are.
+    """
     bytes_to_train, held_out_text = split(text)
     data, held_out = (torch.from_numpy(x.astype(np.int64)) for x in (bytes_to_train, as_bytes(held_out_text)))
     length = min(sizes.length, len(held_out))

@@ -19,7 +19,9 @@ Attention = Callable[[Array, Array, Array], Array]
 
 
 def softmax_attention(query: Array, key: Array, value: Array, scale: float, block: int = 256) -> Array:
-    """``out_i = sum_j exp(scale q_i . k_j) v_j / sum_j exp(scale q_i . k_j)``, a block of queries at a time so that memory stays linear."""
+    """``out_i = sum_j exp(scale q_i . k_j) v_j / sum_j exp(scale q_i . k_j)``, a block of queries
+    at a time so that memory stays linear.
+    """
     out = np.empty((len(query), value.shape[1]), value.dtype)
     for start in range(0, len(query), block):
         rows = slice(start, start + block)
@@ -38,7 +40,9 @@ def mean_entropy(weight: Array) -> float:
 
 
 def softmax_scale(vectors: Array, hash_code_len: int, queries: int = 256) -> float:
-    """The scale at which softmax is as sharp as YOSO on these unit vectors: equal mean entropy over some queries, found by bisection."""
+    """The scale at which softmax is as sharp as YOSO on these unit vectors: equal mean entropy over
+    some queries, found by bisection.
+    """
     cosine = np.clip(vectors[:: max(1, len(vectors) // queries)] @ vectors.T, -1, 1).astype(np.float64)
     target = mean_entropy((1 - np.arccos(cosine) / np.pi) ** hash_code_len)
     low, high = 0.0, 100.0
@@ -49,7 +53,7 @@ def softmax_scale(vectors: Array, hash_code_len: int, queries: int = 256) -> flo
 
 
 def attention_methods(num_hash: int, hash_code_len: int, scale: float, seed: int) -> dict[str, Attention]:
-    """The three ways to attend, by name; YOSO's outputs are normalised as in a model."""
+    """The three ways to attend, by name; YOSO's outputs are normalized as in a model."""
     return {
         SOFTMAX: lambda q, k, v: softmax_attention(q, k, v, scale),
         EXPECTATION: lambda q, k, v: yoso_attention(q, k, v, hash_code_len=hash_code_len, use_expectation=True),
@@ -58,10 +62,12 @@ def attention_methods(num_hash: int, hash_code_len: int, scale: float, seed: int
 
 
 def prominent_words(passage: Passage, number: int, parts: int = 32, letters: int = 4) -> list[int]:
-    """Frequent words that the passage is *about*: those that crowd together instead of spreading evenly as "the" does.
+    """Frequent words that the passage is *about*: those that crowd together instead of spreading
+    evenly as "the" does.
 
-    With ``c_p`` the word's count in part ``p`` and ``c`` its mean over the parts, the score is ``sum_p c_p log(c_p / c)``. Short words
-    (fewer than ``letters``) come last. Returns positions in ``passage.words``.
+    With ``c_p`` the word's count in part ``p`` and ``c`` its mean over the parts, the score is
+    ``sum_p c_p log(c_p / c)``. Short words (fewer than ``letters``) come last. Returns positions in
+    ``passage.words``.
     """
     counts = np.zeros((len(passage.words), parts))
     np.add.at(counts, (passage.ids, np.arange(len(passage)) * parts // len(passage)), 1)
@@ -78,7 +84,9 @@ class WordAttention:
     others: list[str]
     """The other words, those that it attends to most by the expectation first."""
     lift: dict[str, Array]
-    """For each method and other word: its share of the attention over its share of the passage. 1 is what an even spread would give."""
+    """For each method and other word: its share of the attention over its share of the passage. 1
+    is what an even spread would give.
+    """
 
     def strongest(self, method: str, number: int) -> list[tuple[str, float]]:
         """The words that a method attends to most, with their lift."""
@@ -89,10 +97,12 @@ class WordAttention:
 def attention_by_word(
     passage: Passage, word: int, *, num_hash: int, hash_code_len: int, scale: float, seed: int, min_count: int = 3
 ) -> WordAttention:
-    """Where the attention of a word goes, summed over the tokens of every other word and averaged over the word's own occurrences.
+    """Where the attention of a word goes, summed over the tokens of every other word and averaged
+    over the word's own occurrences.
 
-    Attention with one-hot values adds up weights: ``value[j, w] = [token j is word w]`` gives ``out[i, w]``, the weight of all tokens of
-    word ``w`` for query ``i``. Words that occur fewer than ``min_count`` times are left out: a share of one or two tokens says little.
+    Attention with one-hot values adds up weights: ``value[j, w] = [token j is word w]`` gives
+    ``out[i, w]``, the weight of all tokens of word ``w`` for query ``i``. Words that occur fewer
+    than ``min_count`` times are left out: a share of one or two tokens says little.
     """
     x, tau = passage.vectors, hash_code_len
     query = x[passage.ids == word]
@@ -125,10 +135,11 @@ class SamplingError:
 
 
 def sampling_error(x: Array, nums_hash: list[int], hash_code_len: int, hashes: int, rng: np.random.Generator) -> SamplingError:
-    """RMS error of self-attention over ``x (n, d)`` relative to the expectation, for every number of hashes ``m``.
+    """RMS error of self-attention over ``x (n, d)`` relative to the expectation, for every number
+    of hashes ``m``.
 
-    Each ``m`` is given ``hashes / m`` independent draws. The outputs are not normalised: it is the plain sum that sampling estimates
-    without bias, and whose error falls as ``1 / sqrt(m)``.
+    Each ``m`` is given ``hashes / m`` independent draws. The outputs are not normalized: it is the
+    plain sum that sampling estimates without bias, and whose error falls as ``1 / sqrt(m)``.
     """
     exact = yoso_attention(x, x, x, hash_code_len=hash_code_len, use_expectation=True, normalize_output=False)
     rms = []
@@ -142,9 +153,11 @@ def sampling_error(x: Array, nums_hash: list[int], hash_code_len: int, hashes: i
 
 
 def attention_times(passage: Passage, lengths: list[int], methods: dict[str, Attention], repeats: int) -> dict[str, list[float]]:
-    """Median seconds of self-attention over the ``n`` tokens in the middle, for each method and each length.
+    """Median seconds of self-attention over the ``n`` tokens in the middle, for each method and
+    each length.
 
-    One call of each warms up, then all take turns, so that a busy moment of the machine does not fall on one alone.
+    One call of each warms up, then all take turns, so that a busy moment of the machine does not
+    fall on one alone.
     """
     samples: dict[str, list[list[float]]] = {name: [[] for _ in lengths] for name in methods}
     inputs = [passage.middle(n).vectors for n in lengths]
@@ -160,7 +173,9 @@ def attention_times(passage: Passage, lengths: list[int], methods: dict[str, Att
 
 
 def variant_agreement(x: Array, num_hash: int, hash_code_len: int, seed: int) -> list[Comparison]:
-    """Every variant of the operations that the demo rests on, against the definition in float64, on the tokens ``x (n, d)``."""
+    """Every variant of the operations that the demo rests on, against the definition in float64, on
+    the tokens ``x (n, d)``.
+    """
     signs = sample_signs(num_hash, hash_code_len, x.shape[1], rng=seed)
     codes = fast_hash(x, signs, num_hash, hash_code_len)
     return [

@@ -19,7 +19,9 @@ LABELS = {SOFTMAX: "softmax", EXPECTATION: "YOSO expected", SAMPLED: "YOSO sampl
 
 
 def print_tables(result: "DemoResult") -> None:
-    """Four tables, and two more on the language model, each with a sentence or two on what it shows."""
+    """Four tables, and two more on the language model, each with a sentence or two on what it
+    shows.
+    """
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
     n, sizes = result.passage_tokens, result.sizes
     console.print(
@@ -64,7 +66,7 @@ def words_table(result: "DemoResult", number: int = 5) -> Table:
 def error_table(result: "DemoResult") -> Table:
     table = _table(
         f"2. The error of sampling falls as 1 / sqrt(m): fitted slope {result.error.slope:.2f}",
-        "RMS error of the attention's output, relative to the exact expectation, before the output is normalised. Four times the hashes "
+        "RMS error of the attention's output, relative to the exact expectation, before the output is normalized. Four times the hashes "
         "halve it.",
     )
     table.add_column("hashes m")
@@ -136,7 +138,7 @@ def learning_table(language: "Language", num_hash: int) -> Table:
         f"YOSO with {language.parameters:,} parameters over bytes, trained on {language.train_bytes:,} of them for "
         f"{len(language.losses):,} steps in {language.seconds:.0f} s, sampled with m = {num_hash}. Tested on masked bytes of "
         f"{language.held_out_bytes:,} others. The rows at the end have the same weights. Beside the attention stands a convolution over "
-        "the neighbours (YOSO-C), which is the same whatever m.",
+        "the neighbors (YOSO-C), which is the same whatever m.",
     )
     table.add_column("guessing by", no_wrap=True)
     for column in ("loss, nats a byte", "bytes right"):

@@ -1,6 +1,7 @@
 """From a text to token vectors, by counting alone: words, co-occurrence, PPMI, a truncated SVD.
 
-Nothing is downloaded and nothing is trained. Words that keep the same company end up with similar vectors, which is what attention needs.
+Nothing is downloaded and nothing is trained. Words that keep the same company end up with similar
+vectors, which is what attention needs.
 """
 
 import re
@@ -29,7 +30,8 @@ POSSESSIVE = re.compile(r"'s\b")
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
-    """``(name, text)`` of the user's UTF-8 file, or of the language reference that every CPython carries for its ``help()``.
+    """``(name, text)`` of the user's UTF-8 file, or of the language reference that every CPython
+    carries for its ``help()``.
 
     Raises ``ValueError`` for a file that cannot be read, is empty, or is no text.
     """
@@ -52,7 +54,9 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 
 def prose(text: str) -> str:
-    """The paragraphs that are prose, each once: at least 85% letters, which leaves out code, tables and rulers; spaces do not count."""
+    """The paragraphs that are prose, each once: at least 85% letters, which leaves out code, tables
+    and rulers; spaces do not count.
+    """
 
     def is_prose(paragraph: str) -> bool:
         characters = "".join(paragraph.split())
@@ -72,7 +76,9 @@ def tokenize(text: str) -> list[str]:
 
 
 def cooccurrence(ids: Array, num_words: int, window: int) -> Array:
-    """``counts[a, b]``: how often words ``a`` and ``b`` stand at most ``window`` places apart. Symmetric, float32 ``(V, V)``."""
+    """``counts[a, b]``: how often words ``a`` and ``b`` stand at most ``window`` places apart.
+    Symmetric, float32 ``(V, V)``.
+    """
     flat = np.zeros(num_words**2, np.float32)
     for distance in range(1, window + 1):
         flat += np.bincount(ids[:-distance] * num_words + ids[distance:], minlength=num_words**2)
@@ -81,10 +87,12 @@ def cooccurrence(ids: Array, num_words: int, window: int) -> Array:
 
 
 def ppmi(counts: Array, smoothing: float = 0.75) -> Array:
-    """Positive pointwise mutual information: ``max(0, log(p(a, b) / (p(a) p'(b))))``, with ``p'(b)`` proportional to ``p(b)**smoothing``.
+    """Positive pointwise mutual information: ``max(0, log(p(a, b) / (p(a) p'(b))))``, with
+    ``p'(b)`` proportional to ``p(b)**smoothing``.
 
-    How much more often than by chance two words meet. The smoothing raises rare contexts, which chance would otherwise favour
-    (Levy, Goldberg and Dagan 2015, "Improving distributional similarity with lessons learned from word embeddings").
+    How much more often than by chance two words meet. The smoothing raises rare contexts, which
+    chance would otherwise favor (Levy, Goldberg and Dagan 2015, "Improving distributional
+    similarity with lessons learned from word embeddings").
     """
     word = counts.sum(axis=1) / counts.sum()
     context = word**smoothing / np.sum(word**smoothing)
@@ -94,10 +102,12 @@ def ppmi(counts: Array, smoothing: float = 0.75) -> Array:
 
 
 def truncated_svd(matrix: Array, rank: int, rng: np.random.Generator, power_steps: int = 4) -> tuple[Array, Array, Array]:
-    """``U (n, rank)``, ``s (rank,)``, ``Vt (rank, n)`` with ``U diag(s) Vt`` close to the best approximation of that rank.
+    """``U (n, rank)``, ``s (rank,)``, ``Vt (rank, n)`` with ``U diag(s) Vt`` close to the best
+    approximation of that rank.
 
-    A random projection finds the space of the largest singular vectors, power steps sharpen it, and a small exact SVD finishes
-    (Halko, Martinsson and Tropp 2011, "Finding structure with randomness").
+    A random projection finds the space of the largest singular vectors, power steps sharpen it, and
+    a small exact SVD finishes (Halko, Martinsson and Tropp 2011, "Finding structure with
+    randomness").
     """
     sketch = matrix @ rng.standard_normal((matrix.shape[1], min(rank + 16, matrix.shape[1])), dtype=np.float32)
     basis = np.linalg.qr(sketch)[0]
@@ -112,9 +122,11 @@ def unit(x: Array) -> Array:
 
 
 def word_vectors(ids: Array, num_words: int, dim: int, rng: np.random.Generator) -> Array:
-    """One unit vector ``(V, dim)`` to a word: the leading singular vectors of the PPMI matrix, each times the root of its singular value.
+    """One unit vector ``(V, dim)`` to a word: the leading singular vectors of the PPMI matrix, each
+    times the root of its singular value.
 
-    Centred on the text's average word, so that words without anything in common are at right angles, not all in one corner.
+    Centerd on the text's average word, so that words without anything in common are at right
+    angles, not all in one corner.
     """
     u, s, _ = truncated_svd(ppmi(cooccurrence(ids, num_words, WINDOW)), dim, rng)
     vectors = u * np.sqrt(s)
@@ -122,9 +134,11 @@ def word_vectors(ids: Array, num_words: int, dim: int, rng: np.random.Generator)
 
 
 def token_vectors(vectors: Array, ids: Array, reach: int = 3) -> Array:
-    """One unit vector ``(n, dim)`` to a token: its word's vector plus the mean of those of its neighbours, centred again.
+    """One unit vector ``(n, dim)`` to a token: its word's vector plus the mean of those of its
+    neighbors, centerd again.
 
-    So the same word in two places has two vectors, near each other where the places speak of the same thing.
+    So the same word in two places has two vectors, near each other where the places speak of the
+    same thing.
     """
     own = vectors[ids]
     around = np.zeros_like(own)
@@ -149,7 +163,9 @@ class Passage:
         return len(self.ids)
 
     def middle(self, length: int) -> "Passage":
-        """The ``length`` tokens around the middle, or all if there are fewer, with only the words that occur in them."""
+        """The ``length`` tokens around the middle, or all if there are fewer, with only the words
+        that occur in them.
+        """
         start = max(0, (len(self) - length) // 2)
         present, ids = np.unique(self.ids[start : start + length], return_inverse=True)
         return Passage([self.words[i] for i in present], ids, self.vectors[start : start + length])
