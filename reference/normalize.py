@@ -9,8 +9,8 @@ TINY_NORM = 1e-12
 
 
 def row_norm(x: Array) -> Array:
-    """Euclidean length of every row, ``(..., n, 1)``. Rows are divided by their largest entry first,
-    so that no square overflows or vanishes.
+    """Euclidean length of every row, ``(..., n, 1)``. Each row is divided by its largest entry
+    first, so that no square overflows or vanishes.
     """
     largest = np.max(np.abs(x), axis=-1, keepdims=True, initial=0)
     scale = np.where(largest > 0, largest, 1).astype(x.dtype)
