@@ -157,6 +157,18 @@ def test_a_launch_error_is_raised_at_the_call() -> None:
         device.launch(gpu.CudaKernel("sort.cu", "sort_codes"), (1,), (4096,), (None, None, None, None, np.int32(0), np.int32(0)))
 
 
+def test_a_text_of_ones_own_runs() -> None:
+    import cupy
+
+    from yoso_core.gpu.cupy_kernels.cuda import CupyDevice
+
+    text = "__global__ void scale(float* x) { x[threadIdx.x] *= FACTOR; }"
+    for linkage in ("", 'extern "C" '):
+        x = cupy.arange(32, dtype=np.float32)
+        CupyDevice(0, 0).launch(gpu.KernelText(linkage + text, "scale", (("FACTOR", 3),)), (1,), (32,), (x,))
+        np.testing.assert_array_equal(x.get(), 3 * np.arange(32))
+
+
 def test_devices_do_not_mix() -> None:
     given = on_gpu("lsh_cumulation")
     with pytest.raises(ValueError, match=r"^value: on cpu, but query_hash_code is on cuda:0"):

@@ -21,8 +21,9 @@ from matplotlib.patches import Rectangle
 
 import yoso_core
 from yoso_core import draw
+from yoso_core.gpu import KernelText
 from yoso_core.gpu.catalog import CUDA_FOLDER, catalog
-from yoso_core.gpu.emulator import Emulator, KernelText, checked, count_traffic, order
+from yoso_core.gpu.emulator import Emulator, checked, count_traffic, order
 from yoso_core.gpu.emulator.build import missing_for_counting
 
 if missing_for_counting():

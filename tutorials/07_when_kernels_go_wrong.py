@@ -21,7 +21,8 @@ from numba import cuda
 
 import yoso_core
 from yoso_core import draw
-from yoso_core.gpu.emulator import Emulator, KernelFault, KernelText, checked, missing, order, sanitized, sanitizers
+from yoso_core.gpu import KernelText
+from yoso_core.gpu.emulator import Emulator, KernelFault, checked, missing, order, sanitized, sanitizers
 from yoso_core.gpu.emulator.stepper import Stepper
 
 draw.use_look()
@@ -702,7 +703,8 @@ planted = {
 
 # %%
 IN_A_CHILD = """
-from yoso_core.gpu.emulator import Emulator, KernelText
+from yoso_core.gpu import KernelText
+from yoso_core.gpu.emulator import Emulator
 for fault, text, name, grid, block, args in launches:
     Emulator().launch(KernelText(text, name, file=fault), (grid,), (block,), args)
 """
