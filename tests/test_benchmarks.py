@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import yoso_core
-from yoso_core import model, places, reference, registry
+from yoso_core import backends, model, reference, registry
 from yoso_core.benchmarks import bias, cases, contenders, floor, machines, memory, plots, report, runner, traffic
 from yoso_core.benchmarks.cases import Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, Composed, Operation
@@ -544,7 +544,7 @@ def gpu_workloads() -> list[Workload]:
 
 
 def cuda_variants(op: str) -> set[str]:
-    return {kernel.name for kernel in registry.KERNELS if kernel.op == op and kernel.place.device == "cuda"}
+    return {kernel.name for kernel in registry.KERNELS if kernel.op == op and kernel.backend.device == "cuda"}
 
 
 def test_the_gpu_suite_is_about_all_cuda_variants_and_no_other() -> None:
@@ -625,9 +625,9 @@ def test_without_a_gpu_the_suite_is_refused_in_one_line(monkeypatch: pytest.Monk
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         return result.stderr
 
-    monkeypatch.setattr(places, "missing", lambda where: f"{where} is not installed: pip install it")
+    monkeypatch.setattr(backends, "missing", lambda where: f"{where} is not installed: pip install it")
     assert "SUITE: the suite 'gpu' cannot run here: cupy is not installed: pip install it; `yoso bench cpu` runs anywhere" in bench()
-    monkeypatch.setattr(places, "missing", lambda where: None)
+    monkeypatch.setattr(backends, "missing", lambda where: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert f"torch {torch.__version__} cannot use the GPU: install a build of it for CUDA" in bench()
 
@@ -674,7 +674,7 @@ def test_one_wrong_code_is_red(monkeypatch: pytest.MonkeyPatch, waits: list[floa
     assert (case["verdict"], case["why"]) == ("red", "differs from the definition")
 
 
-@pytest.mark.skipif(bool(places.missing("emulated")), reason=str(places.missing("emulated")))
+@pytest.mark.skipif(bool(backends.missing("emulated")), reason=str(backends.missing("emulated")))
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["paper", "paper_tables"])
 def test_the_paper_composed_of_its_kernels_is_green(waits: list[float], name: str, dtype: str) -> None:
@@ -740,7 +740,7 @@ def test_ours_that_raises_is_red_and_leaves_no_number(monkeypatch: pytest.Monkey
 
 
 def test_a_variant_that_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
-    monkeypatch.setattr(places, "missing", lambda where: "no NVIDIA GPU" if where == "numba_cuda" else None)
+    monkeypatch.setattr(backends, "missing", lambda where: "no NVIDIA GPU" if where == "numba_cuda" else None)
     workload = replace(TINY_GPU, run="hash", variant="numba_cuda:shared_memory")
     result = runner.run_case(Case("fake", "a", "speedup", workload), repeats=1, checks={})
     assert (result["verdict"], result["why"]) == ("cannot run", "numba_cuda:shared_memory: no NVIDIA GPU")
