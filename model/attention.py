@@ -39,7 +39,7 @@ def sample_signs(
     torch.Size([3, 4, 64])
     """
     if not torch.compiler.is_compiling():
-        num_hash, hash_code_len, dim, batch_shape = face._check_draw(num_hash, hash_code_len, dim, batch_shape)
+        num_hash, hash_code_len, dim, batch_shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     layout = hash_layout(num_hash, hash_code_len, dim)
     shape = (*batch_shape, 3, layout.parts, layout.padded_dim)
     if generator is None:
