@@ -28,16 +28,6 @@ from yoso_core.reference.hashing import sample_signs as _draw_signs
 from yoso_core.registry import run
 
 
-def _check_draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
-    if not isinstance(batch_shape, tuple):
-        raise TypeError(f"batch_shape: need a tuple of integers, got {type(batch_shape).__name__}")
-    return (
-        *checks.hash_numbers(num_hash, hash_code_len),
-        checks.integer("dim", dim, 1),
-        tuple(checks.integer("batch_shape", size, 0) for size in batch_shape),
-    )
-
-
 def sample_signs(
     num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
 ) -> np.ndarray[Any, np.dtype[np.int8]]:
@@ -63,7 +53,7 @@ def sample_signs(
     >>> sample_signs(32, 8, 64, rng=0).shape
     (3, 4, 64)
     """
-    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
+    m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     return _draw_signs(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
@@ -84,7 +74,7 @@ def sample_planes(
     >>> sample_planes(32, 8, 64, rng=0).shape
     (64, 256)
     """
-    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
+    m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     return _draw_planes(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
