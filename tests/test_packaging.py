@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from setuptools import find_packages
 
 import yoso_core
 from yoso_core import reference
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES: list[str] = PYPROJECT["tool"]["setuptools"]["packages"]
-NOT_INSTALLED = {"build", "dist", "tests"}
+FACE = ROOT / "yoso_core"
+NOT_INSTALLED = {"build", "dist", "src", "tests"}
 PUBLIC_FUNCTIONS = [name for name in yoso_core.__all__ if inspect.isfunction(getattr(yoso_core, name))]
 HEAVY = ("numba", "cupy", "torch", "transformers", "matplotlib", "rich", "typer", "tqdm", "scipy")
 MACHINE_PATH = re.compile(r"""["'](\.\./|/(home|root|work|mnt|tmp|Users)/)""")
@@ -45,25 +46,34 @@ def test_every_listed_name_is_there(name: str) -> None:
     assert getattr(yoso_core, name) is not None
 
 
-def folder_of(package: str) -> Path:
-    """Where setuptools finds a package: its own entry in package-dir, or below its parent's."""
-    folder = PYPROJECT["tool"]["setuptools"]["package-dir"].get(package)
-    if folder is not None:
-        return ROOT / folder
-    parent, _, last = package.rpartition(".")
-    return folder_of(parent) / last
+def top_folders() -> list[Path]:
+    return [path for path in ROOT.iterdir() if path.is_dir() and path.name not in NOT_INSTALLED and not path.name.startswith(".")]
+
+
+def installed_folders() -> set[Path]:
+    """Where the packages that setuptools finds stand, links followed."""
+    found = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
+    assert found == {"where": ["src"], "namespaces": False}
+    return {(ROOT / "src" / package.replace(".", "/")).resolve() for package in find_packages(str(ROOT / "src"))}
 
 
 def test_every_package_of_the_source_tree_is_installed() -> None:
-    top_folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in NOT_INSTALLED and not path.name.startswith(".")]
-    installed = {folder_of(package) for package in PACKAGES}
-    with_init = {init.parent for top in top_folders for init in top.rglob("__init__.py")}
+    installed = installed_folders()
+    with_init = {init.parent for top in top_folders() for init in top.rglob("__init__.py")}
     with_modules = {module.parent for folder in installed for module in folder.rglob("*.py")}
     assert with_init | with_modules == installed
 
 
+def test_a_link_puts_every_package_of_the_root_into_the_one_package() -> None:
+    """Relative ones, which a clone keeps: ``yoso_core/cpu`` leads to ``cpu``."""
+    packages = {top.name for top in top_folders() if (top / "__init__.py").is_file() and top != FACE}
+    links = {path.name: str(path.readlink()) for path in FACE.iterdir() if path.is_symlink()}
+    assert links == {name: f"../{name}" for name in packages}
+    assert {path.name: str(path.readlink()) for path in (ROOT / "src").iterdir() if path.is_symlink()} == {"yoso_core": "../yoso_core"}
+
+
 def test_no_source_names_a_path_of_one_machine() -> None:
-    sources = {path for package in PACKAGES for path in folder_of(package).rglob("*.py")}
+    sources = {path for folder in installed_folders() for path in folder.rglob("*.py")}
     assert {str(path.relative_to(ROOT)) for path in sources if MACHINE_PATH.search(path.read_text())} == set()
 
 
