@@ -3,6 +3,7 @@ files that agree with each other.
 """
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from setuptools import find_packages
 
@@ -46,6 +48,12 @@ def test_every_listed_name_is_there(name: str) -> None:
     assert getattr(yoso_core, name) is not None
 
 
+@pytest.mark.parametrize("package", ["yoso_core", "yoso_core.model"])
+def test_completion_knows_names_that_nobody_has_used_yet(package: str, tmp_path: Path) -> None:
+    code = f"import {package} as p; print(set(p.__all__) - set(dir(p)) or 'all', hasattr(p, 'no_such_name'))"
+    assert in_new_process(code, tmp_path) == "all False\n"
+
+
 def top_folders() -> list[Path]:
     return [path for path in ROOT.iterdir() if path.is_dir() and path.name not in NOT_INSTALLED and not path.name.startswith(".")]
 
@@ -70,6 +78,25 @@ def test_a_link_puts_every_package_of_the_root_into_the_one_package() -> None:
     links = {path.name: str(path.readlink()) for path in FACE.iterdir() if path.is_symlink()}
     assert links == {name: f"../{name}" for name in packages}
     assert {path.name: str(path.readlink()) for path in (ROOT / "src").iterdir() if path.is_symlink()} == {"yoso_core": "../yoso_core"}
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "not-installed"])
+def test_modules_run_from_the_root_of_the_repository(installed: bool, tmp_path: Path) -> None:
+    """There ``./yoso_core`` comes first, with or without an install, which ``-S`` leaves out."""
+    command = [sys.executable, *([] if installed else ["-S"]), "-m"]
+    environment = os.environ | {"PYTHONPATH": str(Path(np.__file__).parents[1])}
+
+    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    elsewhere = run(tmp_path, "yoso_core", "--help")
+    assert (elsewhere.returncode == 0) == installed, elsewhere.stderr
+    listing = run(ROOT, "yoso_core", "kernel", "shared_table")
+    assert listing.returncode == 0, listing.stderr
+    assert "__global__" in listing.stdout
+    tests = run(ROOT, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_reference.py", "-k", "hadamard")
+    assert tests.returncode == 0, tests.stdout
+    assert " passed" in tests.stdout
 
 
 def test_no_source_names_a_path_of_one_machine() -> None:
