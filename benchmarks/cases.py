@@ -1,4 +1,4 @@
-"""What is measured, as data: one registry for every suite.
+"""What is measured, as data: every suite with its cases.
 
 A new suite is a new entry of `SUITES`; a new thing to run is a new entry of
 `yoso_core.benchmarks.contenders.CONTENDERS`.
@@ -60,7 +60,7 @@ class Case:
     share: float = 1.0
     """How much more work ``ours`` is than ``beside``."""
     headline: bool = False
-    """Stands in the README."""
+    """Stands in the README, which has room for five."""
     quick: bool = False
     """Part of the short run that checks the benchmark itself."""
 
@@ -74,7 +74,7 @@ def _speedup(n: int, limit: float | None = None, aim: float | None = None) -> Ca
         beside=Workload("sdpa", n),
         limit=limit,
         aim=aim,
-        headline=limit is not None,
+        headline=n in (4096, 16384),
         quick=n <= 1024,
     )
 
@@ -90,7 +90,6 @@ def _per_token(n: int) -> Case:
         beside=Workload("yoso", 4096),
         share=n / 4096,
         limit=1.3,
-        headline=n == 262_144,
     )
 
 
@@ -134,7 +133,7 @@ def _training(n: int, limit: float | None = None, aim: float | None = None, hash
         beside=replace(ours, run="sdpa_training"),
         limit=limit,
         aim=aim,
-        headline=aim is not None,
+        headline=n == 4096,
         quick=n <= 1024,
     )
 
@@ -154,7 +153,6 @@ TRAINING: tuple[Case, ...] = (
         ours=Workload("yoso_expectation_training", 4096),
         beside=Workload("transformers_expectation_training", 4096),
         limit=6,
-        headline=True,
     ),
     Case(
         suite="cpu",
@@ -162,7 +160,6 @@ TRAINING: tuple[Case, ...] = (
         measure="memory",
         ours=Workload("yoso_training", 65536),
         limit=256,
-        headline=True,
     ),
     Case(
         suite="cpu",
@@ -207,7 +204,7 @@ CPU: tuple[Case, ...] = (
     _memory(Workload("yoso", 65536)),
     _memory(Workload("yoso", 262_144), headline=True),
     _memory(Workload("yoso_expectation", 512), Workload("transformers_expectation", 512)),
-    _memory(*_EXPECTATION, headline=True),
+    _memory(*_EXPECTATION),
     *TRAINING,
 )
 
@@ -252,7 +249,6 @@ def _beside_the_paper(n: int, variant: str) -> Case:
         beside=_on_gpu("paper", n),
         also=_softmax(n),
         limit=5 if aimed else None,
-        headline=aimed,
         quick=n <= 1024,
     )
 
@@ -267,7 +263,6 @@ def _beside_flash(n: int, variant: str) -> Case:
         beside=_on_gpu("flash", n, "float16"),
         also=(_on_gpu("paper", n, "float16"),),
         limit=1 if aimed else None,
-        headline=aimed,
         quick=n <= 1024,
     )
 
@@ -281,7 +276,6 @@ def _beside_the_table(n: int) -> Case:
         ours=_on_gpu("yoso", n, variant=_FUSED[0]),
         beside=_on_gpu("paper_tables", n),
         limit=5,
-        headline=True,
     )
 
 
@@ -292,7 +286,6 @@ def _bandwidth(n: int, dtype: str) -> Case:
         measure="bandwidth",
         ours=_on_gpu("yoso", n, dtype, _FUSED[0]),
         limit=0.5,
-        headline=True,
     )
 
 
@@ -352,7 +345,6 @@ def _model(kind: str, n: int, *, training: bool = False, limit: float | None = N
         # However fast attention is, the layer takes at least this.
         also=(_layer("dense_layers", n),) if not training else (),
         limit=limit,
-        headline=limit is not None,
         quick=quick,
     )
 
@@ -378,4 +370,25 @@ MODEL: tuple[Case, ...] = (
     _model("exact expectation", 4096, training=True),
 )
 
-SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "gpu": GPU, "model": MODEL}
+
+@dataclass(frozen=True)
+class Suite:
+    """The cases that are run together, and what the results say about all of them."""
+
+    cases: tuple[Case, ...]
+    inputs: str
+    """The input of a call, for the settings in the results."""
+    sampled: str
+    """What a sampled call includes, for the settings in the results."""
+    picture: bool = True
+    """Draw time and memory against n. A suite of few sizes makes no picture."""
+
+
+_INPUTS = "batch x heads x n x d, standard normal, torch tensors"
+_SAMPLED = "the whole forward pass: hash both sides, cumulate, normalize; signs drawn"
+
+SUITES: dict[str, Suite] = {
+    "cpu": Suite(CPU, inputs=f"{_INPUTS}, device cpu", sampled=f"{_SAMPLED} outside"),
+    "gpu": Suite(GPU, inputs=f"{_INPUTS}, device cuda", sampled=f"{_SAMPLED} outside"),
+    "model": Suite(MODEL, inputs="batch x n tokens, evenly drawn", sampled=f"{_SAMPLED} inside", picture=False),
+}

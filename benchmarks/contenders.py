@@ -16,8 +16,8 @@ from yoso_core.benchmarks.models import MODELS
 from yoso_core.benchmarks.sides import Array, Check, Ours, Peer, Tensors
 from yoso_core.reference import l2_normalize_backward
 from yoso_core.reference.normalize import TINY_NORM
-from yoso_core.registry import automatic
-from yoso_core.truth import call, definition_of, outputs_of, tolerance, truth
+from yoso_core.registry import automatic, definition_of
+from yoso_core.truth import call, outputs_of, tolerance, truth
 
 
 @dataclass(frozen=True, kw_only=True)

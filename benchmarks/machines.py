@@ -44,7 +44,7 @@ class Machine:
 
 
 def _missing_cuda() -> str | None:
-    from yoso_core.places import missing
+    from yoso_core.backends import missing
 
     if reason := missing("cupy"):
         return reason
@@ -64,7 +64,7 @@ def _wait_for_cuda() -> None:
 def _about_cuda() -> Result:
     import torch
 
-    from yoso_core.places import gpu_report
+    from yoso_core.backends import gpu_report
 
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {

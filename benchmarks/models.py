@@ -11,8 +11,7 @@ import numpy as np
 
 from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
-from yoso_core.registry import automatic
-from yoso_core.truth import definition_of
+from yoso_core.registry import automatic, definition_of
 
 TOLERANCE = 1e-5
 """Of an entry of the output, which LayerNorm has scaled to a size of one; of a gradient, by the

@@ -7,6 +7,7 @@ the committed JSON.
 
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,11 @@ RESULTS = Path("benchmarks/results")
 
 _COLUMNS = ("case", "ours", "beside", "result", "target", "verdict", "floor / time")
 _STYLE = {"reached": "green", "missed": "bold red", "red": "bold white on red", "cannot run": "dim", "no peer": "dim"}
+PROSE_COLUMNS = 100
+"""Lines of prose in the README files are at most so wide."""
+
+_HELD = "\N{NO-BREAK SPACE}"
+
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -95,7 +101,7 @@ _UNITS = {
 
 
 def _result(case: Result) -> dict[str, str]:
-    """The number that a case is about, and the one it should reach."""
+    """The number that a case is about, and the number it should reach."""
     sign, unit = _UNITS[case["measure"]]
     scale = 100 if case["measure"] == "bandwidth" else 1
     value, limit, aim = case.get("value"), case["limit"], case["aim"]
@@ -157,14 +163,22 @@ def cannot_run(run: Result) -> list[str]:
 
 def caption(run: Result) -> str:
     where = run["environment"]
-    versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
-    machine = f"{where['processor']}, {where['cores']} cores, {where['memory_gb']:g} GB"
+    machine = f"{where['processor']}, {_cores(where)}, {where['memory_gb']:g} GB"
     if gpu := where.get("gpu"):
         machine = f"{gpu['name']}, {gpu['memory_gb']:g} GB, driver {gpu['driver']}, torch for CUDA {gpu['cuda_of_torch']}; {machine}"
     return (
-        f"{run['date'][:10]}, {machine}, load average before {run['settings']['load_average_before']:g}; {versions}. "
+        f"{run['date'][:10]}, {machine}, load average before {run['settings']['load_average_before']:g}; {_versions(where)}. "
         f"Times are medians (smallest to largest), {'the two' if columns_of(run) == _COLUMNS else 'all'} sides measured in turns."
     )
+
+
+def _cores(where: Result) -> str:
+    """The number of cores, and their instruction set where the results have it."""
+    return ", ".join([f"{where['cores']} cores", *([where["instruction_set"]] if where.get("instruction_set") else [])])
+
+
+def _versions(where: Result) -> str:
+    return ", ".join(f"{package} {version}" for package, version in where["versions"].items())
 
 
 def _three_digits(number: float) -> str:
@@ -188,23 +202,60 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def wrapped(prose: str) -> str:
+    """A paragraph of Markdown, at most `PROSE_COLUMNS` wide.
+
+    A plus, a minus or a star stays on the line of the word before it: at the start of a line it
+    would make a list.
+    """
+    held = re.sub(" ([-+*]) ", f"{_HELD}\\1 ", prose)
+    lines = textwrap.fill(held, PROSE_COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return lines.replace(_HELD, " ")
+
+
 def headline_block(run: Result) -> str:
-    """For the README: the cases that stand there, without the floor."""
-    rows = [row(case)[:-1] for case in run["cases"] if case["headline"]]
-    return f"{markdown(_COLUMNS[:-1], rows)}\n{caption(run)}\n"
+    """For the README: the few cases that stand there, in three narrow columns, and how many of all
+    targets are reached.
+    """
+    chosen = {case.name for case in SUITES[run["suite"]].cases if case.headline}
+    rows = [_headline(case) for case in run["cases"] if case["name"] in chosen]
+    where, targets = run["environment"], [case["verdict"] for case in run["cases"] if case["limit"] is not None]
+    note = (
+        f"{run['date'][:10]}, {where['processor']}, {_cores(where)}; {_versions(where)}. Medians, both sides measured in turns. "
+        f"{targets.count('reached')} of the {len(targets)} targets of `yoso bench {run['suite']}` are reached."
+    )
+    return f"{markdown(('case', 'ours', 'beside (times ours)'), rows)}\n{wrapped(note)}\n"
+
+
+def _headline(case: Result) -> tuple[str, str, str]:
+    """A case in short. What is not reached says so, and a red case has no number."""
+    if case["verdict"] == "red":
+        return case["name"], "red", ""
+    ours, beside = (_short(case[side]) for side in ("ours", "beside"))
+    found = _result(case)
+    said = [found["result"]] if found["result"] and case["measure"] != "memory" else []
+    if case["verdict"] == "missed":
+        said.append(f"missed: {found['target']}")
+    return case["name"], ours, " ".join([*([beside] if beside else []), *([f"({', '.join(said)})"] if said else [])])
+
+
+def _short(side: Result | None) -> str:
+    return seconds(side["median"]) if side and "median" in side else _side(side)
 
 
 def full_block(run: Result) -> str:
     columns = columns_of(run)
-    notes = "".join(f"\n{reason}.\n" for reason in cannot_run(run))
-    return f"{markdown(columns, [row(case, columns) for case in run['cases']])}{notes}\n{caption(run)} {floor_note(run)}\n"
+    notes = "".join(f"\n{wrapped(f'{reason}.')}\n" for reason in cannot_run(run))
+    table = markdown(columns, [row(case, columns) for case in run["cases"]])
+    return f"{table}{notes}\n{wrapped(f'{caption(run)} {floor_note(run)}')}\n"
 
 
 def gpu_block(results: Path) -> str:
     """A section for every GPU that the suite has run on, or a line that says that there is none."""
     files = sorted(file for file in results.glob("gpu-*.json") if not file.stem.endswith("-quick"))
     if not files:
-        return "No result of a GPU is committed yet: nobody has run the suite on one, and no time of a CUDA variant is known.\n"
+        none = "No result of a GPU is committed yet: nobody has run the suite on one, and no time of a CUDA variant is known."
+        return f"{wrapped(none)}\n"
     sections = []
     for file in files:
         run = _read(file)
@@ -221,7 +272,7 @@ def bytes_block(results: Path) -> str:
     """What each CUDA variant moves at the setting of the suite ``gpu``, in float32, by the formulas
     of `traffic`.
     """
-    shapes = next(w for w in (case.ours for case in SUITES["gpu"]) if w.n == REFERENCE and w.dtype == "float32")
+    shapes = next(w for w in (case.ours for case in SUITES["gpu"].cases) if w.n == REFERENCE and w.dtype == "float32")
     rows = []
     for op, variant in FORMULAS:
         run = next(name for name, contender in CONTENDERS.items() if isinstance(contender, Ours) and contender.op == op)
@@ -232,7 +283,8 @@ def bytes_block(results: Path) -> str:
     header = ("operation", "variant", "least", "device memory", "least / moved", "from cache", "by kernel")
     setting = f"batch {shapes.batch}, {shapes.heads} heads, n = {shapes.n:,}, d = {shapes.dim}, {shapes.dtype}"
     hashes = f"m = {shapes.num_hash}, tau = {shapes.hash_code_len}"
-    return f"{markdown(header, rows)}\n{setting}, {hashes}, on a GPU with {H100.max_shared >> 10} KiB of shared memory to a block.\n"
+    note = f"{setting}, {hashes}, on a GPU with {H100.max_shared >> 10} KiB of shared memory to a block."
+    return f"{markdown(header, rows)}\n{wrapped(note)}\n"
 
 
 def _counted(kernels: Sequence[Traffic], least: int) -> tuple[str, ...]:

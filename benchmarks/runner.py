@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from yoso_core import variants
 from yoso_core.benchmarks import bias, memory
-from yoso_core.benchmarks.cases import SUITES, Case, Workload
+from yoso_core.benchmarks.cases import SUITES, Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
 from yoso_core.benchmarks.floor import floor, measured_rates
 from yoso_core.benchmarks.machines import MACHINES, Machine, results_name
@@ -80,7 +80,8 @@ def run_suite(
         return bias.run(output, progress=progress)
     if name not in SUITES:
         raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias'])}")
-    cases = [case for case in SUITES[name] if case.quick or not quick]
+    suite = SUITES[name]
+    cases = [case for case in suite.cases if case.quick or not quick]
     _need_packages(name, cases)
     device = cases[0].ours.device
     if reason := MACHINES[device].missing():
@@ -91,7 +92,7 @@ def run_suite(
 
     from yoso_core.benchmarks.report import print_suite
 
-    before = settings(name, repeats, device)
+    before = settings(suite, repeats)
     console = Console(width=None if sys.stdout.isatty() else 160)
     results: list[Result] = []
     checks: dict[Workload, Check] = {}
@@ -115,7 +116,7 @@ def run_suite(
     path = output / f"{results_name(name, run['environment'])}{'-quick' if quick else ''}.json"
     path.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     print_suite(run, console)
-    if name != "model":  # a few sizes make no picture
+    if suite.picture:
         _draw(run, path.with_suffix(".png"), console)
     if red := sum(case["verdict"] == "red" for case in results):
         raise RedComparison(f"{red} of {len(results)} cases are red, see {path}")
@@ -179,7 +180,6 @@ def _described(case: Case) -> tuple[Result, dict[Workload, Result]]:
     result = {
         "name": case.name,
         "measure": case.measure,
-        "headline": case.headline,
         "limit": case.limit,
         "aim": case.aim,
         "share": case.share,
@@ -343,21 +343,23 @@ def _verdict(case: Case, value: float) -> str:
 
 def where(device: str) -> Result:
     """The machine and the versions of what ran on it."""
+    import torch
+
     found = environment()
+    found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
     if "transformers" in sys.modules:
         found["versions"]["transformers"] = sys.modules["transformers"].__version__
     memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     return {**found, "memory_gb": memory_gb, **MACHINES[device].about()}
 
 
-def settings(suite: str, repeats: int, device: str) -> Result:
+def settings(suite: Suite, repeats: int) -> Result:
     import torch
 
-    model = suite == "model"
     return {
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),
-        "input": "batch x n tokens, evenly drawn" if model else f"batch x heads x n x d, standard normal, torch tensors, device {device}",
-        "sampled": f"the whole forward pass: hash both sides, cumulate, normalize; signs drawn {'inside' if model else 'outside'}",
+        "input": suite.inputs,
+        "sampled": suite.sampled,
     }

@@ -12,7 +12,7 @@ NUMBA_FOLDER = Path(__file__).resolve().parent / "numba_kernels"
 
 
 @dataclass(frozen=True)
-class KernelText:
+class KernelListing:
     name: str
     language: Literal["CUDA C++", "Numba CUDA"]
     file: str
@@ -22,13 +22,13 @@ class KernelText:
     """The kernel with its note."""
 
 
-def catalog() -> list[KernelText]:
+def catalog() -> list[KernelListing]:
     """All kernels, in the order of files and of lines."""
     found = [kernel for file in FILES for kernel in _cuda_kernels(file)]
     return found + [kernel for path in sorted(NUMBA_FOLDER.glob("*.py")) for kernel in _numba_kernels(path)]
 
 
-def _cuda_kernels(file: str) -> list[KernelText]:
+def _cuda_kernels(file: str) -> list[KernelListing]:
     """From the comment above the first line of a kernel to the brace that closes it, which stands
     alone at the left.
     """
@@ -39,11 +39,11 @@ def _cuda_kernels(file: str) -> list[KernelText]:
         while start and lines[start - 1].startswith("//"):
             start -= 1
         end = lines.index("}", number) + 1
-        found.append(KernelText(head[1], "CUDA C++", file, start + 1, "\n".join(lines[start:end])))
+        found.append(KernelListing(head[1], "CUDA C++", file, start + 1, "\n".join(lines[start:end])))
     return found
 
 
-def _numba_kernels(path: Path) -> list[KernelText]:
+def _numba_kernels(path: Path) -> list[KernelListing]:
     """Functions under ``@cuda.jit``, with the comment above them; helpers that run on the device
     are no kernels.
     """
@@ -56,7 +56,7 @@ def _numba_kernels(path: Path) -> list[KernelText]:
         start = min(mark.lineno for mark in node.decorator_list) - 1
         while start and lines[start - 1].startswith("#"):
             start -= 1
-        found.append(KernelText(node.name, "Numba CUDA", path.name, start + 1, "\n".join(lines[start : node.end_lineno])))
+        found.append(KernelListing(node.name, "Numba CUDA", path.name, start + 1, "\n".join(lines[start : node.end_lineno])))
     return sorted(found, key=lambda kernel: kernel.line)
 
 

@@ -19,9 +19,10 @@ from support import Case, as_dtype, build, poisoned_allocations
 
 import yoso_core
 from yoso_core import reference, registry
+from yoso_core.gpu import KernelText
 from yoso_core.gpu.cupy_kernels import hashing, source
 from yoso_core.gpu.device import CudaKernel, launches
-from yoso_core.gpu.emulator import Emulator, KernelFault, KernelText, Traffic, checked, count_traffic, missing, order
+from yoso_core.gpu.emulator import Emulator, KernelFault, Traffic, checked, count_traffic, missing, order
 from yoso_core.gpu.emulator import build as building
 from yoso_core.reference.arrays import Array
 
@@ -512,7 +513,8 @@ def test_the_emulator_goes_on_after_a_fault() -> None:
 def test_crashes_outside_a_kernel_are_left_alone() -> None:
     code = """
         import ctypes, numpy as np
-        from yoso_core.gpu.emulator import Emulator, KernelText
+        from yoso_core.gpu import KernelText
+        from yoso_core.gpu.emulator import Emulator
         Emulator().launch(KernelText('extern "C" __global__ void k(int* x) { *x = 1; }', "k"), (1,), (1,), (np.zeros(1, np.int32),))
         ctypes.string_at(0)
     """
@@ -722,7 +724,8 @@ def test_a_spoiled_library_is_made_again(fresh_cache: Path) -> None:
 def test_processes_that_compile_at_once(fresh_cache: Path) -> None:
     code = f"""
         import numpy as np
-        from yoso_core.gpu.emulator import Emulator, KernelText
+        from yoso_core.gpu import KernelText
+        from yoso_core.gpu.emulator import Emulator
         rank = np.zeros(64, np.int32)
         Emulator().launch(KernelText({RANK!r}, "k"), (1,), (64,), (np.zeros(1, np.int32), rank))
         assert (rank == np.arange(64)).all()

@@ -743,3 +743,13 @@ def test_importing_the_kernels_needs_no_gpu() -> None:
         print([name for name in ("cupy", "torch", "greenlet") if name in sys.modules])
     """)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_importing_the_kernels_loads_no_launcher_of_cuda_cpp() -> None:
+    for kernels in ("cumulation", "hashing", "weighted"):
+        done = python(f"""
+            import sys
+            import yoso_core.gpu.numba_kernels.{kernels}
+            print([name for name in sys.modules if name.startswith("yoso_core.gpu.cupy_kernels")])
+        """)
+        assert (done.stdout.strip(), done.stderr) == ("[]", "")

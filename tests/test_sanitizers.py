@@ -83,7 +83,8 @@ FAULTS: dict[str, tuple[sanitizers.Kind, str, str, set[int], str]] = {
 
 PLANTED = """
 import numpy as np
-from yoso_core.gpu.emulator import Emulator, KernelText
+from yoso_core.gpu import KernelText
+from yoso_core.gpu.emulator import Emulator
 parameters = "const float* x, float* out"
 for name, body in kernels.items():
     memory = "extern __shared__ float dynamic[]; __shared__ float s[64];"

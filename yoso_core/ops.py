@@ -4,13 +4,23 @@ caller's kind of array.
 The mathematics stands in `yoso_core.reference`, whose docstrings give the equations.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 
 from yoso_core import checks
 from yoso_core.arrays import Array, Caller, one_caller
+from yoso_core.operations import (
+    EXPECTATION_ATTENTION,
+    EXPECTATION_ATTENTION_BACKWARD,
+    FAST_HASH,
+    HADAMARD_TRANSFORM,
+    HYPERPLANE_HASH,
+    LSH_ATTENTION_BACKWARD,
+    LSH_CUMULATION,
+    LSH_WEIGHTED_CUMULATION,
+    YOSO_ATTENTION,
+)
 from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import Seed, hash_layout
 from yoso_core.reference.hashing import sample_planes as _draw_planes
@@ -50,7 +60,7 @@ def sample_signs(
     (3, 4, 64)
     """
     m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
-    return _draw_signs(m, tau, d, batch_shape=shape, rng=_generator(rng))
+    return _draw_signs(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
 def sample_planes(
@@ -64,15 +74,7 @@ def sample_planes(
     ``h * hash_code_len + b``.
     """
     m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
-    return _draw_planes(m, tau, d, batch_shape=shape, rng=_generator(rng))
-
-
-def _generator(rng: object) -> np.random.Generator:
-    if rng is None or isinstance(rng, np.random.Generator):
-        return np.random.default_rng(rng)
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        return np.random.default_rng(checks.integer("rng", rng, 0))
-    raise TypeError(f"rng: need a numpy.random.Generator, an int seed or None, got {type(rng).__name__}")
+    return _draw_planes(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
 def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
@@ -98,7 +100,7 @@ def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
     dim = x.shape[-1]
     if dim < 1 or dim & (dim - 1):
         raise ValueError(f"x: need a power of two as last dimension, got shape {tuple(x.shape)}")
-    return run("hadamard_transform", variant, caller, (x,), (x,), {})
+    return run(HADAMARD_TRANSFORM, variant, caller, {"x": x})
 
 
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
@@ -130,7 +132,8 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *
     caller = one_caller({"vectors": vectors, "signs": signs})
     checks.vectors("vectors", vectors)
     _check_signs(signs, vectors, "vectors", m, tau, caller)
-    return run("fast_hash", variant, caller, (None,), (vectors, signs, m, tau), {})
+    arguments = {"vectors": vectors, "signs": signs, "num_hash": m, "hash_code_len": tau}
+    return run(FAST_HASH, variant, caller, arguments)
 
 
 def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_code_len: int, caller: Caller) -> None:
@@ -165,7 +168,8 @@ def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len:
     caller = one_caller({"vectors": vectors, "planes": planes})
     checks.vectors("vectors", vectors)
     _check_planes(planes, vectors, m, tau)
-    return run("hyperplane_hash", variant, caller, (None,), (vectors, planes, m, tau), {})
+    arguments = {"vectors": vectors, "planes": planes, "num_hash": m, "hash_code_len": tau}
+    return run(HYPERPLANE_HASH, variant, caller, arguments)
 
 
 def _check_planes(planes: Array, vectors: Array, num_hash: int, hash_code_len: int) -> None:
@@ -248,8 +252,15 @@ def lsh_cumulation(
     checks.size("value", value, -2, key_hash_code.shape[-2], "n of key_hash_code")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    args = (query_hash_code, key_hash_code, value, capacity)
-    return run("lsh_cumulation", variant, caller, (value,), args, {"query_mask": query_mask, "key_mask": key_mask})
+    arguments = {
+        "query_hash_code": query_hash_code,
+        "key_hash_code": key_hash_code,
+        "value": value,
+        "hashtable_capacity": capacity,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(LSH_CUMULATION, variant, caller, arguments)
 
 
 def lsh_weighted_cumulation(
@@ -307,8 +318,17 @@ def lsh_weighted_cumulation(
     checks.size("key_weight", key_weight, -1, query_weight.shape[-1], "d_w of query_weight")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    args = (query_hash_code, query_weight, key_hash_code, key_weight, value, capacity)
-    return run("lsh_weighted_cumulation", variant, caller, (value,), args, {"query_mask": query_mask, "key_mask": key_mask})
+    arguments = {
+        "query_hash_code": query_hash_code,
+        "query_weight": query_weight,
+        "key_hash_code": key_hash_code,
+        "key_weight": key_weight,
+        "value": value,
+        "hashtable_capacity": capacity,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(LSH_WEIGHTED_CUMULATION, variant, caller, arguments)
 
 
 def _check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
@@ -358,8 +378,15 @@ def expectation_attention(
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
-    masks = {"query_mask": query_mask, "key_mask": key_mask}
-    return run("expectation_attention", variant, caller, (value,), (query, key, value, tau), masks)
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "hash_code_len": tau,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(EXPECTATION_ATTENTION, variant, caller, arguments)
 
 
 def expectation_attention_backward(
@@ -399,9 +426,17 @@ def expectation_attention_backward(
     caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
-    args = (grad_out, query, key, value, tau)
-    options = {"grad": grad, "query_mask": query_mask, "key_mask": key_mask}
-    return run("expectation_attention_backward", variant, caller, (query, key, value), args, options)
+    arguments = {
+        "grad_out": grad_out,
+        "query": query,
+        "key": key,
+        "value": value,
+        "hash_code_len": tau,
+        "grad": grad,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(EXPECTATION_ATTENTION_BACKWARD, variant, caller, arguments)
 
 
 def _check_grad_out(grad_out: Array, query: Array, value: Array) -> None:
@@ -466,9 +501,19 @@ def lsh_attention_backward(
         checks.size(name, codes, -2, x.shape[-2], f"n of {side}")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    args = (grad_out, query, key, value, query_hash_code, key_hash_code, tau)
-    options = {"grad": grad, "query_mask": query_mask, "key_mask": key_mask}
-    return run("lsh_attention_backward", variant, caller, (query, key, value), args, options)
+    arguments = {
+        "grad_out": grad_out,
+        "query": query,
+        "key": key,
+        "value": value,
+        "query_hash_code": query_hash_code,
+        "key_hash_code": key_hash_code,
+        "hash_code_len": tau,
+        "grad": grad,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(LSH_ATTENTION_BACKWARD, variant, caller, arguments)
 
 
 def yoso_attention(
@@ -487,59 +532,9 @@ def yoso_attention(
     normalize_output: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``; differentiable on
-    torch tensors.
-
-    ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into
-    one bucket, which costs time linear in ``n``; or, with ``use_expectation``, its expected value
-    ``(1 - arccos(q_i . k_j) / pi)**tau``.
-
-    Parameters
-    ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; only their directions matter.
-    value : float ``(..., n_k, d_v)``.
-    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`,
-        dense and exactly unbiased. The expectation needs neither, and does not look at them.
-    rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh
-        entropy), one draw for each index of the last leading dim (the heads) and shared over the
-        dims before it, so that a result does not depend on its neighbors in a batch.
-    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
-        nonzero = keep. Masked entries are skipped; masked queries get zeros.
-    normalize_output : scale every row to unit length, in float32 at least; a row shorter than
-        1e-12, such as that of a query that met no key, becomes zeros.
-
-    Returns
-    -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row,
-    a kept key that is not finite
-    gives NaN in every row of its head, a kept value that is not finite in every row that meets it.
-
-    Torch tensors that require gradients, while gradients are enabled, go to
-    `yoso_core.model.yoso_attention`, which draws from torch's own
-    generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which gradient
-    it is.
-
-    Source: Zeng et al. 2021 (arXiv 2111.09714).
+    """YOSO attention without gradients: see `yoso_core.yoso_attention`, whose arguments these
+    are.
     """
-    if _wants_gradients(query, key, value):
-        from yoso_core.model import yoso_attention as differentiable
-
-        return differentiable(
-            query,
-            key,
-            value,
-            num_hash=num_hash,
-            hash_code_len=hash_code_len,
-            use_expectation=use_expectation,
-            signs=signs,
-            planes=planes,
-            rng=rng,
-            query_mask=query_mask,
-            key_mask=key_mask,
-            normalize_output=normalize_output,
-            variant=variant,
-        )
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller(
         {
@@ -559,22 +554,18 @@ def yoso_attention(
         _check_signs(signs, query, "query", m, tau, caller)
     elif planes is not None:
         _check_planes(planes, query, m, tau)
-    elif not use_expectation:
-        drawn = _draw_signs(m, tau, query.shape[-1], batch_shape=tuple(query.shape[-3:-2]), rng=_generator(rng))
-        signs = caller.from_numpy(drawn)
-    options = {
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
         "num_hash": m,
         "hash_code_len": tau,
         "use_expectation": bool(use_expectation),
         "signs": signs,
         "planes": planes,
+        "rng": rng,
         "query_mask": query_mask,
         "key_mask": key_mask,
         "normalize_output": bool(normalize_output),
     }
-    return run("yoso_attention", variant, caller, (value,), (query, key, value), options)
-
-
-def _wants_gradients(*arrays: Array) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arrays)
+    return run(YOSO_ATTENTION, variant, caller, YOSO_ATTENTION.complete(arguments))

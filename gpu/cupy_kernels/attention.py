@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.cupy_kernels.cumulation import lsh_cumulation_shared_table, lsh_cumulation_sorted_buckets
 from yoso_core.gpu.cupy_kernels.expectation import expectation_attention_blocked
 from yoso_core.gpu.cupy_kernels.hashing import fast_hash_warp_per_vector, hyperplane_hash_thread_per_code

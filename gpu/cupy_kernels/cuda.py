@@ -1,4 +1,4 @@
-"""The real device: the `.cu` files compiled by NVRTC on first use and launched through CuPy on the
+"""The real device: CUDA C++ compiled by NVRTC on first use and launched through CuPy on the
 caller's stream.
 """
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels.source import options, source
-from yoso_core.gpu.device import Array, CudaKernel, Launch, Shape, record
+from yoso_core.gpu.cupy_kernels.source import options, source_of
+from yoso_core.gpu.device import Array, CudaKernel, KernelText, Launch, Shape, record
 
 _NO_POINTER = np.uint64(0)
 _WITHOUT_OPT_IN = 48 << 10
-"""Bytes of shared memory that any block may have; more must be asked for."""
+"""Bytes of shared memory that any block may have; a kernel must opt in to more."""
 
 
 @cache
@@ -26,22 +26,30 @@ def _limits(index: int) -> tuple[int, int]:
 
 
 @cache
-def _module(kernel_file: str, flags: tuple[str, ...], index: int) -> Any:
+def _module(text: str, flags: tuple[str, ...], names: tuple[str, ...] | None, index: int) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(kernel_file), options=flags, backend="nvrtc")
+    return cupy.RawModule(code=text, options=flags, backend="nvrtc", name_expressions=names)
 
 
 @cache
-def _function(kernel: CudaKernel, index: int) -> Any:
-    return _module(kernel.file, options(kernel), index).get_function(kernel.name)
+def _function(kernel: CudaKernel | KernelText, index: int) -> Any:
+    # A text of the reader's own may hold a template, or a kernel that is not extern "C": the
+    # compiler must then be asked for its name.
+    names = (kernel.name,) if isinstance(kernel, KernelText) and 'extern "C"' not in kernel.text else None
+    return _module(source_of(kernel), options(kernel), names, index).get_function(kernel.name)
 
 
 class CupyDevice:
-    """A GPU, with CuPy's current device and stream already set to the caller's.
+    """A GPU. CuPy's current device and stream must already be the caller's.
 
-    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk), and
-    nothing here ever waits for the GPU.
+    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk). Nothing
+    here waits for the GPU.
+
+    Parameters
+    ----------
+    index : the number of the GPU.
+    stream : the address of the CUDA stream to launch on.
     """
 
     def __init__(self, index: int, stream: int) -> None:
@@ -58,7 +66,10 @@ class CupyDevice:
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         return self.xp.zeros(shape, dtype)
 
-    def launch(self, kernel: CudaKernel, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
+    def launch(
+        self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0
+    ) -> None:
+        """Launch a kernel on the current stream: see `Device.launch`."""
         function = _function(kernel, self.index)
         if shared > _WITHOUT_OPT_IN and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.cupy_kernels.cumulation import lsh_cumulation_shared_table, lsh_cumulation_sorted_buckets
 from yoso_core.gpu.cupy_kernels.expectation import unit_rows
 from yoso_core.gpu.cupy_kernels.sorting import sort_codes

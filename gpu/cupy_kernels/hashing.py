@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, CudaKernel, Device, DoesNotFit
 from yoso_core.reference import hash_layout
 

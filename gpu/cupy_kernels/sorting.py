@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, CudaKernel, Device
 
 _THREADS = 256

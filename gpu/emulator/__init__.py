@@ -7,7 +7,8 @@ order of turns is chosen, so a run can be repeated bit by bit, and a result that
 order shows under another (`order`).
 
 >>> import numpy as np
->>> from yoso_core.gpu.emulator import Emulator, KernelText, missing
+>>> from yoso_core.gpu import KernelText
+>>> from yoso_core.gpu.emulator import Emulator, missing
 >>> double = KernelText('''
 ... extern "C" __global__ void twice(const float* x, float* y, int n) {
 ...   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -52,14 +53,13 @@ launch runs at a time.
 
 from yoso_core.gpu.emulator.build import missing
 from yoso_core.gpu.emulator.common import KernelFault, order
-from yoso_core.gpu.emulator.emulator import Emulator, KernelText
+from yoso_core.gpu.emulator.emulator import Emulator
 from yoso_core.gpu.emulator.sanitizers import Report, sanitized
 from yoso_core.gpu.emulator.traffic import LineTraffic, Traffic, TrafficLog, checked, count_traffic
 
 __all__ = [
     "Emulator",
     "KernelFault",
-    "KernelText",
     "LineTraffic",
     "Report",
     "Traffic",

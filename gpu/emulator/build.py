@@ -34,6 +34,7 @@ _NAME = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.D
 _BOUNDED = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+__launch_bounds__\s*\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<space>\s*)(?P<name>\w+)'
 )
+_LINE = re.compile(r"^#line (\d+).*$", re.MULTILINE)
 _ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
 
 
@@ -162,6 +163,13 @@ def _split(declaration: str) -> list[str]:
     return [*parts, declaration[start:]]
 
 
+def _line_of(text: str, position: int) -> int:
+    """The line of a position, counted as the last ``#line`` before it says."""
+    directives = list(_LINE.finditer(text, 0, position))
+    first, start = (int(directives[-1][1]), directives[-1].end() + 1) if directives else (1, 0)
+    return first + text.count("\n", start, position)
+
+
 def rewrite_bounds(text: str) -> str:
     """The ``__launch_bounds__`` of kernels as constants, for the check of launches. Lines stay
     where they stood.
@@ -187,13 +195,13 @@ def rewrite_shared(text: str) -> str:
     def replace(found: re.Match[str]) -> str:
         if found["declaration"] is None:
             return found[0]
-        line = text.count("\n", 0, found.start()) + 1
         first, *others = _split(found["declaration"])
         # Only what stands before the name counts as the type: a template's commas or an array's
         # size may hold names too.
         head = _TYPE_AND_NAME.fullmatch(first)
         tails = [_NAME.fullmatch(other) for other in others]
         if head is None or None in tails:
+            line = _line_of(text, found.start())
             raise ValueError(f"line {line}: the emulator does not understand this declaration of shared memory: {found[0]}")
         names = [head["name"], *(tail["name"] for tail in tails if tail)]
         if found["extern"]:

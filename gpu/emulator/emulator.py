@@ -5,14 +5,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from yoso_core.gpu.cupy_kernels import source
-from yoso_core.gpu.device import Array, CudaKernel, Launch, Shape, record
+from yoso_core.gpu.device import Array, CudaKernel, KernelText, Launch, Shape, record
 from yoso_core.gpu.emulator import build
 from yoso_core.gpu.emulator.common import MAX_THREADS, KernelFault, Order, checked_order, launch_sizes, order_here
 from yoso_core.gpu.emulator.places import places
@@ -38,19 +37,6 @@ def build_for(flavour: str) -> Iterator[None]:
 
 # The runtime has one set of fibers.
 _running = threading.Lock()
-
-
-@dataclass(frozen=True)
-class KernelText:
-    """A kernel as a text of its own, where a `CudaKernel` names a file of the package. It may
-    include the package's `.cuh` files.
-    """
-
-    text: str
-    name: str
-    defines: tuple[tuple[str, str | int], ...] = ()
-    file: str = "kernel.cu"
-    """What messages call the text."""
 
 
 class _Range(ctypes.Structure):
@@ -170,13 +156,9 @@ class Emulator:
 
 
 def _function(kernel: CudaKernel | KernelText, flavour: str) -> tuple[build.Function, build.Library]:
-    defines = CudaKernel("", "", kernel.defines)
-    if isinstance(kernel, CudaKernel):
-        text, kernels = source.source(kernel.file), source.kernels_in(kernel.file)
-    else:
-        text, kernels = kernel.text, ()
+    kernels = source.kernels_in(kernel.file) if isinstance(kernel, CudaKernel) else ()
     kernels = kernels if kernel.name in kernels else (*kernels, kernel.name)
-    library = build.load(kernel.file, text, kernels, source.options(defines), flavour)
+    library = build.load(kernel.file, source.source_of(kernel), kernels, source.options(kernel), flavour)
     if kernel.name not in library.functions:
         macros = " ".join(f"{name}={value}" for name, value in kernel.defines)
         raise ValueError(f"kernel: {kernel.file} has no kernel {kernel.name!r} when compiled with {macros or 'no macros'}")

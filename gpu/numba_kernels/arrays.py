@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, Device, Shape
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, Device, DoesNotFit
 from yoso_core.gpu.numba_kernels import arrays
 

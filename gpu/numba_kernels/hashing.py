@@ -9,7 +9,7 @@ definition says, so that every sum is the same float and every code the same num
 import numpy as np
 from numba import cuda
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, Device, DoesNotFit
 from yoso_core.gpu.numba_kernels import arrays
 from yoso_core.reference import hash_layout

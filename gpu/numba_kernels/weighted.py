@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from yoso_core.gpu.cupy_kernels import layout
+from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, Device
 from yoso_core.gpu.numba_kernels import arrays
 from yoso_core.gpu.numba_kernels.cumulation import THREADS, table_cut
