@@ -5,6 +5,7 @@ The toy of this module follows the checklist of CONTRIBUTING.md in its order.
 """
 
 import ast
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import support
-from test_packaging import PACKAGES, folder_of
 
 import yoso_core
 from yoso_core import arrays, checks, operations, registry
 from yoso_core.gpu import CudaVariant, KernelText, NumbaCudaVariant
 from yoso_core.operations import OPERATIONS, Operation, Output
+
+FACE = Path(yoso_core.__file__).parent
 
 LAYERS = (
     {"reference"},
@@ -40,10 +42,10 @@ def modules() -> dict[str, Path]:
     ``yoso_core.__init__``.
     """
     found = {}
-    for package in PACKAGES:
-        for path in folder_of(package).glob("*.py"):
-            if not path.name[0].isdigit():
-                found[f"{package}.{path.stem}"] = path
+    for folder, _, files in os.walk(FACE, followlinks=True):
+        package = ".".join(("yoso_core", *Path(folder).relative_to(FACE).parts))
+        modules = [name for name in files if name.endswith(".py") and not name[0].isdigit()]
+        found |= {f"{package}.{name.removesuffix('.py')}": Path(folder, name) for name in modules}
     return found
 
 
@@ -122,7 +124,7 @@ def test_the_walk_sees_an_arrow(tmp_path: Path) -> None:
 def test_generic_code_names_no_operation() -> None:
     """Only the records, their functions and the rows of kernels do."""
     generic = ("truth", "inputs", "comparison", "comparison_view", "own_kernel", "backends")
-    texts = {name: (folder_of("yoso_core") / f"{name}.py").read_text("utf-8") for name in generic}
+    texts = {name: (FACE / f"{name}.py").read_text("utf-8") for name in generic}
     trees = {name: ast.parse(text) for name, text in texts.items()}
     strings = {
         (name, node.value)
