@@ -221,8 +221,8 @@ def headline_block(run: Result) -> str:
     rows = [_headline(case) for case in run["cases"] if case["name"] in chosen]
     where, targets = run["environment"], [case["verdict"] for case in run["cases"] if case["limit"] is not None]
     note = (
-        f"{run['date'][:10]}, {where['processor']}, {_cores(where)}; {_versions(where)}. Medians, both sides measured in turns. "
-        f"{targets.count('reached')} of the {len(targets)} targets of `yoso bench {run['suite']}` are reached."
+        f"{run['date'][:10]}, {where['processor']}, {_cores(where)}. Medians, both sides measured in turns; "
+        f"{targets.count('reached')} of {len(targets)} targets reached."
     )
     return f"{markdown(('case', 'ours', 'beside (times ours)'), rows)}\n{wrapped(note)}\n"
 
