@@ -76,6 +76,11 @@ def test_what_has_to_pass_are_targets_of_make() -> None:
     assert {"test", "lint", "types", "dist"} <= set(wanted) <= TARGETS
 
 
+def test_contributing_lists_every_target_of_make() -> None:
+    listed = re.findall(r"(?m)^\| `make ([a-z-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert sorted(listed) == sorted(TARGETS - {"help"})
+
+
 def test_a_tag_releases_when_everything_is_green() -> None:
     read = workflow(ROOT / ".github/workflows/release.yml")
     assert read[ON] == {"push": {"tags": ["v*"]}}
