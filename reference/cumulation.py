@@ -66,7 +66,8 @@ def weighted_sum(weight: Array, met: Array, value: Array) -> Array:
     cannot spoil its row.
     """
     finite = np.isfinite(value)
-    out = np.where(met, weight, 0) @ np.where(finite, value, 0)
+    with np.errstate(invalid="ignore"):  # a weight that is not finite makes a row of NaN
+        out = np.where(met, weight, 0) @ np.where(finite, value, 0)
     return np.where(met.astype(weight.dtype) @ ~finite > 0, np.nan, out).astype(value.dtype)
 
 
