@@ -90,13 +90,19 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'yoso_core.model' has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"yoso_core.model.{_LAZY[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        missing = f"yoso_core.model.{name} needs transformers, which is not installed: pip install 'yoso-core[model]'"
-        raise ModuleNotFoundError(missing, name="transformers") from error
+if not TYPE_CHECKING:  # hidden from type checkers, which would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'yoso_core.model' has no attribute {name!r}")
+        try:
+            return getattr(import_module(f"yoso_core.model.{_LAZY[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            missing = f"yoso_core.model.{name} needs transformers, which is not installed: pip install 'yoso-core[model]'"
+            raise ModuleNotFoundError(missing, name="transformers") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
