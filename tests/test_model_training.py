@@ -434,8 +434,8 @@ def test_inductor_compiles_the_model() -> None:
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.parametrize("head", ["YosoForMaskedLM", "YosoForSequenceClassification"])
 def test_an_exported_model_gives_the_same(head: str, way: str) -> None:
-    """For every batch and length, after a way through a file. In float64: the exported graph, traced
-    with gradients, scales rows in another order of additions.
+    """For every batch and length, after a way through a file. In float64, since the exported graph
+    was traced with gradients and so scales rows in another order of additions.
     """
     model = lively(head, conv_window=3, num_labels=2, **WAYS[way]).double()
     batch, n = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("n", min=2, max=24)
