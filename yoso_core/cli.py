@@ -258,7 +258,7 @@ def compare(
             dtype=dtype,
             masked=masked,
             seed=seed,
-            library=library,  # type: ignore[arg-type]  # a wrong name is its to refuse
+            library=library,  # type: ignore[arg-type]  # example_inputs refuses a wrong name
         )
         progress = not json_output and sys.stderr.isatty()
         found = comparison.compare(
