@@ -384,7 +384,7 @@ def test_committed_biases_keep_the_bound() -> None:
 
 
 TRAINED = replace(TINY, run="yoso_training", variant=None)
-SPOILED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+WRONG_GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "scaled": lambda g: g * 1.001,
     "first row": lambda g: torch.cat([g[..., :1, :].roll(1, dims=-1), g[..., 1:, :]], dim=-2),
     "last row": lambda g: torch.cat([g[..., :-1, :], g[..., -1:, :].roll(1, dims=-1)], dim=-2),
@@ -400,7 +400,7 @@ def training(run_name: str) -> tuple[contenders.Training, Any, str]:
     return contender, model if contender.op == "yoso_attention" else model.ops, contender.op
 
 
-@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("how", WRONG_GRADIENTS)
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("run_name", ["yoso_training", "yoso_expectation_training"])
 def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str, name: str, how: str) -> None:
@@ -409,7 +409,7 @@ def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str,
 
     def wrong(**given: Any) -> torch.Tensor:
         through = given[name] * 1
-        through.register_hook(SPOILED[how])
+        through.register_hook(WRONG_GRADIENTS[how])
         return right(**{**given, name: through})
 
     workload = replace(TRAINED, run=run_name)

@@ -691,11 +691,11 @@ def test_planes_give_gradients_too(variant: str | None, hashed_by: str, monkeypa
     codes = [yoso_core.hyperplane_hash(x.detach(), planes, M, TAU) for x in tensors[:2]]
     expected = yoso_core.lsh_attention_backward(grad_out, *(x.detach() for x in tensors), *codes, TAU)
     ran: list[tuple[str, str]] = []
-    call = registry.Kernel.call
+    call_kernel = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any) -> Any:
         ran.append((kernel.op, kernel.name))
-        return call(kernel, *args)
+        return call_kernel(kernel, *args)
 
     monkeypatch.setattr(registry.Kernel, "call", recording)
     got = gradients(lambda *x: attention(*x, planes=planes, normalize_output=False, variant=variant), tensors, grad_out)
