@@ -1,20 +1,102 @@
-from collections.abc import Iterator
+"""What every test finds: a home folder and a terminal of the tests' own, its share of the cores,
+and kernels that one worker compiles for all.
+
+This module is read before NumPy and torch are loaded, in every process of pytest-xdist. What it
+puts into the environment reaches the processes that tests start.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / ".pytest_cache" / "kept"
+"""The home folder of the tests. It stays between runs: compiled kernels and font lists are in it."""
+
+
+# ---------------------------------------------------------------- the environment
+
+OF_TERMINALS = (
+    *("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "PY_COLORS"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "TERMINAL_WIDTH", "GITHUB_ACTIONS", "JUPYTER_COLUMNS", "JUPYTER_LINES"),
+)
+"""What rich, typer, click and pytest go by."""
+
+OF_THE_HOME_FOLDER = (
+    *("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR", "MATPLOTLIBRC", "MPLBACKEND"),
+    *("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_PATH", "PYTHONSTARTUP", "YOSO_CORE_CACHE"),
+)
+
+
+def take_a_home_of_our_own() -> None:
+    """No test reads the settings of the one who runs it, and none writes into that home folder."""
+    hub = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    os.environ.setdefault("HF_HOME", str(Path(hub) / "huggingface"))  # what was fetched once is not fetched again
+    for name in OF_THE_HOME_FOLDER:
+        os.environ.pop(name, None)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    os.environ["HOME"] = str(KEPT)
+
+
+def take_a_share_of_the_cores() -> None:
+    """The tests' tensors are so small that waking a thread of torch or BLAS takes longer than its
+    work; a test that needs such threads asks for them. The kernels here share their work between
+    two, as they do on any machine.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+if loaded := {"numpy", "torch", "numba", "matplotlib"} & set(sys.modules):
+    raise pytest.UsageError(f"{', '.join(sorted(loaded))}: loaded before tests/conftest.py could set the environment")
+take_a_home_of_our_own()
+take_a_share_of_the_cores()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_terminal_of_our_own() -> Iterator[None]:
+    """Only while tests run: what pytest itself prints looks as the reader has asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OF_TERMINALS:
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One for each core that this process may use; each takes up to 2 GB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // 2_000_000_000))
+
+
+# ---------------------------------------------------------------- once for all workers
+
+
+@contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Whoever comes second waits, and finds what the first has made."""
+    with FileLock(KEPT / f"{name}.lock"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+# ---------------------------------------------------------------- hypothesis
 
 # The first example of a property may compile a kernel, which takes seconds: no deadline on one
 # example.
 settings.register_profile("kernels", parent=settings(), deadline=None)
 settings.load_profile("kernels")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For torch models so small that waking a thread takes longer than its work."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
