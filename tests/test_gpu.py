@@ -16,13 +16,13 @@ import torch
 from support import Case, as_dtype, as_float64, as_tuple, build, check_values
 
 import yoso_core
-from yoso_core import gpu, places, registry
+from yoso_core import backends, gpu, registry
 from yoso_core.arrays import Caller
 
 pytestmark = pytest.mark.gpu
 
 CASE = Case(137, 63, 64, 48, 7, 8, mask="masked", leading=(2, 3))
-KERNELS = [kernel for kernel in registry.KERNELS if kernel.place.device == "cuda"]
+KERNELS = [kernel for kernel in registry.KERNELS if kernel.backend.device == "cuda"]
 DETERMINISTIC = [kernel for kernel in KERNELS if kernel.deterministic]
 
 
@@ -33,7 +33,7 @@ def each(kernels: list[registry.Kernel]) -> Any:
 @pytest.fixture(autouse=True)
 def needs_a_gpu(request: pytest.FixtureRequest) -> None:
     kernel = request.node.callspec.params.get("kernel") if hasattr(request.node, "callspec") else None
-    if reason := places.missing(kernel.where if kernel else "cupy"):
+    if reason := backends.missing(kernel.where if kernel else "cupy"):
         pytest.skip(reason)
     if not torch.cuda.is_available():
         pytest.skip("this build of torch has no CUDA")
@@ -85,9 +85,9 @@ def test_numpy_arrays_are_copied_there_and_back(kernel: registry.Kernel) -> None
 def test_dlpack_shares_memory_both_ways(dtype: str) -> None:
     x = torch.ones(3, 4, dtype=getattr(torch, dtype), device="cuda")
     caller = Caller("torch", str(x.device))
-    view = places._cupy_view(caller)(x)
+    view = backends._cupy_view(caller)(x)
     assert view.data.ptr == x.data_ptr()
-    assert places._back_from_cupy(caller, view, None).data_ptr() == x.data_ptr()
+    assert backends._back_from_cupy(caller, view, None).data_ptr() == x.data_ptr()
 
 
 @each(DETERMINISTIC)

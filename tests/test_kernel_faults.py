@@ -3,6 +3,7 @@ turns the registry's check red.
 """
 
 import importlib.util
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -252,23 +253,23 @@ def test_a_wrong_line_of_cuda_turns_the_check_red(fault: Fault, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fault", NUMBA, ids=str)
-def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, tmp_path: Path) -> None:
     file, _, launcher = fault.variant.partition(":")
     text = (NUMBA_FOLDER / f"{file}.py").read_text("utf-8")
     assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
-    for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "faulty")):
-        (tmp_path / f"{name}.py").write_text(written, "utf-8")
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(support, name, getattr(module, launcher), raising=False)
-        kernel = registry.Kernel(fault.op, f"stepped:{name}", f"support:{name}", "a copy", deterministic=False)
-        monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
-    check(fault.op, "stepped:sound", fault.case)
-    with pytest.raises((AssertionError, gpu.emulator.KernelFault, IndexError)):
-        check(fault.op, "stepped:faulty", fault.case)
+    with ExitStack() as registrations:
+        for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "faulty")):
+            (tmp_path / f"{name}.py").write_text(written, "utf-8")
+            spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            own = gpu.NumbaCudaVariant(getattr(module, launcher))
+            registrations.enter_context(registry.register(fault.op, name, own, where="stepped", deterministic=False))
+        check(fault.op, "sound", fault.case)
+        with pytest.raises((AssertionError, gpu.emulator.KernelFault, IndexError)):
+            check(fault.op, "faulty", fault.case)
 
 
 LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated", "stepped")]

@@ -17,7 +17,7 @@ import support
 from support import Case, build, check_values
 
 import yoso_core
-from yoso_core import gpu, places, registry
+from yoso_core import backends, gpu, registry
 from yoso_core.gpu import emulator
 from yoso_core.gpu.cupy_kernels import cuda
 
@@ -85,8 +85,8 @@ def stand_in() -> ModuleType:
 @pytest.fixture(autouse=True)
 def with_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     support.need("emulated")
-    found = {where: places.missing(where) for where in places.PLACES} | {"cupy": None, "numba_cuda": "not in this test"}
-    monkeypatch.setattr(places, "missing", found.get)
+    found = {where: backends.missing(where) for where in backends.BACKENDS} | {"cupy": None, "numba_cuda": "not in this test"}
+    monkeypatch.setattr(backends, "missing", found.get)
     monkeypatch.setitem(sys.modules, "cupy", stand_in())
     RawModule.made.clear()
     caches = (cuda._limits, cuda._module, cuda._function)

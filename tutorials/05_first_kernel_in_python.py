@@ -554,7 +554,7 @@ assert "cuda.shared.array(0, vectors.dtype)" in inspect.getsource(hashing.hash_v
 assert np.array_equal(yoso_core.fast_hash(key, signs, m, tau, variant="stepped:shared_memory"), key_hash_code)
 
 names = ["numpy:pairs", "cpu:tables", "stepped:global_table", "stepped:shared_table"]
-compared = yoso_core.compare("lsh_cumulation", query_hash_code, key_hash_code, value, 2**tau, names=names, emulate=True, repeats=1)
+compared = yoso_core.compare("lsh_cumulation", query_hash_code, key_hash_code, value, 2**tau, variants=names, emulate=True, repeats=1)
 for row in compared.rows:
     print(f"{row.variant:22} {row.verdict}, largest error {row.max_error:.1e}")
 assert compared.agrees

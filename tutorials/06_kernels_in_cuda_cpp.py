@@ -712,7 +712,7 @@ if gpu_missing is None:
     query_code, key_code = rng.integers(0, 256, size=(2, 8, 4096, 32)).astype(np.int32)
     value = rng.standard_normal((8, 4096, 64), dtype=np.float32)
     names = [f"cupy:{name}" for name in VARIANTS]
-    measured = yoso_core.compare("lsh_cumulation", query_code, key_code, value, 256, names=names)
+    measured = yoso_core.compare("lsh_cumulation", query_code, key_code, value, 256, variants=names)
     assert measured.agrees
     print(measured)
 else:

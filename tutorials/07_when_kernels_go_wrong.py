@@ -628,7 +628,7 @@ promise = {variant.name: variant.kernel.deterministic for variant in yoso_core.v
 bits = {name: set() for name in wanted}
 for chosen in ORDERS:
     with order(chosen):
-        comparison = yoso_core.compare("lsh_cumulation", queries, keys, values, capacity, names=wanted, repeats=1, emulate=True)
+        comparison = yoso_core.compare("lsh_cumulation", queries, keys, values, capacity, variants=wanted, repeats=1, emulate=True)
         assert comparison.agrees, "right in every order"
         for name in wanted:
             bits[name].add(yoso_core.lsh_cumulation(queries, keys, values, capacity, variant=name).tobytes())

@@ -90,7 +90,7 @@ def info(
     with _one_line_errors(context):
         found: dict[str, Any] = {
             "environment": _environment(),
-            "places": _places(),
+            "backends": _backends(),
             "operations": _operations(),
             "hash": _hash_layout(dim, num_hash, hash_code_len),
         }
@@ -110,20 +110,21 @@ def _environment() -> dict[str, Any]:
         from yoso_core.cpu.threads import default_threads
 
         found["numba_threads"] = default_threads()
-    from yoso_core.places import gpu_report
+    from yoso_core.backends import gpu_report
 
     found["gpu"] = gpu_report()
     return found
 
 
-def _places() -> list[dict[str, Any]]:
-    from yoso_core import places
+def _backends() -> list[dict[str, Any]]:
+    from yoso_core.backends import BACKENDS, missing
 
-    return [{"name": place.name, "about": place.about, "reason": places.missing(place.name)} for place in places.PLACES.values()]
+    return [{"name": backend.name, "about": backend.about, "reason": missing(backend.name)} for backend in BACKENDS.values()]
 
 
 def _operations() -> list[dict[str, Any]]:
-    from yoso_core.registry import OPERATIONS, automatic, variants
+    from yoso_core.operations import OPERATIONS
+    from yoso_core.registry import automatic, variants
 
     rows = []
     for op in OPERATIONS:
@@ -160,7 +161,9 @@ def _bytes(count: int) -> str:
     return f"{count / (1 << 10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
-def _print_info(environment: dict[str, Any], places: list[dict[str, Any]], operations: list[dict[str, Any]], hash: dict[str, Any]) -> None:
+def _print_info(
+    environment: dict[str, Any], backends: list[dict[str, Any]], operations: list[dict[str, Any]], hash: dict[str, Any]
+) -> None:
     from rich.table import Table
 
     console = _console()
@@ -170,8 +173,8 @@ def _print_info(environment: dict[str, Any], places: list[dict[str, Any]], opera
     console.print("; ".join(f"{name}: {what}" for name, what in environment["gpu"].items()) + "\n")
 
     about = Table("where", "here", "what it is", title="Where kernels run", title_justify="left")
-    for place in places:
-        about.add_row(place["name"], "yes" if place["reason"] is None else f"no: {place['reason']}", place["about"])
+    for backend in backends:
+        about.add_row(backend["name"], "yes" if backend["reason"] is None else f"no: {backend['reason']}", backend["about"])
     console.print(about)
 
     title = "Variants (* chosen when none is named, by device; = the definition)"
@@ -223,15 +226,17 @@ def compare(
     masked: Annotated[bool, typer.Option("--masked", help="Mask about one of four queries and keys.")] = False,
     seed: Seed = 0,
     emulate: Annotated[bool, typer.Option("--emulate", help="The CUDA kernels too, run on the CPU: slow, and no GPU's times.")] = False,
-    names: Annotated[str | None, typer.Option("--variants", help="Only these, separated by commas.", show_default="all")] = None,
+    variants: Annotated[str | None, typer.Option(help="Only these, separated by commas.", show_default="all")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py:NAME", help="A kernel of your own: a function, or a CudaVariant. Repeatable.", show_default=False),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant, after one that does not count.")] = 5,
     json_output: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of errors and times to this file.", show_default=False)] = None,
 ) -> None:
-    """Run every variant of an operation on the same input: errors, repeatability, time.
-
-    = marks the definition; the limit is the error that rounding allows; the range of the times is
-    in the unit of their median.
+    """Run every variant of an operation on the same input, kernels of your own among them: errors,
+    repeatability, time.
 
     Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits
     that it promises to.
@@ -256,8 +261,16 @@ def compare(
             library=library,  # type: ignore[arg-type]  # a wrong name is its to refuse
         )
         progress = not json_output and sys.stderr.isatty()
-        wanted = None if names is None else [name.strip() for name in names.split(",")]
-        found = comparison.compare(op, *args, repeats=repeats, names=wanted, emulate=emulate, progress=progress, **kwargs)
+        found = comparison.compare(
+            op,
+            *args,
+            repeats=repeats,
+            variants=None if variants is None else [name.strip() for name in variants.split(",")],
+            also=_own_kernels(also or []),
+            emulate=emulate,
+            progress=progress,
+            **kwargs,
+        )
         if plot is not None:
             found.plot(plot)
     if json_output:
@@ -269,6 +282,30 @@ def compare(
             console.print(note)
     if not found.agrees:
         raise typer.Exit(1)
+
+
+def _own_kernels(wanted: list[str]) -> dict[str, Any]:
+    """The objects that ``--also FILE.py:NAME`` names, by NAME."""
+    found: dict[str, Any] = {}
+    for one in wanted:
+        file, _, name = one.rpartition(":")
+        path = Path(file)
+        if not file or not name.isidentifier():
+            raise ValueError(f"also: need FILE.py:NAME, got {one!r}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise ValueError(f"also: {path} is not a Python file that can be read")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the reader's own code: whatever it raises
+            raise ValueError(f"also: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        if not hasattr(module, name):
+            raise ValueError(f"also: {path} has no {name!r}")
+        if name in found:
+            raise ValueError(f"also: {name!r} stands twice")
+        found[name] = getattr(module, name)
+    return found
 
 
 @app.command()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from yoso_core.comparison import duration
+from yoso_core.comparison_view import duration
 from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX
 
 if TYPE_CHECKING:
