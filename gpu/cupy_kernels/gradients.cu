@@ -44,6 +44,57 @@ __device__ inline void fetch_codes(FourCodes (*tile)[HASHES / 4 + 1], const int*
   }
 }
 
+// Adds to `met`, for each of a thread's pairs, the number of equal codes in the first 4 fours
+// hashes of the tiles.
+__device__ inline void count_equal(int (&met)[MY_PAIRS], const FourCodes (*rows)[HASHES / 4 + 1], const FourCodes (*others)[HASHES / 4 + 1],
+                                   Position at, int fours) {
+  const int across = at.across(at.lane), down = at.down(at.lane);
+#pragma unroll 1
+  for (int four = 0; four < fours; ++four) {
+    FourCodes a[MY_ROWS], b[MY_OTHERS];
+#pragma unroll
+    for (int i = 0; i < MY_ROWS; ++i) a[i] = rows[down + DOWN * i][four];
+#pragma unroll
+    for (int j = 0; j < MY_OTHERS; ++j) b[j] = others[across + ACROSS * j][four];
+#pragma unroll
+    for (int e = 0; e < MY_PAIRS; ++e) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) met[e] += a[e / MY_OTHERS].at[u] == b[e % MY_OTHERS].at[u];
+    }
+  }
+}
+
+// chance = 1 - theta / pi and sine = sin(theta) of a thread's pairs. Beyond a cosine of
+// `steep_beyond` they come from the unit vectors: `unit` from `row` on, and `other_unit` from
+// `other` on. Such pairs go through two tiles in shared memory, since registers cannot be indexed.
+__device__ inline void measure_angles(ACC (&chance)[MY_PAIRS], ACC (&sine)[MY_PAIRS], const ACC (&cosine)[MY_PAIRS], ACC steep_beyond,
+                                      Position at, const ACC* unit, long long row, const ACC* other_unit, long long other, int dim,
+                                      Four (*chance_tile)[LONG_PAIRS], Four (*sine_tile)[LONG_PAIRS]) {
+  unsigned steep = 0;  // one bit for each of the thread's pairs
+#pragma unroll
+  for (int e = 0; e < MY_PAIRS; ++e) {
+    const ACC size = smaller(ACC(1), ACC(fabs(cosine[e])));
+    steep |= unsigned(size > steep_beyond) << e;
+    chance[e] = chance_of(cosine[e]);
+    sine[e] = sqrt((ACC(1) - size) * (ACC(1) + size));
+  }
+  if (!__any_sync(FULL_WARP, steep)) return;
+#pragma unroll
+  for (int e = 0; e < MY_PAIRS; ++e) {
+    entry(chance_tile, at.row(at.lane, e), at.other(at.lane, e)) = chance[e];
+    entry(sine_tile, at.row(at.lane, e), at.other(at.lane, e)) = sine[e];
+  }
+  measure_steep(steep, at, unit + row * dim, other_unit + other * dim, dim, [&](int i, int j, ACC found_chance, ACC found_sine) {
+    entry(chance_tile, i, j) = found_chance;
+    entry(sine_tile, i, j) = found_sine;
+  });
+#pragma unroll
+  for (int e = 0; e < MY_PAIRS; ++e) {
+    chance[e] = entry(chance_tile, at.row(at.lane, e), at.other(at.lane, e));
+    sine[e] = entry(sine_tile, at.row(at.lane, e), at.other(at.lane, e));
+  }
+}
+
 // gradient_rows
 //   A block takes 32 rows and one slice of 64 columns (32 in float64) of both results, and walks
 //   over the others 32 (16) at a time:
@@ -111,49 +162,13 @@ gradient_rows(const ACC* __restrict__ unit, const VALUE* __restrict__ companion,
       fetch_codes<OTHERS>(second_pairs.codes, other_code, other_mask, head, n_other, first_other, num_hash, first_hash, 1 << hash_code_len,
                           -2);
       __syncthreads();
-#pragma unroll 1
-      for (int four = 0; four < ceil_div(smaller(HASHES, num_hash - first_hash), 4); ++four) {
-        FourCodes a[MY_ROWS], b[MY_OTHERS];
-#pragma unroll
-        for (int i = 0; i < MY_ROWS; ++i) a[i] = first_pairs.codes[down + DOWN * i][four];
-#pragma unroll
-        for (int j = 0; j < MY_OTHERS; ++j) b[j] = second_pairs.codes[across + ACROSS * j][four];
-#pragma unroll
-        for (int e = 0; e < MY_PAIRS; ++e) {
-#pragma unroll
-          for (int u = 0; u < 4; ++u) met[e] += a[e / MY_OTHERS].at[u] == b[e % MY_OTHERS].at[u];
-        }
-      }
+      count_equal(met, first_pairs.codes, second_pairs.codes, at, ceil_div(smaller(HASHES, num_hash - first_hash), 4));
     }
     if (sampled) __syncthreads();  // weights replace the codes
 
     ACC chance[MY_PAIRS], sine[MY_PAIRS];  // 1 - theta / pi, sin(theta)
-    unsigned steep = 0;                    // one bit for each of the thread's pairs
-#pragma unroll
-    for (int e = 0; e < MY_PAIRS; ++e) {
-      const ACC size = smaller(ACC(1), ACC(fabs(cosine[e])));
-      steep |= unsigned(size > steep_beyond) << e;
-      chance[e] = chance_of(cosine[e]);
-      sine[e] = sqrt((ACC(1) - size) * (ACC(1) + size));
-    }
-    if (__any_sync(FULL_WARP, steep)) {  // through shared memory, since registers cannot be indexed
-#pragma unroll
-      for (int e = 0; e < MY_PAIRS; ++e) {
-        entry(first_pairs.weights, at.row(at.lane, e), at.other(at.lane, e)) = chance[e];
-        entry(second_pairs.weights, at.row(at.lane, e), at.other(at.lane, e)) = sine[e];
-      }
-      const ACC* rows = unit + (head * n + first_row) * dim;
-      const ACC* others = other_unit + (head * n_other + first_other) * dim;
-      measure_steep(steep, at, rows, others, dim, [&](int i, int j, ACC found_chance, ACC found_sine) {
-        entry(first_pairs.weights, i, j) = found_chance;
-        entry(second_pairs.weights, i, j) = found_sine;
-      });
-#pragma unroll
-      for (int e = 0; e < MY_PAIRS; ++e) {
-        chance[e] = entry(first_pairs.weights, at.row(at.lane, e), at.other(at.lane, e));
-        sine[e] = entry(second_pairs.weights, at.row(at.lane, e), at.other(at.lane, e));
-      }
-    }
+    measure_angles(chance, sine, cosine, steep_beyond, at, unit, head * n + first_row, other_unit, head * n_other + first_other, dim,
+                   first_pairs.weights, second_pairs.weights);
 
     ACC weight[MY_PAIRS];
 #pragma unroll

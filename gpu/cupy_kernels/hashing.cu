@@ -74,6 +74,30 @@ block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict_
 constexpr int WARPS = 4;
 constexpr int ENTRIES = D < 32 ? 1 : D / 32;
 
+// H times a diagonal, for a vector in the registers of a warp: lane l holds the entries l, l + 32,
+// ...
+__device__ inline void rotate(ACC (&y)[ENTRIES], const signed char* diagonal, int lane) {
+#pragma unroll
+  for (int e = 0; e < ENTRIES; ++e) {
+    if (e * 32 + lane < D) y[e] *= ACC(diagonal[e * 32 + lane]);
+  }
+#pragma unroll
+  for (int step = ENTRIES / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) {
+      if (e & step) continue;
+      const ACC lower = y[e], upper = y[e + step];
+      y[e] = lower + upper;
+      y[e + step] = lower - upper;
+    }
+  }
+#pragma unroll
+  for (int stride = D / 2 < 16 ? D / 2 : 16; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) y[e] = butterfly(y[e], __shfl_xor_sync(FULL_WARP, y[e], stride), lane & stride);
+  }
+}
+
 // warp_per_vector
 //   A warp hashes one vector, part after part. Lane l holds the entries l, l + 32, l + 64, ... in
 //   registers. Strides of 32 and more are between registers of one lane, smaller strides are
@@ -121,26 +145,7 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
     for (int e = 0; e < ENTRIES; ++e) y[e] = x[e] * scale;
 
     for (int round = 0; round < 3; ++round) {
-      const signed char* diagonal = diagonals + (static_cast<long long>(round) * parts + part) * D;
-#pragma unroll
-      for (int e = 0; e < ENTRIES; ++e) {
-        if (e * 32 + lane < D) y[e] *= ACC(diagonal[e * 32 + lane]);
-      }
-#pragma unroll
-      for (int step = ENTRIES / 2; step > 0; step /= 2) {
-#pragma unroll
-        for (int e = 0; e < ENTRIES; ++e) {
-          if (e & step) continue;
-          const ACC lower = y[e], upper = y[e + step];
-          y[e] = lower + upper;
-          y[e + step] = lower - upper;
-        }
-      }
-#pragma unroll
-      for (int stride = D / 2 < 16 ? D / 2 : 16; stride > 0; stride /= 2) {
-#pragma unroll
-        for (int e = 0; e < ENTRIES; ++e) y[e] = butterfly(y[e], __shfl_xor_sync(FULL_WARP, y[e], stride), lane & stride);
-      }
+      rotate(y, diagonals + (static_cast<long long>(round) * parts + part) * D, lane);
     }
 
     if (per == 0) {  // hash_code_len > D: the bits of all parts form one stream, cut every hash_code_len bits

@@ -178,6 +178,38 @@ __device__ inline void fetch_rows(Four (*tile)[STRIDE], const VALUE* matrix, con
   }
 }
 
+// The sum over `count` rows of a^T b, for four entries of each row in either tile.
+template <int A, int B>
+__device__ inline void sum_outer(Four (&sum)[4], const Four (*a_tile)[A], int a_four, const Four (*b_tile)[B], int b_four, int count) {
+  for (int j = 0; j < count; ++j) {
+    const Four a = a_tile[j][a_four], b = b_tile[j][b_four];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sum[u].at[v] += a.at[u] * b.at[v];
+    }
+  }
+}
+
+// The product of four rows of a tile, 4 fours entries long, and four columns of a matrix. `rows`
+// and `columns` count fours.
+template <int A, int B>
+__device__ inline void multiply_rows(Four (&sum)[4], const Four (*tile)[A], int rows, const Four (*matrix)[B], int columns, int fours) {
+  for (int four = 0; four < fours; ++four) {
+    Four a[4], s[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) a[u] = tile[4 * rows + u][four], s[u] = matrix[4 * four + u][columns];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum[u].at[v] += a[u].at[k] * s[k].at[v];
+      }
+    }
+  }
+}
+
 // outer_products
 //   Inside a bucket the weighted sum is linear attention: S = sum_j key_weight_j v_j^T, and every
 //   query of the bucket gets query_weight_i S. Keys and queries are sorted by the code of one hash,
@@ -186,8 +218,7 @@ __device__ inline void fetch_rows(Four (*tile)[STRIDE], const VALUE* matrix, con
 //   A block makes S in pieces of 64 coordinates by 64 value dims (32 in float64) in shared memory.
 //   First it adds the keys, 16 at a time; a thread takes 4 by 4 entries of S. Then it multiplies
 //   the queries, 32 at a time; a thread takes 4 queries by 4 value dims. Below, `rows` counts
-//   fours of coordinates or queries, and `columns` fours of value dims; u, v and k are entries in a
-//   four.
+//   fours of coordinates or queries, and `columns` fours of value dims.
 //   Grid (stretches, slices of value dims, heads). There is one launch for each hash: in one hash a
 //   query is in one bucket, so one block writes its row. Shared memory: S, keys, values and
 //   queries, 33 KiB (45 in float64). Moves, for each hash, n_k (d_w + d_v) and n_q d_w numbers in
@@ -240,14 +271,7 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
         for (int piece = threadIdx.x; piece < fours * (COLUMNS / 4); piece += THREADS) {
           const int rows = piece / (COLUMNS / 4), columns = piece % (COLUMNS / 4);
           Four sum[4] = {};
-          for (int j = 0; j < count; ++j) {
-            const Four a = key_tile[j][rows], b = value_tile[j][columns];
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-#pragma unroll
-              for (int v = 0; v < 4; ++v) sum[u].at[v] += a.at[u] * b.at[v];
-            }
-          }
+          sum_outer(sum, key_tile, rows, value_tile, columns, count);
 #pragma unroll
           for (int u = 0; u < 4; ++u) {
             outer[4 * rows + u][columns] = first > begin ? outer[4 * rows + u][columns] + sum[u] : sum[u];
@@ -263,19 +287,7 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
         for (int piece = threadIdx.x; piece < ceil_div(count, 4) * (COLUMNS / 4); piece += THREADS) {
           const int rows = piece / (COLUMNS / 4), columns = piece % (COLUMNS / 4);
           Four sum[4] = {};
-          for (int four = 0; four < fours; ++four) {
-            Four a[4], s[4];
-#pragma unroll
-            for (int u = 0; u < 4; ++u) a[u] = query_tile[4 * rows + u][four], s[u] = outer[4 * four + u][columns];
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-#pragma unroll
-              for (int k = 0; k < 4; ++k) {
-#pragma unroll
-                for (int v = 0; v < 4; ++v) sum[u].at[v] += a[u].at[k] * s[k].at[v];
-              }
-            }
-          }
+          multiply_rows(sum, query_tile, rows, outer, columns, fours);
           if (first_column + 4 * columns >= value_dim) continue;
           for (int u = 0; u < 4 && 4 * rows + u < count; ++u) {
             Four* to = sums + (head * n_q + queries[first + 4 * rows + u]) * (padded(value_dim) / 4) + first_column / 4 + columns;
