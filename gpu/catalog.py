@@ -53,7 +53,7 @@ def _cuda_kernels(file: str) -> list[KernelListing]:
 
 
 def _numba_kernels(path: Path) -> list[KernelListing]:
-    """Functions under ``@cuda.jit`` with the comment above them. Device functions are not kernels."""
+    """Functions under ``@cuda.jit``, with the comment above them, except device functions."""
     text = path.read_text("utf-8")
     lines = text.splitlines()
     found = []

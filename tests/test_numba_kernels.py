@@ -364,6 +364,8 @@ def test_a_launch_that_a_gpu_would_refuse_is_refused() -> None:
         launch(reverses, (1,), (32, 33), (x,))
     with pytest.raises(emulator.KernelFault, match="49153 bytes of dynamic shared memory, a block here has 49152"):
         launch(reverses, (1,), (8,), (x,), 49_153)
+    with pytest.raises(TypeError, match=r"^args: reverses has the parameters x, got y$"):
+        Stepper().launch(reverses, (1,), (4,), {"y": np.zeros(4)})
     with pytest.raises(TypeError, match="args: reverses takes 1 arguments, got 2"):
         launch(reverses, (1,), (8,), (x, x))
     with pytest.raises(TypeError, match="x: a Numba kernel takes arrays and numbers, got NoneType"):
@@ -681,7 +683,8 @@ SIMULATED = """
 
     class Simulator(Stepper):
         def launch(self, kernel, grid, block, args, shared=0):
-            writable = (np.require(x, requirements="W") if isinstance(x, np.ndarray) else x for x in args.values())  # it writes all arrays back
+            # It writes all arrays back.
+            writable = (np.require(x, requirements="W") if isinstance(x, np.ndarray) else x for x in args.values())
             kernel[tuple(grid), tuple(block), 0, shared](*writable)
 
     assert config.ENABLE_CUDASIM
