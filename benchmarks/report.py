@@ -223,8 +223,8 @@ def headline_block(results: Result) -> str:
     rows = [_headline(case) for case in results["cases"] if case["name"] in chosen]
     where, targets = results["environment"], [case["verdict"] for case in results["cases"] if case["limit"] is not None]
     note = (
-        f"{results['date'][:10]}, {where['processor']}, {_cores(where)}; {_versions(where)}. Medians, both sides measured in turns. "
-        f"{targets.count('reached')} of the {len(targets)} targets of `yoso bench {results['suite']}` are reached."
+        f"{results['date'][:10]}, {where['processor']}, {_cores(where)}. Medians, both sides measured in turns; "
+        f"{targets.count('reached')} of {len(targets)} targets reached."
     )
     return f"{markdown(('case', 'ours', 'beside (times ours)'), rows)}\n{wrapped(note)}\n"
 

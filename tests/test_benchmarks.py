@@ -225,7 +225,7 @@ def test_a_missed_headline_says_so_and_a_red_one_has_no_number(monkeypatch: pyte
     result = run(monkeypatch, tmp_path, speedup("slow", 1e9, headline=True), speedup("fast", 1e-9), speedup("free", None))
     block = report.headline_block(result)
     assert "missed: ≥ 1e+09" in next(line for line in block.splitlines() if line.startswith("| slow |"))
-    assert " ".join(block.split()).endswith("1 of the 2 targets of `yoso bench fake` are reached.")
+    assert " ".join(block.split()).endswith("; 1 of 2 targets reached.")
     result["cases"][0] = {**runner._red(speedup("slow", 1e9), "it differs")}
     assert "| slow | red |  |" in report.headline_block(result)
 

@@ -5,6 +5,7 @@ The toy of this module follows the checklist of CONTRIBUTING.md in its order.
 """
 
 import ast
+import inspect
 import os
 import sys
 import types
@@ -133,6 +134,58 @@ def test_generic_code_names_no_operation() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert [(name, value) for name, value in strings if value in OPERATIONS] == []
+
+
+# ---------------------------------------------------------------- a record, and what belongs to it
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_its_definition_is_a_row_of_the_table(op: str) -> None:
+    (row,) = (kernel for kernel in registry.KERNELS if kernel.op == op and kernel.definition)
+    assert row.where == "numpy"
+    assert callable(row.load())
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_its_function_is_public_and_takes_what_the_definition_takes(op: str) -> None:
+    operation = OPERATIONS[op]
+    assert op in yoso_core.__all__
+    taken = set(inspect.signature(registry.definition_of(op).load()).parameters)
+    assert taken <= set(operation.positional) | set(operation.keywords)
+    assert "variant" in operation.keywords
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_its_outputs_are_what_it_says(op: str) -> None:
+    args, kwargs = yoso_core.example_inputs(op, n=9, n_key=11, dim=8, value_dim=5, num_hash=3, hash_code_len=4)
+    operation = OPERATIONS[op]
+    arguments = dict(zip(operation.positional, args, strict=True)) | kwargs
+    found = support.as_tuple(getattr(yoso_core, op)(*args, **kwargs))
+    assert [x.shape for x in found] == [output.shape(arguments) for output in operation.outputs]
+    assert [x.dtype for x in found] == ["int32" if output.dtype_of is None else "float32" for output in operation.outputs]
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_rounding_error_is_relative_to_something(op: str) -> None:
+    operation = OPERATIONS[op]
+    assert (operation.terms is None) == operation.is_hash
+    assert (operation.projections is not None) == (operation.is_hash and not operation.exact)
+    assert operation.codes_may_differ == 0 or not operation.exact
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_it_costs_something(op: str) -> None:
+    """Twice the rows cost twice as much, up to four times as much where every pair counts."""
+    small = operations.Sizes(rows=2 * 64, n=64, dim=32, num_hash=8, hash_code_len=4, item_size=4)
+    large = small._replace(rows=2 * small.rows, n=2 * small.n)
+    assert 2 <= OPERATIONS[op].multiply_adds(large) / OPERATIONS[op].multiply_adds(small) <= 4
+    assert OPERATIONS[op].least_bytes(large) == 2 * OPERATIONS[op].least_bytes(small) > 0
+
+
+def test_faults_are_planted_in_every_definition() -> None:
+    from test_registry import FAULTS
+
+    assert set(FAULTS) == set(OPERATIONS)
 
 
 # ---------------------------------------------------------------- a new operation: the checklist

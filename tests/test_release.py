@@ -70,10 +70,15 @@ def test_everything_runs_on_every_python_that_the_package_names() -> None:
 
 
 def test_what_has_to_pass_are_targets_of_make() -> None:
-    loop = re.search(r"for step in (.+); do", (ROOT / ".ci/run").read_text("utf-8"))
-    assert loop is not None
-    wanted = loop[1].split()
+    named = re.search(r"(?m)^set -- (.+)$", (ROOT / ".ci/run").read_text("utf-8"))
+    assert named is not None
+    wanted = named[1].split()
     assert {"test", "lint", "types", "dist"} <= set(wanted) <= TARGETS
+
+
+def test_contributing_lists_every_target_of_make() -> None:
+    listed = re.findall(r"(?m)^\| `make ([a-z-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert sorted(listed) == sorted(TARGETS - {"help"})
 
 
 def test_a_tag_releases_when_everything_is_green() -> None:

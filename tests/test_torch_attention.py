@@ -691,13 +691,13 @@ def test_planes_give_gradients_too(variant: str | None, hashed_by: str, monkeypa
     codes = [yoso_core.hyperplane_hash(x.detach(), planes, M, TAU) for x in tensors[:2]]
     expected = yoso_core.lsh_attention_backward(grad_out, *(x.detach() for x in tensors), *codes, TAU)
     ran: list[tuple[str, str]] = []
-    run = registry.Kernel.run
+    call = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any) -> Any:
         ran.append((kernel.op, kernel.name))
-        return run(kernel, *args)
+        return call(kernel, *args)
 
-    monkeypatch.setattr(registry.Kernel, "run", recording)
+    monkeypatch.setattr(registry.Kernel, "call", recording)
     got = gradients(lambda *x: attention(*x, planes=planes, normalize_output=False, variant=variant), tensors, grad_out)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)

@@ -258,7 +258,7 @@ def compare(
             dtype=dtype,
             masked=masked,
             seed=seed,
-            library=library,  # type: ignore[arg-type]  # a wrong name is its to refuse
+            library=library,  # type: ignore[arg-type]  # example_inputs refuses a wrong name
         )
         progress = not json_output and sys.stderr.isatty()
         found = comparison.compare(
@@ -277,7 +277,7 @@ def compare(
         typer.echo(found.to_json())
     else:
         console = _console()
-        console.print(found.table())
+        console.print(found.table(console.width))
         for note in found.notes:
             console.print(note)
     if not found.agrees:

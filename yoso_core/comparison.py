@@ -230,16 +230,18 @@ class Comparison:
 
         return comparison_view.text(self)
 
-    def table(self) -> "Table":
-        """The rows as a table for `rich.print`. What stands below it is in `notes`."""
+    def table(self, width: int | None = None) -> "Table":
+        """The rows as a table for `rich.print`; fewer columns where ``width`` is too narrow. What
+        stands below it is in `notes`.
+        """
         from yoso_core import comparison_view
 
-        return comparison_view.table(self)
+        return comparison_view.table(self, width)
 
     @property
     def notes(self) -> list[str]:
         """What stands below the table: what its signs mean, what failed and why, what cannot run
-        here, and in the last line which variant is the fastest of those that agree.
+        here, and at last which variant is the fastest of those that agree.
         """
         from yoso_core import comparison_view
 

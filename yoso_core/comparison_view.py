@@ -35,6 +35,10 @@ class _Column(NamedTuple):
     cells: list[str]
 
 
+DISPENSABLE = ("from - to", "RMS error", "share", "same bits", "of limit", "emulated", "largest error", "speed")
+"""Columns that a narrow terminal does without, the first to go first."""
+
+
 def _shown(comparison: "Comparison") -> "list[Row]":
     """The rows of the table; what cannot run here is in a note."""
     return [row for row in comparison.rows if row.verdict != "cannot run"]
@@ -67,7 +71,7 @@ def _columns(comparison: "Comparison") -> list[_Column]:
     if definition is not None:
         columns.append(_Column("speed", [_speed(row, definition) for row in rows]))
     if any(row.emulated for row in rows):
-        columns.append(_Column("emulator took", [_time(row, emulated=True) for row in rows]))
+        columns.append(_Column("emulated", [_time(row, emulated=True) for row in rows]))
     return columns
 
 
@@ -117,15 +121,20 @@ def text(comparison: "Comparison") -> str:
     widths = [max(map(len, (column.name, *column.cells))) for column in columns]
     lines = [[column.name for column in columns], *zip(*(column.cells for column in columns), strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title(comparison), *rows, "", *notes(comparison)])
+    below = [textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes(comparison)]
+    return "\n".join([title(comparison), *rows, "", *below])
 
 
-def table(comparison: "Comparison") -> "Table":
-    """The table for `rich.print`."""
+def table(comparison: "Comparison", width: int | None = None) -> "Table":
+    """The table for `rich.print`, in ``width`` columns of text as far as it can be."""
     from rich.table import Table
     from rich.text import Text
 
     columns = _columns(comparison)
+    for name in DISPENSABLE:
+        widths = [max(*map(len, column.cells), *map(len, column.name.split(" ", 1)), 0) + 2 for column in columns]
+        if width is not None and sum(widths) > width:
+            columns = [column for column in columns if column.name != name]
     shown = Table(title=Text(title(comparison)), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
     for i, column in enumerate(columns):
         shown.add_column(column.name.replace(" ", "\n", 1), justify="right" if i > 1 else "left", no_wrap=True)
@@ -135,7 +144,7 @@ def table(comparison: "Comparison") -> "Table":
 
 
 def notes(comparison: "Comparison") -> list[str]:
-    """What stands below the table, a line each or a few; the last is the answer."""
+    """What stands below the table, a paragraph each; the last is the answer."""
     rows = _shown(comparison)
     failed = [f"{row.variant} failed: {row.failure}" for row in rows if row.failure]
     said: dict[str, list[str]] = {}
@@ -143,14 +152,13 @@ def notes(comparison: "Comparison") -> list[str]:
         if row.reason:
             said.setdefault(row.reason, []).append(row.variant)
     missing = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in said.items())
-    paragraphs = [
+    return [
         _signs(comparison),
         *(["Emulated kernels ran on the CPU: their time is not a GPU's."] if any(row.emulated for row in rows) else []),
         *failed,
         *([f"Cannot run here: {missing}."] if missing else []),
         _answer(comparison),
     ]
-    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False)]
 
 
 def _signs(comparison: "Comparison") -> str:
