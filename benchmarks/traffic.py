@@ -286,7 +286,7 @@ def _attention(cumulate: Callable[[_Sizes, int], list[Traffic]]) -> Callable[[_S
         return [
             Traffic(hashed.kernel, 2, 2 * hashed.read, 2 * (hashed.written + s.rows), 2 * hashed.cached),
             *cumulate(s, s.sums_bytes),
-            Traffic("spoil_heads", 1, s.rows, 0),
+            Traffic("mark_nonfinite_heads", 1, s.rows, 0),
             Traffic("finish_attention", 1, s.sums_bytes + s.rows, s.vectors_bytes),
         ]
 

@@ -896,7 +896,7 @@ def test_the_bytes_of_attention_by_hand() -> None:
     assert half == {
         "warp_per_vector": (2 * (16 + 18), 2 * (48 + 4), 2 * 3 * 18),  # and one byte for each vector: whether it is finite
         "shared_table": (2 * 48 + 16, 32, 0),  # sums leave it as float32
-        "spoil_heads": (4, 0, 0),
+        "mark_nonfinite_heads": (4, 0, 0),
         "finish_attention": (32 + 4, 16, 0),
     }
     paper = traffic.traffic(replace(FEW, run="paper")) or []
@@ -923,7 +923,7 @@ class Recorder:
     def launch(self, kernel: Any, grid: Any, block: Any, args: Any, shared: int = 0) -> None:
         name = kernel.name if hasattr(kernel, "name") else kernel.py_func.__name__
         record(Launch("recorded", name, tuple(grid), tuple(block), shared))
-        self.bytes[name] += sum(x.nbytes for x in args if isinstance(x, np.ndarray))
+        self.bytes[name] += sum(x.nbytes for x in args.values() if isinstance(x, np.ndarray))
 
 
 STREAMED = {"warp_per_vector", "hash_vectors", "shared_table", "transpose_codes", "sort_codes", "normalize_rows", "expectation"}

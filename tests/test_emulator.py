@@ -638,6 +638,17 @@ def test_kernels_that_are_not_there() -> None:
 
 
 @needs_compiler
+def test_arguments_go_by_the_names_of_the_parameters() -> None:
+    kernel = KernelText(f"{HEAD}(int* x, int y) {{ *x = y; }}", "k")
+    x = np.zeros(1, np.int32)
+    Emulator().launch(kernel, grid=(1,), block=(1,), args={"x": x, "y": np.int32(7)})
+    assert x[0] == 7
+    for wrong, got in (({"y": np.int32(7), "x": x}, "y, x"), ({"x": x}, "x"), ({"x": x, "z": np.int32(7)}, "x, z")):
+        with pytest.raises(TypeError, match=f"^args: k has the parameters x, y, got {got}$"):
+            Emulator().launch(kernel, grid=(1,), block=(1,), args=wrong)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -648,8 +659,12 @@ def test_kernels_that_are_not_there() -> None:
             f"{HEAD}(int* x) {{\n  __shared__ int (*f)(int);\n}}",
             "line 2: the emulator does not understand this declaration of shared memory",
         ),
+        (
+            f'#include "common.cuh"\n{HEAD}(int* x) {{\n  __shared__ int (*f)(int);\n}}',
+            "line 3: the emulator does not understand this declaration of shared memory",
+        ),
     ],
-    ids=["undeclared", "activemask", "atomic", "shared"],
+    ids=["undeclared", "activemask", "atomic", "shared", "shared-after-a-header"],
 )
 def test_kernels_that_do_not_compile(text: str, message: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=f"(?s){message}"):

@@ -154,8 +154,8 @@ def test_planted_fault_is_found(name: str, runs: dict[str, Runs]) -> None:
     kind, _, what, lines, _ = FAULTS[name]
     reports = [report for report in runs[kind].planted.result() if report.kernel == name]
     assert {report.kind for report in reports} == {what}
-    assert {place for report in reports for place in report.places} == {(f"{name}.cu", line) for line in lines}
-    assert all((report.file, report.line) == report.places[0] for report in reports)
+    assert {line for report in reports for line in report.source_lines} == {(f"{name}.cu", line) for line in lines}
+    assert all((report.file, report.line) == report.source_lines[0] for report in reports)
     assert f"{name} {name}.cu:{min(lines)}" in "".join(report.text for report in reports)
 
 
