@@ -1,0 +1,46 @@
+"""The kernels of the training are compiled by a second process, on another core, while the first
+one measures attention: ``python -m yoso_core.demo.ahead``.
+
+Numba keeps what it has compiled in files, and the first process finds it there. On a machine that
+has run the demo before nothing is left to compile, and this takes a few seconds.
+"""
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def compiling_ahead(wanted: bool) -> Iterator["subprocess.Popen[bytes] | None"]:
+    """The second process, or ``None`` where it is not wanted. It is ended with the block."""
+    if not wanted:
+        yield None
+        return
+    command = [sys.executable, "-P", "-m", "yoso_core.demo.ahead"]  # -P: the package that is installed, not a folder of its name
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def compiled(process: "subprocess.Popen[bytes] | None", seconds: float) -> bool:
+    """Whether the second process is through, after a wait of at most ``seconds``. One that failed
+    is through as well: what it has left is compiled where it is needed.
+    """
+    if process is not None:
+        try:
+            process.wait(None if math.isinf(seconds) else max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    from yoso_core.demo import LanguageSizes
+    from yoso_core.demo.language import compile_kernels
+
+    compile_kernels(LanguageSizes())
