@@ -39,7 +39,7 @@ def sample_signs(
     torch.Size([3, 4, 64])
     """
     if not torch.compiler.is_compiling():
-        num_hash, hash_code_len, dim, batch_shape = face._check_draw(num_hash, hash_code_len, dim, batch_shape)
+        num_hash, hash_code_len, dim, batch_shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     layout = hash_layout(num_hash, hash_code_len, dim)
     shape = (*batch_shape, 3, layout.parts, layout.padded_dim)
     if generator is None:
@@ -124,13 +124,8 @@ def yoso_attention(
         _check_kinds({"query": query, "key": key, "value": value}, signs, planes, query_mask, key_mask)
         _check_source(rng, generator)
     query, key, value = _under_autocast(query, key, value)
-    good = num_hash >= 1 and 1 <= hash_code_len <= checks.MAX_CODE_LEN and query.dim() >= 2 and query.shape[-1] >= 1
-    if signs is None and planes is None and not use_expectation and good:
-        heads, dim = tuple(query.shape[-3:-2]), query.shape[-1]
-        if rng is not None:
-            signs = torch.from_numpy(face.sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, rng=rng)).to(query.device)
-        else:
-            signs = sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, generator=generator, device=query.device)
+    if signs is None and planes is None and not use_expectation:
+        signs = _draw(query, num_hash, hash_code_len, rng=rng, generator=generator)
     wants_gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     out, _ = ops.yoso_attention(
         query,
@@ -199,6 +194,18 @@ def _unit(x: Tensor, mask: Tensor | None) -> Tensor:
     x = x.masked_fill(largest == 0, 0)  # a row without a direction has no gradient
     x = x / largest.clamp_min(torch.finfo(x.dtype).tiny)  # no square overflows or vanishes
     return torch.nn.functional.normalize(x, dim=-1)
+
+
+def _draw(query: Tensor, num_hash: int, hash_code_len: int, *, rng: Seed, generator: torch.Generator | None) -> Tensor | None:
+    """Signs for every head of ``query``. ``None`` where an argument is wrong: the operator says
+    which.
+    """
+    if num_hash < 1 or not 1 <= hash_code_len <= checks.MAX_CODE_LEN or query.dim() < 2 or query.shape[-1] < 1:
+        return None
+    heads, dim = tuple(query.shape[-3:-2]), query.shape[-1]
+    if rng is None:
+        return sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, generator=generator, device=query.device)
+    return torch.from_numpy(face.sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, rng=rng)).to(query.device)
 
 
 def _check_kinds(

@@ -374,7 +374,18 @@ def yoso_attention_backward(
     ``out`` and ``length`` are what the forward pass returned, and ``variant`` is what it was given.
     With ``by_expectation`` the weights are the expected ones.
     """
-    saved = _Saved(grad_out, out, length, query, key, value, signs, planes, query_mask, key_mask)
+    saved = _Saved(
+        grad_out=grad_out,
+        out=out,
+        length=length,
+        query=query,
+        key=key,
+        value=value,
+        signs=signs,
+        planes=planes,
+        query_mask=query_mask,
+        key_mask=key_mask,
+    )
     gradients = partial(
         _gradients_of_heads,
         num_hash=num_hash,
@@ -450,7 +461,8 @@ def _gradients_of_heads(
         found = face.expectation_attention_backward(grad_rows, query, key, value, hash_code_len, **options)
     else:
         query_code, key_code = (_codes(x, saved.signs, saved.planes, num_hash, hash_code_len, variant) for x in (query, key))
-        found = face.lsh_attention_backward(grad_rows, query, key, value, query_code, key_code, hash_code_len, **options, validate=False)
+        codes: dict[str, Any] = {"query_hash_code": query_code, "key_hash_code": key_code, "hash_code_len": hash_code_len}
+        found = face.lsh_attention_backward(grad_rows, query, key, value, **codes, **options, validate=False)
     grad_query, grad_key, grad_value = found
     return grad_query, grad_key, grad_value.to(saved.value.dtype)
 

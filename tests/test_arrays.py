@@ -172,13 +172,13 @@ def test_variants_lists_one_definition_and_says_what_is_missing(op: str) -> None
 @pytest.mark.parametrize(("op", "name"), EVERY_VARIANT)
 def test_the_variant_named_is_the_one_that_runs(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    run = registry.Kernel.run
+    call = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any, **kwargs: Any) -> Any:
         ran.append(kernel.name)
-        return run(kernel, *args, **kwargs)
+        return call(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(registry.Kernel, "run", recording)
+    monkeypatch.setattr(registry.Kernel, "call", recording)
     getattr(yoso_core, op)(**call_of(op), variant=name)
     assert ran == [name]
     getattr(yoso_core, op)(**call_of(op))

@@ -20,7 +20,7 @@ import yoso_core
 from yoso_core import backends, model, reference, registry
 from yoso_core.benchmarks import bias, cases, contenders, floor, machines, memory, plots, report, runner, traffic
 from yoso_core.benchmarks.cases import Case, Suite, Workload
-from yoso_core.benchmarks.contenders import CONTENDERS, Composed, Operation
+from yoso_core.benchmarks.contenders import CONTENDERS, Composed, FaceFunction
 from yoso_core.benchmarks.floor import Rates, least_bytes, operations
 from yoso_core.benchmarks.machines import H100, MACHINES, Limits
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
@@ -225,7 +225,7 @@ def test_a_missed_headline_says_so_and_a_red_one_has_no_number(monkeypatch: pyte
     result = run(monkeypatch, tmp_path, speedup("slow", 1e9, headline=True), speedup("fast", 1e-9), speedup("free", None))
     block = report.headline_block(result)
     assert "missed: ≥ 1e+09" in next(line for line in block.splitlines() if line.startswith("| slow |"))
-    assert " ".join(block.split()).endswith("1 of the 2 targets of `yoso bench fake` are reached.")
+    assert " ".join(block.split()).endswith("; 1 of 2 targets reached.")
     result["cases"][0] = {**runner._red(speedup("slow", 1e9), "it differs")}
     assert "| slow | red |  |" in report.headline_block(result)
 
@@ -940,7 +940,7 @@ def test_the_formulas_know_every_launch(
     it.
     """
     n, dim, dtype = sizes
-    name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, Operation) and found.op == op)
+    name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, FaceFunction) and found.op == op)
     workload = Workload(name, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
     monkeypatch.setattr(yoso_core, "fast_hash", lambda x, signs, m, tau: torch.zeros(*x.shape[:-1], m, dtype=torch.int32))
     given = ours.arguments(workload, contenders.tensors(workload))

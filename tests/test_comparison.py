@@ -1,6 +1,8 @@
 """`compare`, and the two functions that every other test measures with: `truth` and `tolerance`."""
 
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,7 +317,8 @@ def test_json_and_text() -> None:
     lines = str(found).splitlines()
     assert lines[0].startswith("lsh_cumulation(query_hash_code: int32 (1, 2, 33, 7)")
     assert [line.split()[0] for line in lines[1:4]] == ["variant", "numpy:tables", "numpy:pairs"]
-    assert lines[5:] == found.notes
+    assert " ".join(lines[5:]) == " ".join(found.notes)
+    assert max(map(len, lines[5:])) <= 100
     assert found.table().row_count == 2
 
 
@@ -332,3 +335,110 @@ def test_plot(tmp_path: Path, op: str) -> None:
         variant.name for variant in support.on_the_cpu(op) if variant.kernel.automatic
     ]
     assert times.get_xscale() == "log"
+
+
+# ---------------------------------------------------------------- the table answers "which should I
+# use?"
+
+
+def shown(op: str = "lsh_cumulation", **options: Any) -> tuple[Comparison, list[str]]:
+    args, kwargs = example_inputs(op, **SMALL)
+    found = compare(op, *args, repeats=1, **{"variants": numpy_variants(op), **kwargs, **options})
+    return found, str(found).splitlines()
+
+
+def test_it_ends_with_the_answer() -> None:
+    """Which variant, how exact, how many times faster than the definition."""
+    found, _ = shown(variants=["cpu:tables", "numpy:pairs"])
+    assert re.fullmatch(
+        r"The fastest that agrees is (cpu:tables, what the library takes by itself, exact to rounding, [\d.e+]+ times as fast as the "
+        r"definition|numpy:pairs, the definition itself)\.",
+        found.notes[-1],
+    )
+
+
+def test_the_one_that_the_library_takes_and_the_definition_are_marked() -> None:
+    found, lines = shown(variants=["cpu:tables", "numpy:tables", "numpy:pairs"])
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["cpu:tables *", "numpy:tables", "numpy:pairs ="]
+    assert [r.automatic for r in found.rows] == [True, False, False]
+    assert found.notes[0].startswith("* is what the library takes by itself here; = is the definition.")
+
+
+def test_a_range_has_its_units() -> None:
+    _, lines = shown()
+    assert all(re.search(r"\d (µs|ms|s) - [\d.e+]+ (µs|ms|s)", line) for line in lines[2:4])
+
+
+def test_short_calls_are_timed_until_their_times_agree() -> None:
+    found, _ = shown("hadamard_transform")
+    assert all(5 <= r.runs <= 50 for r in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "last"),
+    [
+        (0.0, "all zero", "There is nothing to compare: the output is all zero, by the definition and by every variant that agrees."),
+        (np.nan, "all NaN", "There is nothing to compare: the output is all NaN, by the definition and by every variant that agrees."),
+    ],
+)
+def test_an_empty_comparison_says_so(value: float, verdict: str, last: str) -> None:
+    codes = np.zeros((9, 3), np.int32)
+    found = compare("lsh_cumulation", codes, codes, np.full((9, 4), value, np.float32), 4, repeats=1)
+    assert all(r.content == verdict for r in found.rows if r.verdict == "agrees")
+    assert re.search(rf"^numpy:pairs = +{verdict} ", str(found), re.MULTILINE)
+    assert found.notes[-1] == last
+
+
+def test_a_few_nan_are_counted() -> None:
+    codes = np.arange(6, dtype=np.int32)[:, None]
+    value = np.ones((6, 4), np.float32)
+    value[2, 1] = np.nan
+    found = compare("lsh_cumulation", codes, codes, value, 8, repeats=1, variants=["numpy:pairs"])
+    assert "agrees, 1 of 24 NaN" in str(found)
+
+
+def test_float16_that_overflows_is_infinite_and_warns_of_nothing() -> None:
+    codes = np.zeros((9, 1), np.int32)
+    found = compare(
+        "lsh_cumulation", codes, codes, np.full((9, 2), 6e4, np.float16), 2, repeats=1, variants=numpy_variants("lsh_cumulation")
+    )
+    assert [(r.verdict, r.content) for r in found.rows] == [("agrees", "all infinite")] * 2
+
+
+def test_float64_has_no_error_to_show_for_the_definition() -> None:
+    args, kwargs = example_inputs("lsh_cumulation", dtype="float64", **SMALL)
+    found = compare("lsh_cumulation", *args, repeats=1, variants=numpy_variants("lsh_cumulation"), **kwargs)
+    assert re.search(r"numpy:pairs = +agrees +truth +truth +truth", str(found))
+
+
+def test_emulated_times_stand_apart() -> None:
+    support.need("emulated")
+    args, kwargs = example_inputs("lsh_cumulation", n=7, heads=1, dim=4, num_hash=2, hash_code_len=3)
+    found = compare("lsh_cumulation", *args, repeats=1, variants=["emulated:shared_table", "numpy:pairs"], **kwargs)
+    header, *rows = str(found).splitlines()[1:4]
+    definition, emulated = sorted(rows, reverse=True)
+    assert header.split()[-1] == "emulated"
+    assert re.search(r"- +- +- +[\d.]+ (µs|ms|s)$", emulated)
+    assert re.search(r"1x +-$", definition)
+    assert any("their time is not a GPU's" in note for note in found.notes)
+
+
+def test_what_cannot_run_is_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "missing", lambda where: None if where == "numpy" else "no such luck")
+    found, lines = shown(variants=None)
+    assert not any(line.startswith(("cpu:", "cupy:")) for line in lines[2:])
+    (note,) = (note for note in found.notes if note.startswith("Cannot run here: "))
+    assert note.endswith("(no such luck).")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_narrow_terminal_gets_fewer_columns_and_no_ellipsis(width: int) -> None:
+    from rich.console import Console
+
+    found, _ = shown()
+    console = Console(width=max(width, 40), record=True, file=io.StringIO())
+    console.print(found.table(console.width))
+    text = console.export_text()
+    assert "…" not in text
+    assert "numpy:pairs =" in text
+    assert ("from" in text) == (width == 200)

@@ -2,6 +2,7 @@
 and in a layer that learns.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -643,6 +644,17 @@ def test_drawn_signs_are_fair() -> None:
 # The face
 
 
+def test_the_signature_is_that_of_the_face_and_says_besides_which_gradient_it_is() -> None:
+    ours, face = (list(inspect.signature(f).parameters.values()) for f in (yoso_attention, yoso_core.yoso_attention))
+    besides = [p for p in ours if p.name in ("grad", "backward", "generator")]
+    assert [(p.name, p.kind, p.default) for p in ours if p not in besides] == [(p.name, p.kind, p.default) for p in face]
+    assert [(p.name, p.kind, p.default) for p in besides] == [
+        ("grad", inspect.Parameter.KEYWORD_ONLY, "lower_bound"),
+        ("backward", inspect.Parameter.KEYWORD_ONLY, "lsh"),
+        ("generator", inspect.Parameter.KEYWORD_ONLY, None),
+    ]
+
+
 @pytest.mark.parametrize("use_expectation", [False, True])
 def test_the_faces_function_is_differentiable_on_tensors(use_expectation: bool) -> None:
     *tensors, grad_out = problem(2, 3)
@@ -671,8 +683,8 @@ def test_gradients_of_some_inputs_alone() -> None:
 
 @pytest.mark.parametrize(("variant", "hashed_by"), [(None, "cpu:tiles"), ("cpu:fused", "cpu:tiles"), ("numpy:formula", "numpy:formula")])
 def test_planes_give_gradients_too(variant: str | None, hashed_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass hashes by planes where the forward pass did: the sums of two places may
-    fall on two sides of a plane.
+    """The backward pass hashes by planes on the backend of the forward pass: the sums of two
+    backends may fall on two sides of a plane.
     """
     *tensors, grad_out = problem(2, 3)
     planes = torch.from_numpy(yoso_core.sample_planes(M, TAU, 6, batch_shape=(3,), rng=0))

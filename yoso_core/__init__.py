@@ -95,7 +95,13 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"yoso_core.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'yoso_core' has no attribute {name!r}")
+if not TYPE_CHECKING:  # hidden from type checkers, which would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(import_module(f"yoso_core.{_LAZY[name]}"), name)
+        raise AttributeError(f"module 'yoso_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,40 +27,48 @@ def yoso_attention(
     normalize_output: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``; differentiable on
+    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``. Differentiable on
     torch tensors.
 
     ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into
-    one bucket, which costs time linear in ``n``; or, with ``use_expectation``, its expected value
-    ``(1 - arccos(q_i . k_j) / pi)**tau``.
+    one bucket. The cost is linear in ``n``. With ``use_expectation``, ``C_ij`` is its expected
+    value ``(1 - arccos(q_i . k_j) / pi)**tau``, at quadratic cost.
 
     Parameters
     ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; only their directions matter.
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``. Only their directions matter.
     value : float ``(..., n_k, d_v)``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`,
-        dense and exactly unbiased. The expectation needs neither, and does not look at them.
-    rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh
-        entropy), one draw for each index of the last leading dim (the heads) and shared over the
-        dims before it, so that a result does not depend on its neighbors in a batch.
+    signs : the draw to use, from `sample_signs`.
+    planes : Gaussian planes to use instead, from `sample_planes`: dense, and exactly unbiased. The
+        expectation looks at neither.
+    rng : a `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy. It draws the signs
+        where none are given: one draw for each index of the last leading dim (the heads), shared
+        over the dims before it, so that a result does not depend on its neighbors in a batch.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
-        nonzero = keep. Masked entries are skipped; masked queries get zeros.
-    normalize_output : scale every row to unit length, in float32 at least; a row shorter than
+        nonzero = keep. Masked entries are skipped. Masked queries get zeros.
+    normalize_output : scale every row to unit length, in float32 at least. A row shorter than
         1e-12, such as that of a query that met no key, becomes zeros.
+    variant : a name from `variants`, or ``None`` for the best that can run here.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row,
-    a kept key that is not finite
-    gives NaN in every row of its head, a kept value that is not finite in every row that meets it.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite query gives NaN in its row, a
+    non-finite key that is kept in every row of its head, a non-finite value that is kept in every
+    row that meets it.
 
-    Torch tensors that require gradients, while gradients are enabled, go to
-    `yoso_core.model.yoso_attention`, which draws from torch's own
-    generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which gradient
-    it is.
+    While gradients are enabled, torch tensors that require them go to
+    `yoso_core.model.yoso_attention`. It draws from torch's own generator where ``rng`` is ``None``,
+    and takes ``grad`` and ``backward`` besides: which gradient it is.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714).
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((512, 64), dtype=np.float32)
+    >>> exact = yoso_attention(x, x, x, use_expectation=True)
+    >>> sampled = yoso_attention(x, x, x, num_hash=64, rng=0)
+    >>> bool((exact * sampled).sum(-1).mean() > 0.9)
+    True
     """
     attend = ops.yoso_attention
     if _wants_gradients(query, key, value):

@@ -45,6 +45,14 @@ def hash_numbers(num_hash: object, hash_code_len: object) -> tuple[int, int]:
     return integer("num_hash", num_hash, 1), integer("hash_code_len", hash_code_len, 1, MAX_CODE_LEN)
 
 
+def draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
+    """The sizes of a draw of signs or planes."""
+    if not isinstance(batch_shape, tuple):
+        raise TypeError(f"batch_shape: need a tuple of integers, got {type(batch_shape).__name__}")
+    numbers = *hash_numbers(num_hash, hash_code_len), integer("dim", dim, 1)
+    return *numbers, tuple(integer("batch_shape", size, 0) for size in batch_shape)
+
+
 def floating(name: str, x: Array, *, ndim: int = 2, same_as: tuple[str, Array] | None = None) -> None:
     """A float array of at least ``ndim`` dims, in the dtype of another where one is named."""
     dtype = dtype_name(x)

@@ -277,7 +277,7 @@ def compare(
         typer.echo(found.to_json())
     else:
         console = _console()
-        console.print(found.table())
+        console.print(found.table(console.width))
         for note in found.notes:
             console.print(note)
     if not found.agrees:

@@ -19,7 +19,7 @@ import numpy as np
 
 from yoso_core import checks, registry
 from yoso_core.arrays import device_of, library_of, one_caller
-from yoso_core.backends import Backend, wait
+from yoso_core.backends import BACKENDS, Backend, wait
 from yoso_core.gpu.device import DoesNotFit
 from yoso_core.inputs import example_inputs
 from yoso_core.operations import Arrays, Operation, operation_of
@@ -230,16 +230,18 @@ class Comparison:
 
         return comparison_view.text(self)
 
-    def table(self) -> "Table":
-        """The rows as a table for `rich.print`. What stands below it is in `notes`."""
+    def table(self, width: int | None = None) -> "Table":
+        """The rows as a table for `rich.print`; fewer columns where ``width`` is too narrow. What
+        stands below it is in `notes`.
+        """
         from yoso_core import comparison_view
 
-        return comparison_view.table(self)
+        return comparison_view.table(self, width)
 
     @property
     def notes(self) -> list[str]:
         """What stands below the table: what its signs mean, what failed and why, what cannot run
-        here, and in the last line which variant is the fastest of those that agree.
+        here, and at last which variant is the fastest of those that agree.
         """
         from yoso_core import comparison_view
 
@@ -367,7 +369,7 @@ def _registered(op: str, also: Mapping[str, Any], emulate: bool, registrations: 
         wheres = next((wheres for wrapper, wheres in BACKENDS_OF.items() if isinstance(target, wrapper)), ())
         for where in wheres or ("numpy",):
             called = f"{where}:{name}" if wheres else name
-            if wheres and not (emulate or registry.BACKENDS[where].automatic):
+            if wheres and not (emulate or BACKENDS[where].automatic):
                 continue
             if called in taken:
                 raise ValueError(f"also: {op} has a variant {called!r} already; take another name")

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from yoso_core.comparison import Comparison, Row
 from yoso_core.operations import OPERATIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
+
+    from yoso_core.comparison import Comparison, Row
 
 WIDTH = 100
 """Columns of the notes below a table."""
@@ -34,16 +35,20 @@ class _Column(NamedTuple):
     cells: list[str]
 
 
-def _shown(comparison: Comparison) -> list[Row]:
+DISPENSABLE = ("from - to", "RMS error", "share", "same bits", "of limit", "emulated", "largest error", "speed")
+"""Columns that a narrow terminal does without, the first to go first."""
+
+
+def _shown(comparison: "Comparison") -> "list[Row]":
     """The rows of the table; what cannot run here is in a note."""
     return [row for row in comparison.rows if row.verdict != "cannot run"]
 
 
-def _definition(comparison: Comparison) -> Row | None:
+def _definition(comparison: "Comparison") -> "Row | None":
     return next((row for row in comparison.rows if row.definition and row.median_seconds is not None), None)
 
 
-def _columns(comparison: Comparison) -> list[_Column]:
+def _columns(comparison: "Comparison") -> list[_Column]:
     rows, definition = _shown(comparison), _definition(comparison)
     columns = [_Column("variant", [_name(row) for row in rows]), _Column("verdict", [_verdict(row) for row in rows])]
     if OPERATIONS[comparison.op].is_hash:
@@ -66,21 +71,21 @@ def _columns(comparison: Comparison) -> list[_Column]:
     if definition is not None:
         columns.append(_Column("speed", [_speed(row, definition) for row in rows]))
     if any(row.emulated for row in rows):
-        columns.append(_Column("emulator took", [_time(row, emulated=True) for row in rows]))
+        columns.append(_Column("emulated", [_time(row, emulated=True) for row in rows]))
     return columns
 
 
-def _is_truth(comparison: Comparison) -> bool:
+def _is_truth(comparison: "Comparison") -> bool:
     """In float64 the definition is its own truth: its error of 0 says nothing."""
     floats = {what.partition(" ")[0] for what in comparison.inputs.values() if what.startswith(("float", "bfloat"))}
     return floats == {"float64"}
 
 
-def _name(row: Row) -> str:
+def _name(row: "Row") -> str:
     return " ".join([row.variant, *(["*"] if row.automatic else []), *(["="] if row.definition else [])])
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: "Row") -> str:
     if row.verdict != "agrees" or not row.content:
         return row.verdict
     return row.content if row.content.startswith("all ") else f"agrees, {row.content}"
@@ -90,41 +95,46 @@ def _number(number: float | None) -> str:
     return "-" if number is None else f"{number:.2g}"
 
 
-def _time(row: Row, *, emulated: bool = False) -> str:
+def _time(row: "Row", *, emulated: bool = False) -> str:
     return "-" if row.median_seconds is None or row.emulated is not emulated else duration(row.median_seconds)
 
 
-def _range(row: Row) -> str:
+def _range(row: "Row") -> str:
     if row.min_seconds is None or row.max_seconds is None or row.emulated:
         return "-"
     return f"{duration(row.min_seconds)} - {duration(row.max_seconds)}"
 
 
-def _speed(row: Row, definition: Row) -> str:
+def _speed(row: "Row", definition: "Row") -> str:
     if row.median_seconds is None or row.emulated or definition.median_seconds is None:
         return "-"
     return f"{definition.median_seconds / row.median_seconds:.3g}x"
 
 
-def title(comparison: Comparison) -> str:
+def title(comparison: "Comparison") -> str:
     return f"{comparison.op}({', '.join(f'{name}: {what}' for name, what in comparison.inputs.items())})"
 
 
-def text(comparison: Comparison) -> str:
+def text(comparison: "Comparison") -> str:
     """The table and its notes, as plain text."""
     columns = _columns(comparison)
     widths = [max(map(len, (column.name, *column.cells))) for column in columns]
     lines = [[column.name for column in columns], *zip(*(column.cells for column in columns), strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title(comparison), *rows, "", *notes(comparison)])
+    below = [textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes(comparison)]
+    return "\n".join([title(comparison), *rows, "", *below])
 
 
-def table(comparison: Comparison) -> "Table":
-    """The table for `rich.print`."""
+def table(comparison: "Comparison", width: int | None = None) -> "Table":
+    """The table for `rich.print`, in ``width`` columns of text as far as it can be."""
     from rich.table import Table
     from rich.text import Text
 
     columns = _columns(comparison)
+    for name in DISPENSABLE:
+        widths = [max(*map(len, column.cells), *map(len, column.name.split(" ", 1)), 0) + 2 for column in columns]
+        if width is not None and sum(widths) > width:
+            columns = [column for column in columns if column.name != name]
     shown = Table(title=Text(title(comparison)), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
     for i, column in enumerate(columns):
         shown.add_column(column.name.replace(" ", "\n", 1), justify="right" if i > 1 else "left", no_wrap=True)
@@ -133,8 +143,8 @@ def table(comparison: Comparison) -> "Table":
     return shown
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What stands below the table, a line each or a few; the last is the answer."""
+def notes(comparison: "Comparison") -> list[str]:
+    """What stands below the table, a paragraph each; the last is the answer."""
     rows = _shown(comparison)
     failed = [f"{row.variant} failed: {row.failure}" for row in rows if row.failure]
     said: dict[str, list[str]] = {}
@@ -142,17 +152,16 @@ def notes(comparison: Comparison) -> list[str]:
         if row.reason:
             said.setdefault(row.reason, []).append(row.variant)
     missing = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in said.items())
-    paragraphs = [
+    return [
         _signs(comparison),
         *(["Emulated kernels ran on the CPU: their time is not a GPU's."] if any(row.emulated for row in rows) else []),
         *failed,
         *([f"Cannot run here: {missing}."] if missing else []),
         _answer(comparison),
     ]
-    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False)]
 
 
-def _signs(comparison: Comparison) -> str:
+def _signs(comparison: "Comparison") -> str:
     rows = _shown(comparison)
     signs = [
         *(["* is what the library takes by itself here"] if any(row.automatic for row in rows) else []),
@@ -168,7 +177,7 @@ def _signs(comparison: Comparison) -> str:
     return " ".join([*(["; ".join(signs) + "."] if signs else []), errors, times])
 
 
-def _answer(comparison: Comparison) -> str:
+def _answer(comparison: "Comparison") -> str:
     """One sentence: which variant, how exact, how many times faster than the definition."""
     timed = [row for row in _shown(comparison) if row.verdict == "agrees" and not row.emulated and row.median_seconds is not None]
     if not timed:
@@ -185,7 +194,7 @@ def _answer(comparison: Comparison) -> str:
     return f"The fastest that agrees is {best.variant}, {taken}{exact}, {times:.3g} times as fast as the definition."
 
 
-def plot(comparison: Comparison, path: str | Path | None = None) -> "Figure":
+def plot(comparison: "Comparison", path: str | Path | None = None) -> "Figure":
     """See `yoso_core.Comparison.plot`."""
     try:
         from yoso_core import draw
@@ -239,7 +248,7 @@ def _plot_errors(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> 
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
-def _plot_times(axes: "Axes", rows: Sequence[Row]) -> None:
+def _plot_times(axes: "Axes", rows: "Sequence[Row]") -> None:
     from yoso_core.draw import BLUE
 
     axes.set_xscale("log")

@@ -49,6 +49,10 @@ def example_inputs(
     ------
     ValueError : a size is out of range, the dtype is none of these, or the operation takes no
         masks.
+
+    >>> args, kwargs = example_inputs("fast_hash", n=5, dim=16)
+    >>> [getattr(x, "shape", x) for x in args]
+    [(1, 2, 5, 16), (2, 3, 16, 16), 32, 8]
     """
     operation = operation_of(op)
     n_key, value_dim = n if n_key is None else n_key, dim if value_dim is None else value_dim

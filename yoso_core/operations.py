@@ -34,30 +34,58 @@ class Ingredients(Protocol):
     Arrays of floats are of any dtype; whoever asks for inputs rounds them to the one it wants.
     """
 
-    num_hash: int
-    hash_code_len: int
-    query: Array
-    """``(..., n_q, d)``."""
-    key: Array
-    """``(..., n_k, d)``."""
-    value: Array
-    """``(..., n_k, d_v)``."""
-    grad_out: Array
-    """``(..., n_q, d_v)``."""
-    vectors: Array
-    """``(..., n, d)``, to be hashed or transformed."""
-    signs: Array
-    planes: Array
-    masks: Mapping[str, Array | None]
-    """``query_mask`` and ``key_mask``, or neither."""
-    draw: Mapping[str, Any]
-    """How attention gets its weights: by ``signs``, ``planes``, or ``use_expectation``."""
+    @property
+    def num_hash(self) -> int: ...
+
+    @property
+    def hash_code_len(self) -> int: ...
+
+    @property
+    def query(self) -> Array:
+        """``(..., n_q, d)``."""
+        ...
+
+    @property
+    def key(self) -> Array:
+        """``(..., n_k, d)``."""
+        ...
+
+    @property
+    def value(self) -> Array:
+        """``(..., n_k, d_v)``."""
+        ...
+
+    @property
+    def grad_out(self) -> Array:
+        """``(..., n_q, d_v)``."""
+        ...
+
+    @property
+    def vectors(self) -> Array:
+        """``(..., n, d)``, to be hashed or transformed."""
+        ...
+
+    @property
+    def signs(self) -> Array: ...
+
+    @property
+    def planes(self) -> Array: ...
 
     @property
     def query_hash_code(self) -> Array: ...
 
     @property
     def key_hash_code(self) -> Array: ...
+
+    @property
+    def masks(self) -> Mapping[str, Array | None]:
+        """``query_mask`` and ``key_mask``, or neither."""
+        ...
+
+    @property
+    def draw(self) -> Mapping[str, Any]:
+        """How attention gets its weights: by ``signs``, ``planes``, or ``use_expectation``."""
+        ...
 
 
 class Sizes(NamedTuple):

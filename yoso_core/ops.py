@@ -28,52 +28,53 @@ from yoso_core.reference.hashing import sample_signs as _draw_signs
 from yoso_core.registry import run
 
 
-def _check_draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
-    if not isinstance(batch_shape, tuple):
-        raise TypeError(f"batch_shape: need a tuple of integers, got {type(batch_shape).__name__}")
-    return (
-        *checks.hash_numbers(num_hash, hash_code_len),
-        checks.integer("dim", dim, 1),
-        tuple(checks.integer("batch_shape", size, 0) for size in batch_shape),
-    )
-
-
 def sample_signs(
     num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
 ) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """Draw the random diagonals D1, D2, D3 of the fast projection: independent fair signs.
+    """Draw the random diagonals of the fast rotations, independent fair signs.
+
+    Each part of a hash is a rotation ``H D3 H D2 H D1 x`` with three diagonals ``D`` of its own.
 
     Parameters
     ----------
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    dim : the vectors' dimension ``d``; ``D`` is the next power of two.
-    batch_shape : leading dims, broadcast against those of the vectors: ``()`` serves a whole batch
-        with one draw.
-    rng : `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy.
+    dim : the dimension ``d`` of the vectors. ``D`` is ``d`` rounded up to a power of two.
+    batch_shape : leading dims. They broadcast against those of the vectors: ``()`` serves a whole
+        batch with one draw, ``(heads,)`` draws for each head.
+    rng : a `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy.
 
     Returns
     -------
-    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is applied
-    first.
+    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1. ``[..., 0, :, :]`` is D1, the first to be
+    applied.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2.
 
     >>> sample_signs(32, 8, 64, rng=0).shape
     (3, 4, 64)
     """
-    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
+    m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     return _draw_signs(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
 def sample_planes(
     num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard
+    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes, independent standard
     normal entries.
 
-    Parameters are those of `sample_signs`. Returns float32
-    ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h`` is column
-    ``h * hash_code_len + b``.
+    Parameters are those of `sample_signs`.
+
+    Returns
+    -------
+    float32 ``(*batch_shape, dim, num_hash * hash_code_len)``. Bit ``b`` of code ``h`` is the side
+    of
+    column ``h * hash_code_len + b``.
+
+    >>> sample_planes(32, 8, 64, rng=0).shape
+    (64, 256)
     """
-    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
+    m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     return _draw_planes(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
@@ -104,29 +105,33 @@ def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
 
 
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
-    """Bucket numbers by the fast random rotation: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a
-    code.
+    """Hash codes by fast random rotations: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code.
 
     With ``per = D // tau``, bit ``b`` of code ``h`` is
-    ``projection[h // per][(h % per) * tau + b] > 0``, worth ``2**b``; for ``tau > D`` the
-    projections of all parts form one stream, cut every ``tau`` bits. Codes are the same bits in
-    every variant.
+    ``projection[h // per][(h % per) * tau + b] > 0`` and is worth ``2**b``. For ``tau > D`` the
+    projections of all parts form one stream, cut every ``tau`` bits. Every variant returns the same
+    bits.
 
     Parameters
     ----------
-    vectors : float ``(..., n, d)``. Hashed in float32 (float64 if given in it); their positive
-        scale does not matter.
-    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the
+    vectors : float ``(..., n, d)``. float64 is hashed in float64, all others in float32. The
+        positive scale of a vector does not matter.
+    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`. ``batch`` broadcasts against the
         leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
 
     Returns
     -------
-    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0; so
-    has, by and large, one that is not
-    finite, and it is for the caller to know.
+    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector hashes to 0.
+    Non-finite vectors usually hash to 0; check for them yourself.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2.
+
+    >>> x = np.random.default_rng(0).standard_normal((5, 64))
+    >>> signs = sample_signs(4, 8, 64, rng=0)
+    >>> codes = fast_hash(x, signs, 4, 8)
+    >>> codes.shape, np.array_equal(codes, fast_hash(10 * x, signs, 4, 8))
+    ((5, 4), True)
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller({"vectors": vectors, "signs": signs})
@@ -146,23 +151,31 @@ def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_co
 
 
 def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
-    """Bucket numbers by Gaussian hyperplanes: bit ``b`` of code ``h`` is
-    ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
+    """Hash codes by Gaussian hyperplanes: bit ``b`` of code ``h`` is
+    ``x . planes[:, h * tau + b] > 0`` and is worth ``2**b``.
 
     Codes of two vectors at angle ``theta`` collide with probability ``(1 - theta / pi)**tau``,
-    exactly, for any dimension; the cost is ``n d m tau``. Codes are the same within one variant
-    only, since a dot product has no one order.
+    exactly, in any dimension. The cost is ``n d m tau`` multiply-adds. Codes are the same within
+    one variant only, since the order of a dot product is free.
 
     Parameters
     ----------
     vectors : float ``(..., n, d)``.
-    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`;
+    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`.
         ``batch`` broadcasts against the leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
 
     Returns
     -------
-    int32 ``(..., n, num_hash)``.
+    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``.
+
+    Source: Charikar 2002, "Similarity estimation techniques from rounding algorithms", section 3.
+
+    >>> x = np.random.default_rng(0).standard_normal((5, 64))
+    >>> planes = sample_planes(4, 8, 64, rng=0)
+    >>> opposite = hyperplane_hash(x, planes, 4, 8) ^ hyperplane_hash(-x, planes, 4, 8)
+    >>> bool((opposite == 255).all())
+    True
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller({"vectors": vectors, "planes": planes})
@@ -214,20 +227,19 @@ def lsh_cumulation(
     ----------
     query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in
         ``[0, hashtable_capacity)``.
-    value : float ``(..., n_k, d_v)``; float16 and bfloat16 are added up in float32 and rounded
+    value : float ``(..., n_k, d_v)``. float16 and bfloat16 are added up in float32 and rounded
         once.
     hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the
         buckets that are occupied.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
-        nonzero = keep. Masked entries are skipped, so they may hold NaN; masked queries get zeros.
-    validate : check that the codes are in range (one pass over them, and on a GPU a wait for it);
-        pass ``False`` for codes known to be right. What a code out of range meets is then not
+        nonzero = keep. Masked entries are skipped, so they may hold NaN. Masked queries get zeros.
+    validate : check that the codes are in range: one pass over them, and on a GPU a wait for it.
+        Pass ``False`` for codes known to be right. What a code out of range meets is then not
         promised, only that nothing crashes.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is
-    NaN.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a non-finite value is NaN.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), algorithm 1.
 
@@ -276,10 +288,10 @@ def lsh_weighted_cumulation(
     validate: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """As `lsh_cumulation`, every term times a product of weights:
+    """`lsh_cumulation` with a product of weights in every term:
     ``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j``.
 
-    It is the shape of every gradient of sampled attention.
+    Every gradient of sampled attention has this form.
 
     Parameters
     ----------
@@ -289,10 +301,16 @@ def lsh_weighted_cumulation(
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in
-    its row.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query with a non-finite weight gives NaN in its
+    row.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+
+    >>> codes, weight = np.array([[0], [1], [0]], np.int32), np.array([[1.0], [2.0], [3.0]])
+    >>> lsh_weighted_cumulation(codes, weight, codes, weight, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[13.],
+           [ 8.],
+           [39.]])
     """
     caller = one_caller(
         {
@@ -354,13 +372,13 @@ def expectation_attention(
     key_mask: Array | None = None,
     variant: str | None = None,
 ) -> Array:
-    """YOSO-E, what sampling estimates: ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for
-    unit ``q`` and ``k``.
+    """YOSO-E, the expected value of sampled attention:
+    ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``.
 
     Parameters
     ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalized here, in float32 at
-        least, whatever their scale. A zero vector has cosine 0 with all.
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``. They are normalized here, in float32
+        at least. A zero vector has cosine 0 with all others.
     value : float ``(..., n_k, d_v)``.
     hash_code_len : ``tau`` (1 to 30).
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
@@ -368,12 +386,16 @@ def expectation_attention(
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. Time ``n_q n_k (d + d_v)``,
-    memory linear. A query that is not
-    finite gives NaN in its row, a kept key or value that is not finite gives NaN in every row of
-    its head.
+    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. Time is ``n_q n_k (d + d_v)``,
+    memory linear. A non-finite query gives NaN in its row. A non-finite key or value that is kept
+    gives NaN in every row of its head.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
+
+    >>> x = np.eye(2)
+    >>> expectation_attention(x, x, np.eye(2), 3)
+    array([[1.   , 0.125],
+           [0.125, 1.   ]])
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
@@ -404,22 +426,33 @@ def expectation_attention_backward(
     """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))`` by query, key
     and value.
 
-    For unit vectors ``dq_i = sum_j E_ij w_ij (g_i . v_j) k_j``,
-    ``dk_j = sum_i E_ij w_ij (g_i . v_j) q_i``, ``dv_j = sum_i E_ij g_i``; the chain through the
-    normalization of query and key follows. ``grad="lower_bound"``: ``w = tau / 2``, the paper's,
-    which is *not* the derivative. ``grad="exact"``: ``w = tau / ((pi - theta) sin theta)``, both
-    factors held at 1e-3 at least.
+    For unit vectors, with ``E_ij`` the expected weight::
+
+        dq_i = sum_j E_ij w_ij (g_i . v_j) k_j
+        dk_j = sum_i E_ij w_ij (g_i . v_j) q_i
+        dv_j = sum_i E_ij g_i
+
+    The chain through the normalization of query and key follows. ``grad="lower_bound"`` is the
+    paper's: ``w = tau / 2``, *not* the derivative. ``grad="exact"`` is the derivative:
+    ``w = tau / ((pi - theta) sin theta)``, with both factors held at 1e-3 at least.
 
     Parameters
     ----------
-    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``. The others are those of
-        `expectation_attention`.
+    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``.
+    grad : ``"lower_bound"`` or ``"exact"``.
+    The others are those of `expectation_attention`.
 
     Returns
     -------
     ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+
+    >>> x, ones = np.eye(2), np.ones((2, 2))
+    >>> grad_query, grad_key, grad_value = expectation_attention_backward(ones, x, x, x, 3)
+    >>> grad_value
+    array([[1.125, 1.125],
+           [1.125, 1.125]])
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))
@@ -461,12 +494,11 @@ def lsh_attention_backward(
     validate: bool = True,
     variant: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of sampled attention for the codes of its forward pass: as
-    `expectation_attention_backward`, with the share of hashes in which query and key collide,
-    ``C_ij``, in place of the expectation ``E_ij``.
+    """Gradients of sampled attention for the codes of its forward pass.
 
-    With ``grad="lower_bound"`` the cost can be linear in ``n``; with ``grad="exact"`` it never is,
-    since the factor depends on the pair.
+    They are those of `expectation_attention_backward` with ``C_ij``, the share of hashes in which
+    query and key collide, in place of ``E_ij``. With ``grad="lower_bound"`` the cost can be linear
+    in ``n``. With ``grad="exact"`` it is quadratic, since the factor depends on the pair.
 
     Parameters
     ----------
@@ -474,7 +506,17 @@ def lsh_attention_backward(
         ``[0, 2**hash_code_len)``.
     The others are those of `expectation_attention_backward` and `lsh_cumulation`.
 
+    Returns
+    -------
+    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input.
+
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+
+    >>> x, ones, codes = np.eye(2), np.ones((2, 2)), np.array([[0, 1], [0, 3]], np.int32)
+    >>> grad_query, grad_key, grad_value = lsh_attention_backward(ones, x, x, x, codes, codes, 2)
+    >>> grad_value
+    array([[1.5, 1.5],
+           [1.5, 1.5]])
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))

@@ -37,7 +37,7 @@ def adapted(operation: Operation, target: Any) -> Callable[..., Any]:
     """The kernel as the backends call one: arguments by name, behind the device where there is
     one.
     """
-    function = target.launcher if isinstance(target, tuple(BACKENDS_OF)) else target
+    function = target.launcher if isinstance(target, CudaVariant | NumbaCudaVariant) else target
 
     def call(*device: Any, num_threads: int | None = None, **arguments: Any) -> Any:
         fresh = {name: _copied(x) for name, x in arguments.items() if x is not None}

@@ -1,8 +1,9 @@
-"""The kernels of the training are compiled by a second process, on another core, while the first
-one measures attention: ``python -m yoso_core.demo.ahead``.
+"""Compiles kernels before they are needed; Numba keeps them in files.
 
-Numba keeps what it has compiled in files, and the first process finds it there. On a machine that
-has run the demo before nothing is left to compile, and this takes a few seconds.
+A second process, on another core, compiles what the training needs while the first one measures
+attention. ``python -m yoso_core.demo.ahead everything`` compiles all that the demo needs; the
+Makefile does so once, at the end of the installation. Where all is compiled already, both take a
+few seconds.
 """
 
 import math
@@ -10,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
@@ -39,8 +42,21 @@ def compiled(process: "subprocess.Popen[bytes] | None", seconds: float) -> bool:
     return True
 
 
-if __name__ == "__main__":
-    from yoso_core.demo import LanguageSizes
-    from yoso_core.demo.language import compile_kernels
+def compile_everything() -> None:
+    """Run the demo with as little work as there can be, on the default text."""
+    from yoso_core.demo import LanguageSizes, Sizes, run
 
-    compile_kernels(LanguageSizes())
+    language = LanguageSizes(steps=1, windows=1, nums_hash=(16,), fills=1)
+    sizes = Sizes(passage=512, words=1, nums_hash=(32, 64), hashes=64, lengths=(512,), repeats=1, agreement=64, language=language)
+    with TemporaryDirectory() as folder:
+        run(output=Path(folder) / "picture.png", show=False, budget=math.inf, sizes=sizes, ahead=False)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["everything"]:
+        compile_everything()
+    else:
+        from yoso_core.demo import LanguageSizes
+        from yoso_core.demo.language import compile_kernels
+
+        compile_kernels(LanguageSizes())

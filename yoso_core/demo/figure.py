@@ -114,7 +114,7 @@ def draw_learning(axes: Axes, language: "Language", num_hash: int, window: int =
     window = min(window, len(losses))
     smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
     steps, held_out = zip(*language.held_out, strict=True)
-    axes.plot(np.arange(window, len(losses) + 1), smooth, color=GRAY, linewidth=2, label="in training")
+    axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, color=GRAY, linewidth=2, label="in training")
     axes.plot(steps, held_out, MARKER[SAMPLED], color=ORANGE, markeredgecolor=INK, markersize=7, label="text held out", zorder=3)
     axes.axhline(language.frequencies.loss, color=INK, linewidth=0.9, linestyle=DASHES, label="byte frequencies")
     axes.annotate(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -251,7 +252,7 @@ def variant_agreement(x: Array, num_hash: int, hash_code_len: int, seed: int, le
     """
     signs = sample_signs(num_hash, hash_code_len, x.shape[1], rng=seed)
     codes = fast_hash(x, signs, num_hash, hash_code_len)
-    inputs: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
+    inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "fast_hash": ((x, signs, num_hash, hash_code_len), {}),
         "lsh_cumulation": ((codes, codes, x, 1 << hash_code_len), {}),
         "expectation_attention": ((x, x, x, hash_code_len), {}),
