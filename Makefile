@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo: $(VENV)/installed-demo ## YOSO attention on a real text, a model trained on it: tables, and a figure in yoso_demo.png
+demo: $(VENV)/installed-demo $(VENV)/compiled-demo ## YOSO attention on a real text, a model trained on it: tables, and a figure in yoso_demo.png; a minute
 	$(BIN)/yoso demo $(ARGS)
 
 test: $(VENV)/installed-dev ## every test
@@ -52,4 +52,10 @@ $(BIN)/pip:
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing yoso_core[$*] into $(VENV); the first time takes a few minutes"
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# The same, of the kernels that the demo needs: Numba keeps them beside their sources.
+$(VENV)/compiled-demo: $(wildcard cpu/*.py) | $(VENV)/installed-demo
+	@echo "Compiling the kernels of the demo, once: about a minute"
+	@$(BIN)/python -P -m yoso_core.demo.ahead everything
 	@touch $@

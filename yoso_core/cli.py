@@ -354,6 +354,7 @@ def demo(
     training: Annotated[
         bool, typer.Option("--training/--no-training", help="Train a small masked language model on the text too; needs PyTorch.")
     ] = True,
+    budget: Annotated[float, typer.Option(help="About how many seconds it may take; most of what is over goes to the training.")] = 60.0,
     json_output: Json = False,
 ) -> None:
     """Self-attention over a real text: softmax, the exact expectation, and sampling, side by side;
@@ -365,7 +366,7 @@ def demo(
         _check_picture("output", output)
         from yoso_core import demo as job
 
-        result = job.run(text=text, output=output, seed=seed, training=training, show=not json_output)
+        result = job.run(text=text, output=output, seed=seed, training=training, show=not json_output, budget=budget)
     if json_output:
         typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
     if not result.agrees:
