@@ -95,7 +95,7 @@ def test_every_file_is_one_text_without_headers_of_cuda() -> None:
 
 
 def test_the_parameters_of_every_kernel_are_known() -> None:
-    """Launches name their arguments, and are checked only if the names of the parameters are known."""
+    """Launches name their arguments, which are checked if the parameters are known."""
     for file in FILES:
         for kernel in kernels_in(file):
             names = parameter_names(source(file), kernel)
