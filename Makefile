@@ -57,5 +57,5 @@ $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 # The same, of the kernels that the demo needs: Numba keeps them beside their sources.
 $(VENV)/compiled-demo: $(wildcard cpu/*.py) | $(VENV)/installed-demo
 	@echo "Compiling the kernels of the demo, once: about a minute"
-	@$(BIN)/python -P -m yoso_core.demo.ahead everything
+	@$(BIN)/python -P -m yoso_core.demo.compiling everything
 	@touch $@

@@ -7,10 +7,9 @@ puts into the environment reaches the processes that tests start.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -18,7 +17,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / ".pytest_cache" / "kept"
-"""The home folder of the tests. It stays between runs: compiled kernels and font lists are in it."""
+"""The home folder of the tests. It stays between runs: compiled kernels and font lists are in
+it.
+"""
 
 
 # ---------------------------------------------------------------- the environment

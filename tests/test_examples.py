@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
+import support
 from test_house import modules
 
 PUBLIC = ("yoso_core", "yoso_core.reference", "yoso_core.model", "yoso_core.gpu", "yoso_core.gpu.emulator")
@@ -17,6 +18,8 @@ def with_examples() -> list[str]:
 
 @pytest.mark.parametrize("name", with_examples())
 def test_examples_run(name: str) -> None:
+    if name.startswith("yoso_core.gpu."):
+        support.need("emulated", "stepped")
     module = importlib.import_module(name)
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.attempted > 0
