@@ -7,8 +7,7 @@ puts into the environment reaches the processes that tests start.
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / ".pytest_cache" / "kept"
-"""The home folder of the tests. It stays between runs: compiled kernels and font lists are in
-it.
-"""
+"""The tests' home folder. It stays between runs: compiled kernels and font lists are in it."""
 
 
 # ---------------------------------------------------------------- the environment
@@ -80,19 +77,25 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # ---------------------------------------------------------------- once for all workers
 
-
-@contextmanager
-def one_at_a_time(name: str) -> Iterator[None]:
-    """Whoever comes second waits, and finds what the first has made."""
-    with FileLock(KEPT / f"{name}.lock"):
-        yield
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this run share."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)``: the file of that name, which one worker has made for all of this run;
+    the others wait for it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    together = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def file(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(together / f"{name}.lock"):
+            if not (together / name).exists():
+                make(together / f"{name}.part")
+                (together / f"{name}.part").replace(together / name)
+        return together / name
+
+    return file
 
 
 # ---------------------------------------------------------------- hypothesis
