@@ -109,9 +109,8 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -
     int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0.
 
     Source: Zeng et al. 2021, section 3.2, after Andoni et al. 2015 (arXiv 1509.02897). Three rounds
-    make the signs nearly those of
-    Gaussian planes when D is large; for small D the collision probability is biased (the project's
-    documentation says by how much).
+    make the signs nearly those of Gaussian planes when D is large; for small D the collision
+    probability is biased (the project's documentation says by how much).
 
     >>> x = np.random.default_rng(0).standard_normal((5, 64))
     >>> fast_hash(x, sample_signs(4, 8, 64, rng=0), 4, 8).shape
