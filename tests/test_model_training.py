@@ -21,8 +21,6 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from yoso_core import model as ours
 from yoso_core.model import YosoForMaskedLM, YosoForSequenceClassification
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
 every_way = pytest.mark.parametrize("way", WAYS)
 

@@ -828,7 +828,6 @@ def accuracy_after_training(model: Retriever) -> float:
 
 
 @every_mode
-@pytest.mark.usefixtures("one_thread")
 def test_a_layer_learns_to_retrieve(mode: dict[str, Any]) -> None:
     """Chance is 0.25, with a deviation of 0.014. Without its context the model stays there; with
     queries and keys as drawn it gets half.
