@@ -101,8 +101,8 @@ def planted(kind: sanitizers.Kind) -> list[Report]:
 
 EMULATED = [kernel for kernel in registry.KERNELS if kernel.where == "emulated"]
 CASES = (
-    Case(33, 137, 48, 20, 7, 8, mask="masked"),
-    Case(65, 137, 64, 40, 1, 1, leading=()),  # so many to a bucket that every loop over tiles goes round again
+    Case(17, 137, 40, 20, 3, 8, mask="masked"),
+    Case(65, 137, 40, 40, 1, 1, leading=()),  # so many to a bucket that every loop over tiles goes round again
     Case(7, 33, 7, 33, 5, 13, "float16", mask="fully", kind="repeated"),
 )
 
