@@ -6,7 +6,7 @@ CUDA ?= cuda12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-quick lint types dist tutorials bench bench-gpu clean
+.PHONY: help demo test test-quick test-environments lint types dist tutorials bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -15,13 +15,14 @@ help: ## list these targets
 demo: $(VENV)/installed-demo $(VENV)/compiled-demo ## YOSO attention on a real text, a model trained on it: tables, and a figure in yoso_demo.png; a minute
 	$(BIN)/yoso demo $(ARGS)
 
-test: $(VENV)/installed-dev ## every test, on all cores
-	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+test: $(VENV)/installed-dev ## every test, on all cores; ARGS="-k hash" for some
+	$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
-# The house, the definitions, the comparison and the heads whole; of the check of every variant, the cases with masks.
-QUICK := $(addprefix tests/test_,house.py reference.py comparison.py model_heads.py registry.py)
-test-quick: $(VENV)/installed-dev ## every operation, variant and head once: for people at work
-	$(BIN)/pytest -n auto --dist worksteal $(QUICK) -k "not test_variant_does or float32-masked" $(ARGS)
+test-quick: $(VENV)/installed-dev ## in a minute: one case of each test for every kernel, operation and head, nothing slow
+	$(BIN)/pytest --numprocesses auto --dist worksteal --quick $(ARGS)
+
+test-environments: $(VENV)/installed-dev ## tests of what is printed and drawn, with three other terminals, locales and home folders
+	$(BIN)/python .ci/environments.py $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ puts into the environment reaches the processes that tests start.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,44 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return together / name
 
     return file
+
+
+# ---------------------------------------------------------------- the quick part of the suite
+
+TELLING = ("kernel", "op", "variant", "head", "launcher")
+"""Parameters of which every value counts: each is tried once in the quick part."""
+
+QUICK = pytest.StashKey[list[pytest.Item]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "of each test function one case for every kernel, operation, variant and head; nothing that is marked slow"
+    parser.addoption("--quick", action="store_true", help=about)
+
+
+def quick_part(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """One of several cases is the middle one: those of the registry begin with no rows at all and
+    end with thousands.
+    """
+    alike: dict[tuple[str, ...], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            given = getattr(getattr(item, "callspec", None), "params", {})
+            told = (
+                str(getattr(given[name], "op", "")) + str(getattr(given[name], "name", given[name])) for name in TELLING if name in given
+            )
+            alike.setdefault((item.nodeid.partition("[")[0], *told), []).append(item)
+    return [cases[len(cases) // 2] for cases in alike.values()]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no worker is left with it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    config.stash[QUICK] = chosen = quick_part(items)
+    if config.getoption("quick"):
+        kept = {id(item) for item in chosen}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = [item for item in items if id(item) in kept]
 
 
 # ---------------------------------------------------------------- hypothesis
