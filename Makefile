@@ -6,32 +6,35 @@ CUDA ?= cuda12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types wheel tutorials bench bench-gpu clean
+.PHONY: help demo test test-quick test-environments lint types dist tutorials bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo: $(VENV)/installed-demo ## YOSO attention on a real text, a model trained on it: tables, and a figure in yoso_demo.png
+demo: $(VENV)/installed-demo $(VENV)/compiled-demo ## YOSO attention on a real text, a model trained on it: tables, and a figure in yoso_demo.png; a minute
 	$(BIN)/yoso demo $(ARGS)
 
-test: $(VENV)/installed-dev ## every test
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/installed-dev ## every test, on all cores; ARGS="-k hash" for some
+	$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-quick: $(VENV)/installed-dev ## in a minute: one case of each test for every kernel, operation and head, nothing slow
+	$(BIN)/pytest --numprocesses auto --dist worksteal --quick $(ARGS)
+
+test-environments: $(VENV)/installed-dev ## tests of what is printed and drawn, with three other terminals, locales and home folders
+	$(BIN)/python .ci/environments.py $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On an installed copy, since mypy does not follow the mapping from the root folders to sub-packages of yoso_core.
-types: $(VENV)/installed-dev ## mypy, strict
-	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
-	MYPYPATH=build/typecheck $(BIN)/mypy -p yoso_core
+types: $(VENV)/installed-dev ## mypy, strict, over the whole package
+	$(BIN)/mypy -p yoso_core
 
-wheel: $(VENV)/installed-dev ## build the wheel, install it elsewhere, use it there
+dist: $(VENV)/installed-dev ## build the sdist and the wheel, install each elsewhere and use it there
 	rm -rf build dist
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null
-	$(BIN)/python .ci/check_wheel.py dist/*.whl
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python .ci/check_dist.py dist/*.tar.gz dist/*.whl
 
 tutorials: $(VENV)/installed-dev ## run every tutorial and build the notebooks and their index; ARGS="3 4" for some
 	$(BIN)/python -m yoso_core.tutorials.build $(ARGS)
@@ -43,7 +46,7 @@ bench-gpu: $(VENV)/installed-dev $(VENV)/installed-$(CUDA) ## the same on this m
 	$(BIN)/yoso bench gpu $(ARGS)
 
 clean: ## back to a fresh clone
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -55,4 +58,10 @@ $(BIN)/pip:
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing yoso_core[$*] into $(VENV); the first time takes a few minutes"
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# The same, of the kernels that the demo needs: Numba keeps them beside their sources.
+$(VENV)/compiled-demo: $(wildcard cpu/*.py) | $(VENV)/installed-demo
+	@echo "Compiling the kernels of the demo, once: about a minute"
+	@$(BIN)/python -P -m yoso_core.demo.compiling everything
 	@touch $@

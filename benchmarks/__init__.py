@@ -1,7 +1,7 @@
 """Measured cost, beside the peers and the physical floor.
 
-`cases` says what is measured, as data; `machines` on what; `contenders` how each side is called and
-checked; `floor` and `traffic` count bytes and operations; `runner` measures; `report` writes the
-tables of the README files from the committed results. ``yoso bench cpu`` and ``yoso bench gpu`` run
-it.
+`cases` says what is measured, as data, and `machines` on what. `contenders` calls and checks each
+side; `floor` and `traffic` count bytes and operations. `runner` measures, and `report` writes the
+tables of the README files from the committed results. The commands are ``yoso bench cpu``,
+``yoso bench model``, ``yoso bench gpu`` and ``yoso bench bias``.
 """

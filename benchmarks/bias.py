@@ -1,8 +1,8 @@
 """How far the Hadamard hash is from its ideal: the suite ``bias``.
 
-Gaussian hyperplanes make codes collide with probability ``(1 - theta / pi)**tau`` exactly. Three
-rounds of random signs and a Hadamard transform do so only in the limit of a large dimension ``D``;
-this measures the difference.
+With Gaussian hyperplanes, codes collide with probability ``(1 - theta / pi)**tau`` exactly. With
+three rounds of random signs and a Hadamard transform they do so only in the limit of a large
+dimension ``D``. This suite measures the difference.
 """
 
 import json
@@ -24,20 +24,20 @@ ANGLES = 15
 """Angles pi/16, 2 pi/16, ... 15 pi/16. In one dimension there are only two, 0 and pi."""
 NUM_HASH = 32
 BOUND = 0.01
-"""No difference is larger where D >= 64 and tau <= 9, for vectors in random directions: what the
-tests hold.
+"""The tests hold that no difference is larger where D >= 64 and tau <= 9, for vectors in random
+directions.
 """
 DRAWS = 4096
-"""Independent draws of the signs. Their spread gives the standard error, since codes of one draw
-depend on each other.
+"""Independent draws of the signs. The standard error comes from their spread, since codes of one
+draw depend on each other.
 """
 PAIRS = 4
-"""Pairs of vectors, in random directions, at every angle for every draw."""
+"""Pairs of vectors, in random directions, at every angle of every draw."""
 
 
 def pairs_at_angles(dim: int, rng: np.random.Generator, draws: int, pairs: int) -> tuple[Array, Array]:
-    """Angles ``(a,)`` and unit vectors ``(draws, pairs, 1 + a, dim)``: the first of every row, and
-    one at each angle from it.
+    """Angles ``(a,)``, and unit vectors ``(draws, pairs, 1 + a, dim)``: a first one, and one at
+    each angle from it.
     """
     if dim == 1:
         first = rng.choice([-1.0, 1.0], size=(draws, pairs, 1, 1))
@@ -77,32 +77,32 @@ def measure(dim: int, hash_code_len: int, *, draws: int = DRAWS, pairs: int = PA
     }
 
 
-def run(output: Path, *, progress: bool = True) -> Path:
-    """Measure every dimension and code length, always from the same seeds, and write
-    ``hadamard_bias.json``.
+def run_bias(output: Path, *, progress: bool = True) -> Path:
+    """Measure every dimension and code length, always from the same seeds. Print the table, and
+    write ``hadamard_bias.json``, whose path is returned.
     """
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import track
 
     cells = [(dim, tau) for dim in DIMS for tau in CODE_LENS]
-    table: Result = {
+    results: Result = {
         "suite": "bias",
         "settings": {"num_hash": NUM_HASH, "draws": DRAWS, "pairs": PAIRS, "python": platform.python_version(), "numpy": np.__version__},
         "cells": [measure(dim, tau) for dim, tau in track(cells, "bias", disable=not progress, transient=True)],
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / "hadamard_bias.json"
-    path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-    Console().print(Markdown(bias_table(table)))
+    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    Console().print(Markdown(bias_table(results)))
     return path
 
 
-def bias_table(table: Result) -> str:
-    """Markdown: a row for every D, a column for every tau, the largest difference with its standard
-    error.
+def bias_table(results: Result) -> str:
+    """The largest differences with their standard errors, in Markdown: a row for every D, a column
+    for every tau.
     """
-    cells = {(cell["dim"], cell["hash_code_len"]): cell for cell in table["cells"]}
+    cells = {(cell["dim"], cell["hash_code_len"]): cell for cell in results["cells"]}
     taus = sorted({tau for _, tau in cells})
     lines = [["D", *(f"tau = {tau}" for tau in taus)], ["---:"] * (1 + len(taus))]
     for dim in sorted({dim for dim, _ in cells}):

@@ -1,4 +1,4 @@
-"""What is measured, as data: one registry for every suite.
+"""What is measured, as data: every suite with its cases.
 
 A new suite is a new entry of `SUITES`; a new thing to run is a new entry of
 `yoso_core.benchmarks.contenders.CONTENDERS`.
@@ -12,8 +12,8 @@ Measure = Literal["speedup", "cost", "bandwidth", "memory", "memory share", "ove
 
 @dataclass(frozen=True)
 class Workload:
-    """One call: who runs, and on what shapes. The same shapes always mean the same numbers,
-    standard normal.
+    """One call: who runs, and on what shapes. The same shapes always mean the same numbers, drawn
+    from the standard normal distribution.
     """
 
     run: str
@@ -26,7 +26,7 @@ class Workload:
     num_hash: int = 32
     hash_code_len: int = 8
     variant: str | None = None
-    """A variant of ours by name; ``None`` is the automatic choice."""
+    """The name of a variant of ours; ``None`` is the automatic choice."""
     batch: int = 1
     device: str = "cpu"
     """A key of `yoso_core.benchmarks.machines.MACHINES`."""
@@ -34,33 +34,35 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """One number to measure, and what it is held against."""
+    """One number to measure, and its target."""
 
     suite: str
     name: str
     measure: Measure
-    """ ``"speedup"``: time of ``beside`` over time of ``ours``, at least ``limit``. ``"cost"``:
-    time of ``ours`` over ``share`` times that of ``beside``, at most ``limit``. ``"bandwidth"``:
-    time to move inputs and output once, at the rate of large copies, over time of ``ours``, at
-    least ``limit``. ``"memory"``: what ``ours`` allocates beyond inputs and output, in MB, at most
-    ``limit``. ``"memory share"``: what ``ours`` allocates beyond inputs and output over what
-    ``beside`` does, at most ``limit``. ``"overhead"``: time of ``ours`` less that of ``beside``, in
-    microseconds, at most ``limit``.
+    """
+    - ``"speedup"``: time of ``beside`` over time of ``ours``, at least ``limit``.
+    - ``"cost"``: time of ``ours`` over ``share`` times that of ``beside``, at most ``limit``.
+    - ``"bandwidth"``: the time to move inputs and output once, at the rate of large copies, over
+      time of ``ours``, at least ``limit``.
+    - ``"memory"``: the MB that ``ours`` allocates beyond inputs and output, at most ``limit``.
+    - ``"memory share"``: the bytes that ``ours`` allocates beyond inputs and output over those of
+      ``beside``, at most ``limit``.
+    - ``"overhead"``: time of ``ours`` less that of ``beside``, in microseconds, at most ``limit``.
     """
     ours: Workload
     beside: Workload | None = None
-    """The peer on the same tensors, or ours at another size or dtype; measured in turns with
-    ``ours``.
+    """The peer on the same tensors, or ours at another size or dtype. The two are measured in
+    turns.
     """
     also: tuple[Workload, ...] = ()
-    """Others that a reader would ask about: measured in the same turns, held to nothing."""
+    """Others that a reader would ask about: measured in the same turns, without a target."""
     limit: float | None = None
     aim: float | None = None
     """Better than ``limit``: hoped for, not promised."""
     share: float = 1.0
     """How much more work ``ours`` is than ``beside``."""
     headline: bool = False
-    """Stands in the README."""
+    """Stands in the README, which has room for five."""
     quick: bool = False
     """Part of the short run that checks the benchmark itself."""
 
@@ -74,14 +76,14 @@ def _speedup(n: int, limit: float | None = None, aim: float | None = None) -> Ca
         beside=Workload("sdpa", n),
         limit=limit,
         aim=aim,
-        headline=limit is not None,
+        headline=n in (4096, 16384),
         quick=n <= 1024,
     )
 
 
 def _per_token(n: int) -> Case:
-    # No peer here: its time grows as n squared, to minutes at the first of these sizes and most of
-    # an hour at the second.
+    # There is no peer: its time grows as n squared, to minutes at the first of these sizes and to
+    # most of an hour at the second.
     return Case(
         suite="cpu",
         name=f"sampled, n = {n:,}: time per token over that at n = 4,096",
@@ -90,13 +92,12 @@ def _per_token(n: int) -> Case:
         beside=Workload("yoso", 4096),
         share=n / 4096,
         limit=1.3,
-        headline=n == 262_144,
     )
 
 
 def _relative(name: str, ours: Workload, share: float, quick: bool = False) -> Case:
-    """Another dtype or dimension against float32 at d = 64, each unit of work allowed twice its
-    time.
+    """Another dtype or dimension beside float32 at d = 64. ``share`` is how much more work it is;
+    for the same work twice the time is allowed.
     """
     return Case(
         suite="cpu",
@@ -134,7 +135,7 @@ def _training(n: int, limit: float | None = None, aim: float | None = None, hash
         beside=replace(ours, run="sdpa_training"),
         limit=limit,
         aim=aim,
-        headline=aim is not None,
+        headline=n == 4096,
         quick=n <= 1024,
     )
 
@@ -154,7 +155,6 @@ TRAINING: tuple[Case, ...] = (
         ours=Workload("yoso_expectation_training", 4096),
         beside=Workload("transformers_expectation_training", 4096),
         limit=6,
-        headline=True,
     ),
     Case(
         suite="cpu",
@@ -162,7 +162,6 @@ TRAINING: tuple[Case, ...] = (
         measure="memory",
         ours=Workload("yoso_training", 65536),
         limit=256,
-        headline=True,
     ),
     Case(
         suite="cpu",
@@ -192,12 +191,11 @@ CPU: tuple[Case, ...] = (
         for ours, theirs in [(Workload("yoso_expectation", n), Workload("transformers_expectation", n))]
     ),
     Case("cpu", "exact expectation, n = 4,096, beside transformers", "speedup", *_EXPECTATION, limit=8, headline=True),
-    # A float64 has twice the bytes of a float32; half types are computed in float32, so they cost
-    # what it costs.
+    # A float64 has twice the bytes of a float32. Half types are computed in float32, at its cost.
     _relative("float64", Workload("yoso", 4096, dtype="float64"), share=2),
     _relative("float16", Workload("yoso", 4096, dtype="float16"), share=1, quick=True),
     _relative("bfloat16", Workload("yoso", 4096, dtype="bfloat16"), share=1),
-    # Vectors are padded to the next power of two: that is the work.
+    # The work is that of vectors padded to the next power of two.
     _relative("d = 32", Workload("yoso", 4096, dim=32), share=0.5),
     _relative("d = 80", Workload("yoso", 4096, dim=80), share=2),
     _relative("d = 128", Workload("yoso", 4096, dim=128), share=2),
@@ -207,7 +205,7 @@ CPU: tuple[Case, ...] = (
     _memory(Workload("yoso", 65536)),
     _memory(Workload("yoso", 262_144), headline=True),
     _memory(Workload("yoso_expectation", 512), Workload("transformers_expectation", 512)),
-    _memory(*_EXPECTATION, headline=True),
+    _memory(*_EXPECTATION),
     *TRAINING,
 )
 
@@ -221,15 +219,15 @@ def _on_gpu(run: str, n: int, dtype: str = "float32", variant: str | None = None
 
 
 def _softmax(n: int) -> tuple[Workload, ...]:
-    """torch's attention in float32 and, as flash attention, in float16; the first of them only as
-    far as it takes less than a second.
+    """torch's attention in float32, where it takes less than a second, and flash attention in
+    float16.
     """
     flash = _on_gpu("flash", n, "float16")
     return (_on_gpu("sdpa", n), flash) if n <= 16384 else (flash,)
 
 
 def _alone(op: str, run: str, n: int, variant: str, paper: str) -> Case:
-    """One operation by itself, beside the paper's way to do it."""
+    """One operation by itself, beside the paper's kernel for it."""
     ours = _on_gpu(run, n, variant=variant)
     return Case(
         suite="gpu",
@@ -252,7 +250,6 @@ def _beside_the_paper(n: int, variant: str) -> Case:
         beside=_on_gpu("paper", n),
         also=_softmax(n),
         limit=5 if aimed else None,
-        headline=aimed,
         quick=n <= 1024,
     )
 
@@ -267,13 +264,12 @@ def _beside_flash(n: int, variant: str) -> Case:
         beside=_on_gpu("flash", n, "float16"),
         also=(_on_gpu("paper", n, "float16"),),
         limit=1 if aimed else None,
-        headline=aimed,
         quick=n <= 1024,
     )
 
 
 def _beside_the_table(n: int) -> Case:
-    # The stricter comparison: what the tables alone are worth, both sides with the faster hash.
+    # The stricter comparison: both sides have the faster hash, so it shows what the tables gain.
     return Case(
         suite="gpu",
         name=f"sampled, n = {n:,}: {_FUSED[0]} beside the paper's tables with our hash",
@@ -281,7 +277,6 @@ def _beside_the_table(n: int) -> Case:
         ours=_on_gpu("yoso", n, variant=_FUSED[0]),
         beside=_on_gpu("paper_tables", n),
         limit=5,
-        headline=True,
     )
 
 
@@ -292,7 +287,6 @@ def _bandwidth(n: int, dtype: str) -> Case:
         measure="bandwidth",
         ours=_on_gpu("yoso", n, dtype, _FUSED[0]),
         limit=0.5,
-        headline=True,
     )
 
 
@@ -337,7 +331,7 @@ GPU: tuple[Case, ...] = (
 
 
 def _layer(run: str, n: int) -> Workload:
-    """With what the model's configuration has by default."""
+    """A workload with the numbers that the model's configuration has by default."""
     return Workload(run, n, num_hash=64, hash_code_len=9)
 
 
@@ -349,10 +343,9 @@ def _model(kind: str, n: int, *, training: bool = False, limit: float | None = N
         measure="speedup",
         ours=_layer(f"yoso_model{'_expectation' if kind == 'exact expectation' else ''}{step}", n),
         beside=_layer(f"transformers_model{step}", n),
-        # However fast attention is, the layer takes at least this.
+        # The layer takes at least this, however fast its attention is.
         also=(_layer("dense_layers", n),) if not training else (),
         limit=limit,
-        headline=limit is not None,
         quick=quick,
     )
 
@@ -378,4 +371,25 @@ MODEL: tuple[Case, ...] = (
     _model("exact expectation", 4096, training=True),
 )
 
-SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "gpu": GPU, "model": MODEL}
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that are run together, and what the results say about all of them."""
+
+    cases: tuple[Case, ...]
+    inputs: str
+    """The input of a call, for the settings in the results."""
+    sampled: str
+    """What a sampled call includes, for the settings in the results."""
+    picture: bool = True
+    """Draw time and memory against n. A suite of few sizes makes no picture."""
+
+
+_INPUTS = "batch x heads x n x d, standard normal, torch tensors"
+_SAMPLED = "the whole forward pass: hash both sides, cumulate, normalize; signs drawn"
+
+SUITES: dict[str, Suite] = {
+    "cpu": Suite(CPU, inputs=f"{_INPUTS}, device cpu", sampled=f"{_SAMPLED} outside"),
+    "gpu": Suite(GPU, inputs=f"{_INPUTS}, device cuda", sampled=f"{_SAMPLED} outside"),
+    "model": Suite(MODEL, inputs="batch x n tokens, evenly drawn", sampled=f"{_SAMPLED} inside", picture=False),
+}

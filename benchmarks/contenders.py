@@ -1,5 +1,5 @@
-"""Who can be measured: how each is called, and how ours are checked before any number of theirs is
-shown.
+"""Everything that can be measured: how each is called, and how ours are checked before any number
+of them is shown.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from yoso_core.benchmarks.models import MODELS
 from yoso_core.benchmarks.sides import Array, Check, Ours, Peer, Tensors
 from yoso_core.reference import l2_normalize_backward
 from yoso_core.reference.normalize import TINY_NORM
-from yoso_core.registry import automatic
-from yoso_core.truth import call, definition_of, outputs_of, tolerance, truth
+from yoso_core.registry import automatic, definition_of
+from yoso_core.truth import call, outputs_of, tolerance, truth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operation(Ours):
-    """A function of the face."""
+class FaceFunction(Ours):
+    """A public function of `yoso_core`."""
 
     arguments: Callable[[Workload, Tensors], dict[str, Any]]
     rows: int
-    """Query rows that the definition can afford."""
+    """The number of query rows that are compared: as many as the definition can afford."""
     requires: tuple[str, ...] = ("torch",)
 
     def bind(self, workload: Workload, given: Tensors) -> Callable[[], Any]:
@@ -39,8 +39,8 @@ class Operation(Ours):
         return ((self.op, chosen.name if chosen else None),)
 
     def check(self, workload: Workload) -> Check:
-        """The whole call, of which rows spread over the last head are compared: a slip in a stride
-        of heads or rows shows there.
+        """Make the whole call and compare rows spread over the last head. A wrong stride of heads
+        or rows shows there.
         """
         rows, exact, allowed = _right(self.op, self.arguments, self.rows, replace(workload, run="", variant=None))
         out = self.bind(workload, tensors(workload))()
@@ -48,7 +48,7 @@ class Operation(Ours):
 
 
 def _spread(n: int, most: int) -> Array:
-    """At most so many of ``n`` rows, from the first to the last."""
+    """At most ``most`` of ``n`` rows, spread from the first to the last."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
 
 
@@ -60,8 +60,8 @@ def _last_head(workload: Workload) -> Tensors:
 def _right(
     op: str, arguments: Callable[[Workload, Tensors], dict[str, Any]], most_rows: int, workload: Workload
 ) -> tuple[Array, Array, Array]:
-    """The rows to compare, what is right there, and how far a result may be from it. Kept, since
-    variants share it.
+    """The rows to compare, the exact result there, and the error that is allowed. The answer is
+    kept, since variants share it.
     """
     rows, last_head = _spread(workload.n, most_rows), _last_head(workload)
     given = arguments(workload, {**last_head, "query": last_head["query"][:, :, rows]})
@@ -71,9 +71,9 @@ def _right(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed(Operation):
-    """Sampled attention from its public parts, each by a variant named, as it is without a fused
-    one.
+class Composed(FaceFunction):
+    """Sampled attention from its public parts, each by a named variant: the way without a fused
+    kernel.
     """
 
     hash_variant: str | None = None
@@ -96,23 +96,25 @@ class Composed(Operation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operator(Operation):
-    """The same as an operator of torch."""
+class Operator(FaceFunction):
+    """The same function as an operator of torch."""
 
     def bind(self, workload: Workload, given: Tensors) -> Callable[[], Any]:
         import torch
 
-        import yoso_core.model  # noqa: F401  # registers them
+        import yoso_core.model  # noqa: F401  # registers the operators
 
         return partial(getattr(torch.ops.yoso_core, self.op), **self.arguments(workload, given), variant=workload.variant)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Operation):
-    """Forward and backward pass: returns the output and the gradients of query, key and value."""
+class Training(FaceFunction):
+    """Forward and backward pass. A call returns the output and the gradients of query, key and
+    value.
+    """
 
     backward: str = "lsh_attention_backward"
-    """The operation whose definition the gradients have."""
+    """The operation that defines the gradients."""
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -124,15 +126,15 @@ class Training(Operation):
         attend = model.yoso_attention if self.op == "yoso_attention" else getattr(model.ops, self.op)
         leaves = _leaves(given)
         arguments = self.arguments(workload, {**given, **leaves})
-        return _there_and_back(partial(attend, **arguments, variant=workload.variant), leaves, grad_out(workload))
+        return _forward_and_backward(partial(attend, **arguments, variant=workload.variant), leaves, grad_out(workload))
 
     def steps(self, workload: Workload) -> tuple[tuple[str, str | None], ...]:
         chosen = automatic(self.backward, workload.device)
         return (*super().steps(workload), (self.backward, chosen.name if chosen else None))
 
     def check(self, workload: Workload) -> Check:
-        """Output and gradients of the whole call, of which rows spread over the last head are
-        compared.
+        """Make the whole call and compare rows of the output and of the gradients, spread over the
+        last head.
         """
         shapes = replace(workload, run="", variant=None)
         rows, exact, allowed = _right(self.op, self.arguments, self.rows, shapes)
@@ -146,14 +148,14 @@ class Training(Operation):
 
 @lru_cache(maxsize=16)
 def _right_gradients(training: Training, workload: Workload) -> tuple[tuple[Array, Array], ...]:
-    """For query, key and value: what is right in the rows that are compared, and how far from it a
-    result may be.
+    """For query, key and value: the exact gradient in the rows that are compared, and the error
+    that is allowed.
 
-    Query rows from all keys, key and value rows from all queries, each a small problem of the
-    definition in float64. Where outputs are scaled to unit length, the gradient comes through that
-    first, for every query. The error allowed is as everywhere: twice what the definition loses in
-    the caller's dtype, here from the first sum of the forward pass to the last of the backward
-    pass, plus 4 ulp.
+    Query rows come from all keys, and key and value rows from all queries. Each is a small problem
+    of the definition in float64. Where outputs are scaled to unit length, the gradient is first
+    taken back through that scaling, for every query. The error allowed is as everywhere: twice the
+    definition's own error in the caller's dtype, here from the first sum of the forward pass to the
+    last of the backward pass, plus 4 ulp.
     """
     rows = _spread(workload.n, training.rows)
     given = {name: x.numpy() for name, x in _last_head(workload).items()}
@@ -176,8 +178,8 @@ def _right_gradients(training: Training, workload: Workload) -> tuple[tuple[Arra
 
 
 def _before_scaling(training: Training, workload: Workload, given: Tensors, grad: Array) -> tuple[Array, Array]:
-    """``grad`` taken back through the scaling to unit length, for every row: in float64, and by the
-    definition in the caller's dtype.
+    """``grad`` taken back through the scaling to unit length, for every row. Returned twice: in
+    float64, and by the definition in the caller's dtype.
     """
     sums = {**training.arguments(workload, given), "normalize_output": False}
     (wide,) = truth("yoso_attention", (), sums)
@@ -186,7 +188,7 @@ def _before_scaling(training: Training, workload: Workload, given: Tensors, grad
 
 
 def tensors(workload: Workload) -> Tensors:
-    """The inputs: the same for every contender, and on every run."""
+    """The inputs: the same for every contender and in every run."""
     import torch
 
     device = MACHINES[workload.device].torch
@@ -199,9 +201,7 @@ def tensors(workload: Workload) -> Tensors:
 
 
 def grad_out(workload: Workload) -> Any:
-    """The gradient that comes back to the output: the same for every contender, and on every
-    run.
-    """
+    """The gradient of the output: the same for every contender and in every run."""
     import torch
 
     device = MACHINES[workload.device].torch
@@ -211,11 +211,11 @@ def grad_out(workload: Workload) -> Any:
 
 
 def _leaves(given: Tensors) -> Tensors:
-    """Query, key and value, on the same memory, as tensors that want a gradient."""
+    """Query, key and value, in the same memory, as tensors that require gradients."""
     return {name: given[name].detach().requires_grad_() for name in ("query", "key", "value")}
 
 
-def _there_and_back(attend: Callable[[], Any], leaves: Tensors, grad: Any) -> Callable[[], Any]:
+def _forward_and_backward(attend: Callable[[], Any], leaves: Tensors, grad: Any) -> Callable[[], Any]:
     import torch
 
     def call() -> Any:
@@ -243,8 +243,8 @@ def _hashed(workload: Workload, given: Tensors) -> dict[str, Any]:
 
 
 def _cumulated(workload: Workload, given: Tensors) -> dict[str, Any]:
-    """Codes are made outside the timed call, and are right by construction: nothing looks at them
-    again.
+    """Codes are made outside the timed call. They are in range by construction, so they are not
+    checked again.
     """
     query_code, key_code = (
         yoso_core.fast_hash(given[name], given["signs"], workload.num_hash, workload.hash_code_len) for name in ("query", "key")
@@ -270,11 +270,11 @@ def _sdpa(workload: Workload, given: Tensors) -> Callable[[], Any]:
 
 def _sdpa_training(workload: Workload, given: Tensors) -> Callable[[], Any]:
     leaves = _leaves(given)
-    return _there_and_back(_sdpa(workload, leaves), leaves, grad_out(workload))
+    return _forward_and_backward(_sdpa(workload, leaves), leaves, grad_out(workload))
 
 
 def _flash(workload: Workload, given: Tensors) -> Callable[[], Any]:
-    """Flash attention or nothing: torch may not choose another kernel."""
+    """Flash attention, or an error: torch may not choose another kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     attend = _sdpa(workload, given)
@@ -287,7 +287,7 @@ def _flash(workload: Workload, given: Tensors) -> Callable[[], Any]:
 
 
 def _folded(given: Tensors) -> Tensors:
-    """Heads folded into the batch, query and key as unit vectors."""
+    """Query, key and value with the heads folded into the batch; query and key as unit vectors."""
     from torch.nn.functional import normalize
 
     folded = {name: given[name].flatten(0, 1) for name in ("query", "key", "value")}
@@ -295,7 +295,7 @@ def _folded(given: Tensors) -> Tensors:
 
 
 def _yoso_cumulation(workload: Workload, folded: Tensors) -> Callable[[], Any]:
-    """As its YosoSelfAttention calls it: masks of ones."""
+    """Called as in transformers' YosoSelfAttention, with masks of ones."""
     import torch
     from transformers.models.yoso.modeling_yoso import YosoCumulation
 
@@ -312,16 +312,16 @@ def _transformers_expectation(workload: Workload, given: Tensors) -> Callable[[]
 
 
 def _transformers_expectation_training(workload: Workload, given: Tensors) -> Callable[[], Any]:
-    """Unit vectors are made outside the timed call, and the gradient ends at them."""
+    """Unit vectors are made outside the timed call. The gradients are those of unit vectors."""
     leaves = _leaves(_folded(given))
-    return _there_and_back(_yoso_cumulation(workload, leaves), leaves, grad_out(workload).flatten(0, 1))
+    return _forward_and_backward(_yoso_cumulation(workload, leaves), leaves, grad_out(workload).flatten(0, 1))
 
 
 def _cumulation_kernel(workload: Workload, given: Tensors) -> Callable[[], Any]:
-    """The function that the operator ends in, on NumPy arrays, by itself."""
+    """The kernel that the operator calls, by itself, on NumPy arrays."""
     chosen = automatic("lsh_cumulation", workload.device)
     if chosen is None:
-        raise RuntimeError(f"lsh_cumulation: no variant runs on {workload.device}")
+        raise RuntimeError(f"device: no variant of lsh_cumulation runs on {workload.device}")
     arguments = _cumulated(workload, given)
     del arguments["validate"]
     arrays = {name: x if isinstance(x, int) else x.numpy() for name, x in arguments.items()}
@@ -329,11 +329,11 @@ def _cumulation_kernel(workload: Workload, given: Tensors) -> Callable[[], Any]:
 
 
 CONTENDERS: dict[str, Ours | Peer] = {
-    "yoso": Operation("YOSO, sampled", "yoso_attention", arguments=_sampled, rows=4096),
-    "yoso_expectation": Operation("YOSO, exact expectation", "expectation_attention", arguments=_expected, rows=256),
-    "hash": Operation("fast_hash", "fast_hash", arguments=_hashed, rows=4096),
-    "cumulation": Operation("lsh_cumulation", "lsh_cumulation", arguments=_cumulated, rows=256),
-    "weighted": Operation("lsh_weighted_cumulation", "lsh_weighted_cumulation", arguments=_weighted, rows=256),
+    "yoso": FaceFunction("YOSO, sampled", "yoso_attention", arguments=_sampled, rows=4096),
+    "yoso_expectation": FaceFunction("YOSO, exact expectation", "expectation_attention", arguments=_expected, rows=256),
+    "hash": FaceFunction("fast_hash", "fast_hash", arguments=_hashed, rows=4096),
+    "cumulation": FaceFunction("lsh_cumulation", "lsh_cumulation", arguments=_cumulated, rows=256),
+    "weighted": FaceFunction("lsh_weighted_cumulation", "lsh_weighted_cumulation", arguments=_weighted, rows=256),
     "paper": Composed(
         "the paper's algorithm",
         "yoso_attention",

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from math import log2
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.machines import MACHINES
 from yoso_core.benchmarks.sides import Ours
-from yoso_core.reference import hash_layout
+from yoso_core.operations import OPERATIONS, Sizes
 
 ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -110,41 +109,20 @@ def operations_of(workload: Workload) -> tuple[str, ...]:
     return contender.ops
 
 
+def sizes_of(workload: Workload) -> Sizes:
+    return Sizes(
+        rows=workload.batch * workload.heads * workload.n,
+        n=workload.n,
+        dim=workload.dim,
+        num_hash=workload.num_hash,
+        hash_code_len=workload.hash_code_len,
+        item_size=ITEM_SIZE[workload.dtype],
+    )
+
+
 def operations(workload: Workload) -> int:
     """Additions or multiply-adds that the workload cannot do without."""
-    return sum(_operations(op, workload) for op in operations_of(workload))
-
-
-def _operations(op: str, workload: Workload) -> int:
-    """Those of one operation.
-
-    Hashing: three Hadamard transforms of every part, ``3 D log2 D`` additions a vector. Cumulation:
-    those into and out of the tables, ``m d`` each. Weighted: pairs or outer products, whichever is
-    less where codes are spread evenly. Exact expectation: its two matrix products. Backward, what
-    the forward pass has not made already: ``g . v``, which queries and keys share, and the three
-    sums. The dense part of an encoder layer of hidden size ``h``: ``4 h**2`` around the attention
-    and ``8 h**2`` of the feed-forward network, a token.
-    """
-    dim = workload.dim
-    rows = workload.batch * workload.heads * workload.n
-    layout = hash_layout(workload.num_hash, workload.hash_code_len, dim)
-    pairs = rows * workload.num_hash * workload.n >> workload.hash_code_len
-    transforms = 3 * layout.padded_dim * round(log2(layout.padded_dim)) * layout.parts
-    if op == "expectation_attention":
-        return rows * workload.n * 2 * dim
-    if op == "fast_hash":
-        return rows * transforms
-    if op == "lsh_cumulation":
-        return rows * 2 * workload.num_hash * dim
-    if op == "lsh_weighted_cumulation":
-        return min(2 * rows * workload.num_hash * dim**2, pairs * 2 * dim)
-    if op == "lsh_attention_backward":
-        return min(4 * rows * workload.num_hash * dim**2, pairs * 3 * dim) + rows * 2 * workload.num_hash * dim
-    if op == "expectation_attention_backward":
-        return rows * workload.n * 4 * dim
-    if op in ("encoder_layer", "encoder_layer_backward"):
-        return (2 if op == "encoder_layer_backward" else 1) * workload.batch * workload.n * 12 * (workload.heads * dim) ** 2
-    return rows * 2 * (transforms + workload.num_hash * dim)
+    return sum(_multiply_adds(op, workload) for op in operations_of(workload))
 
 
 def least_bytes(workload: Workload) -> int:
@@ -154,22 +132,33 @@ def least_bytes(workload: Workload) -> int:
     Vectors are ``(n, d)``, of queries, keys, values, weights and output alike; codes take four
     bytes. A backward pass adds the gradient that comes in and the three that go out.
     """
-    rows = workload.batch * workload.heads * workload.n
-    dense = 12 * (workload.heads * workload.dim) ** 2 * ITEM_SIZE[workload.dtype]
-    vectors, codes = rows * workload.dim * ITEM_SIZE[workload.dtype], 4 * rows * workload.num_hash
-    least = {
-        "fast_hash": vectors + codes,
-        "lsh_cumulation": 2 * codes + 2 * vectors,
-        "lsh_weighted_cumulation": 2 * codes + 4 * vectors,
-        "expectation_attention": 4 * vectors,
-        "yoso_attention": 4 * vectors,
-        "lsh_attention_backward": 4 * vectors,
-        "expectation_attention_backward": 4 * vectors,
-        # The tokens' states in and out, and the weights; backward, the gradients of these.
-        "encoder_layer": 2 * vectors + dense,
-        "encoder_layer_backward": 2 * vectors + dense,
-    }
-    return sum(least[op] for op in operations_of(workload))
+    return sum(_least_bytes(op, workload) for op in operations_of(workload))
+
+
+LAYERS = {"encoder_layer": 1, "encoder_layer_backward": 2}
+"""Layers of an encoder, which are no operations, and how often they do the work of a forward pass.
+
+The dense part of a layer of hidden size ``hidden`` takes ``4 hidden**2`` multiply-adds a token
+around the attention and ``8 hidden**2`` in the feed-forward network. It moves the tokens' states in
+and out, and the weights; backward, the gradients of these.
+"""
+
+
+def _dense(workload: Workload) -> int:
+    return 12 * (workload.heads * workload.dim) ** 2
+
+
+def _multiply_adds(op: str, workload: Workload) -> int:
+    if op in LAYERS:
+        return LAYERS[op] * workload.batch * workload.n * _dense(workload)
+    return OPERATIONS[op].multiply_adds(sizes_of(workload))
+
+
+def _least_bytes(op: str, workload: Workload) -> int:
+    sizes = sizes_of(workload)
+    if op in LAYERS:
+        return 2 * sizes.vectors + _dense(workload) * sizes.item_size
+    return OPERATIONS[op].least_bytes(sizes)
 
 
 def floor(workload: Workload, rates: Rates) -> Floor:

@@ -1,5 +1,5 @@
-"""Where the tensors of a suite live, and what that changes for measuring: the one place that knows
-CPU and GPU apart.
+"""Where the tensors of a suite live, and what that changes for measuring. No other module of the
+benchmarks tells CPU and GPU apart.
 """
 
 import re
@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a block and a table may take on a GPU: the variants cut their work up accordingly."""
+    """The memory that a block and a table may take on a GPU. Variants cut their work to fit."""
 
     max_shared: int
     """Bytes of shared memory that one block can have."""
@@ -22,7 +22,7 @@ class Limits:
 
 
 H100 = Limits(max_shared=227 << 10, max_table=20 << 30)
-"""One with 80 GiB: what the counts of bytes are for where no GPU is at hand."""
+"""A GPU with 80 GiB. Bytes are counted for it where there is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Machine:
     torch: str
     """The name of the device in torch."""
     missing: Callable[[], str | None]
-    """Why nothing can be measured here, with what to do about it; ``None`` where it can."""
+    """Why nothing can be measured here, and what to do about it; ``None`` where it can."""
     wait: Callable[[], None]
-    """Returns when all work that was handed over is done."""
+    """Returns when the device has finished all its work."""
     patience: float
-    """A first call of less than so many seconds tells little about the next, and is made again
-    before repeats are planned.
+    """A first call of fewer seconds tells little about the next one. It is made again before the
+    repeats are planned.
     """
     about: Callable[[], Result]
     """What to add to the description of the machine in the results."""
     limits: Callable[[], Limits]
-    """For counting bytes."""
+    """The limits for which bytes are counted."""
 
 
 def _missing_cuda() -> str | None:
-    from yoso_core.places import missing
+    from yoso_core.backends import missing
 
     if reason := missing("cupy"):
         return reason
@@ -64,7 +64,7 @@ def _wait_for_cuda() -> None:
 def _about_cuda() -> Result:
     import torch
 
-    from yoso_core.places import gpu_report
+    from yoso_core.backends import gpu_report
 
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
@@ -82,7 +82,7 @@ def _about_cuda() -> Result:
 
 
 def _driver() -> str | None:
-    """The driver's version, as NVIDIA's own tool has it; ``None`` where that is not installed."""
+    """The driver's version by ``nvidia-smi``; ``None`` where that is not installed."""
     try:
         done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
     except OSError:
@@ -100,14 +100,27 @@ def _limits_of_cuda() -> Limits:
 
 
 MACHINES: dict[str, Machine] = {
-    "cpu": Machine("cpu", lambda: None, lambda: None, 1.0, dict, lambda: H100),
-    # Whatever a first call there takes, it may be the compiler's.
-    "cuda": Machine("cuda", _missing_cuda, _wait_for_cuda, float("inf"), _about_cuda, _limits_of_cuda),
+    "cpu": Machine(
+        torch="cpu",
+        missing=lambda: None,
+        wait=lambda: None,
+        patience=1.0,
+        about=dict,
+        limits=lambda: H100,
+    ),
+    "cuda": Machine(
+        torch="cuda",
+        missing=_missing_cuda,
+        wait=_wait_for_cuda,
+        patience=float("inf"),  # a first call may include compiling, however long it takes
+        about=_about_cuda,
+        limits=_limits_of_cuda,
+    ),
 }
 
 
 def results_name(suite: str, environment: Result) -> str:
-    """The name of the results, less its ending: the suite's, and the GPU's where it ran on one.
+    """The name of the results file, without its ending: the suite, and the GPU where there is one.
 
     >>> results_name("gpu", {"gpu": {"name": "NVIDIA H100 80GB HBM3"}})
     'gpu-nvidia-h100-80gb-hbm3'

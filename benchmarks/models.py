@@ -1,5 +1,5 @@
-"""The whole model beside transformers': one layer of the base configuration, same weights, same
-tokens.
+"""The whole model beside transformers': one layer of the base configuration, with the same weights
+and the same tokens.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,16 @@ import numpy as np
 
 from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
-from yoso_core.registry import automatic
-from yoso_core.truth import definition_of
+from yoso_core.registry import automatic, definition_of
 
 TOLERANCE = 1e-5
-"""Of an entry of the output, which LayerNorm has scaled to a size of one; of a gradient, by the
-largest of its parameter.
+"""The error allowed. An entry of the output is about 1, since LayerNorm has scaled it. An entry of
+a gradient is divided by the largest one of its parameter.
 """
 
 
 def _config(workload: Workload) -> dict[str, Any]:
-    """The base configuration with one layer; without dropout, so that both sides compute the
+    """The base configuration with one layer, and without dropout, so that both sides compute the
     same.
     """
     hidden = workload.heads * workload.dim
@@ -35,14 +34,16 @@ def _config(workload: Workload) -> dict[str, Any]:
         "hash_code_len": workload.hash_code_len,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        # Larger than the default, under which attention is hardly seen in the output.
+        # Larger than the default, with which attention would hardly change the output.
         "initializer_range": 0.1,
     }
 
 
 @lru_cache(maxsize=2)
 def _models(shapes: Workload) -> tuple[Any, Any]:
-    """Ours and transformers', with the same weights. ``shapes`` has neither a length nor a name."""
+    """Our model and transformers', with the same weights. ``shapes`` is the same for every length
+    and every contender.
+    """
     import torch
     import transformers
 
@@ -88,7 +89,7 @@ def _forward(model: Any, workload: Workload) -> Callable[[], Any]:
 
 
 def _step(model: Any, workload: Workload) -> Callable[[], Any]:
-    """Output and gradients of all parameters, for a given gradient of the output."""
+    """The output and the gradients of all parameters, for a given gradient of the output."""
     import torch
 
     tokens, grad = _tokens(workload), _grad_out(workload)
@@ -103,8 +104,8 @@ def _step(model: Any, workload: Workload) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Model(Ours):
-    """Ours. Compared with the definition's attention in its place where it samples, else with
-    transformers'.
+    """Our model. Where it samples, it is compared with itself on the definition's attention; with
+    the expectation, it is compared with transformers' model.
     """
 
     use_expectation: bool
@@ -165,7 +166,7 @@ def _theirs(call: Callable[[Any, Workload], Callable[[], Any]]) -> Callable[[Wor
 
 
 def _dense_layers(workload: Workload, given: Tensors) -> Callable[[], Any]:
-    """Ours with the values themselves as context: what no attention can be faster than."""
+    """Our model with the values as the context. No attention makes the layer faster than this."""
     import torch
     from torch import nn
 

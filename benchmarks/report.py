@@ -1,4 +1,4 @@
-"""Tables from results: for the terminal, and for the README files, which are never typed by hand.
+"""Tables from results, for the terminal and for the README files. No number there is typed by hand.
 
 ``python -m yoso_core.benchmarks.report``, from the root of the repository, rewrites every block
 between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` in README.md and benchmarks/README.md from
@@ -7,6 +7,7 @@ the committed JSON.
 
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,22 +32,40 @@ RESULTS = Path("benchmarks/results")
 
 _COLUMNS = ("case", "ours", "beside", "result", "target", "verdict", "floor / time")
 _STYLE = {"reached": "green", "missed": "bold red", "red": "bold white on red", "cannot run": "dim", "no peer": "dim"}
+PROSE_COLUMNS = 100
+"""Lines of prose in the README files are at most so wide."""
+
+_HELD = "\N{NO-BREAK SPACE}"
+
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def spread(middle: float, low: float, high: float) -> str:
-    """Seconds as ``25.1 ms (24.8 to 26.0)``, all in the unit of the first."""
+    """A median and its range, all in the unit of the median.
+
+    >>> spread(0.0251, 0.0248, 0.026)
+    '25.1 ms (24.8 to 26.0)'
+    """
     scale, unit = (1, "s") if middle >= 1 else (1e-3, "ms") if middle >= 1e-3 else (1e-6, "µs")
     digits = 2 if middle / scale < 10 else 1 if middle / scale < 100 else 0
     return f"{middle / scale:.{digits}f} {unit} ({low / scale:.{digits}f} to {high / scale:.{digits}f})"
 
 
 def seconds(middle: float) -> str:
-    """As `spread` has it, by itself."""
+    """Seconds, in the unit that `spread` takes.
+
+    >>> seconds(0.0251)
+    '25.1 ms'
+    """
     return spread(middle, middle, middle).partition(" (")[0]
 
 
 def size(count: float) -> str:
+    """A number of bytes, in GB or MB.
+
+    >>> size(2_410_000_000)
+    '2.41 GB'
+    """
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
@@ -61,7 +80,7 @@ def _side(side: Result | None) -> str:
 
 
 def _also(case: Result) -> str:
-    """Others in short: name, dtype, and the number, beside which the factor to ours."""
+    """The others of a case in short: name, dtype, time, and how many times ours that is."""
     said = []
     for side in case.get("also", []):
         name = f"{side['label']}, {side['dtype']}"
@@ -73,7 +92,7 @@ def _also(case: Result) -> str:
 
 
 def row(case: Result, columns: Sequence[str] = _COLUMNS) -> tuple[str, ...]:
-    """One line of a table, in the order of its columns. A red case has no number."""
+    """One row of a table, in the order of its columns. A red case has no number."""
     cells = dict.fromkeys(columns, "") | {"case": case["name"], "verdict": case["verdict"]}
     if case["verdict"] != "red":
         cells |= {"ours": _side(case["ours"]), "beside": _side(case["beside"]), "also": _also(case), **_result(case)}
@@ -95,7 +114,7 @@ _UNITS = {
 
 
 def _result(case: Result) -> dict[str, str]:
-    """The number that a case is about, and the one it should reach."""
+    """The number of a case, and its target."""
     sign, unit = _UNITS[case["measure"]]
     scale = 100 if case["measure"] == "bandwidth" else 1
     value, limit, aim = case.get("value"), case["limit"], case["aim"]
@@ -106,46 +125,48 @@ def _result(case: Result) -> dict[str, str]:
     }
 
 
-def columns_of(run: Result) -> tuple[str, ...]:
-    """Where results have them, two more: the bandwidth that a variant uses, and others on the same
-    inputs.
+def columns_of(results: Result) -> tuple[str, ...]:
+    """The columns of the full table. Two more where the results have them: the bandwidth that a
+    variant uses, and others on the same inputs.
     """
-    by_design = any("by_design" in case.get("floor", {}) for case in run["cases"])
-    also = any(case.get("also") for case in run["cases"])
+    by_design = any("by_design" in case.get("floor", {}) for case in results["cases"])
+    also = any(case.get("also") for case in results["cases"])
     return (*_COLUMNS, *(["by design / time"] if by_design else []), *(["also"] if also else []))
 
 
-def print_suite(run: Result, console: "Console") -> None:
+def print_suite(results: Result, console: "Console") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = tuple(column for column in columns_of(run) if column != "also")
-    table = Table(*columns, title=f"yoso bench {run['suite']}", caption=f"{caption(run)} {floor_note(run)}", caption_justify="left")
-    for case in run["cases"]:
+    columns = tuple(column for column in columns_of(results) if column != "also")
+    table = Table(
+        *columns, title=f"yoso bench {results['suite']}", caption=f"{caption(results)} {floor_note(results)}", caption_justify="left"
+    )
+    for case in results["cases"]:
         cells = row(case, columns)
         table.add_row(*(Text(cell, style=_STYLE.get(cell, "")) for cell in cells))
     console.print(table)
-    for case in run["cases"]:
+    for case in results["cases"]:
         if case["verdict"] == "red":
             console.print(Text(f"red: {case['name']}: {case['why']}", style="red"))
-    for line in (*others(run), *cannot_run(run)):
+    for line in (*others(results), *cannot_run(results)):
         console.print(Text(line))
 
 
-def others(run: Result) -> list[str]:
-    """What the last column of the full table has, once for each size: a line for each of them."""
+def others(results: Result) -> list[str]:
+    """The times in the last column of the full table: a line for each side, with all sizes."""
     found: dict[str, dict[int, str]] = {}
-    for case in run["cases"]:
+    for case in results["cases"]:
         for side in case.get("also", []):
             if "median" in side:
                 found.setdefault(f"{side['label']}, {side['dtype']}", {}).setdefault(side["n"], seconds(side["median"]))
     return [f"{who}: {', '.join(f'{took} at n = {n:,}' for n, took in sorted(times.items()))}" for who, times in found.items()]
 
 
-def cannot_run(run: Result) -> list[str]:
-    """Who could not run, at which sizes, and why: a line for each reason."""
+def cannot_run(results: Result) -> list[str]:
+    """Which sides could not run, at which sizes, and why: a line for each reason."""
     found: dict[tuple[str, str], set[int]] = {}
-    for case in run["cases"]:
+    for case in results["cases"]:
         for side in (case["ours"], case["beside"], *case.get("also", [])):
             if side and "cannot_run" in side and case["verdict"] != "red":
                 variant = f", {side['variant']}" if side["variant"] else ""
@@ -155,84 +176,137 @@ def cannot_run(run: Result) -> list[str]:
     ]
 
 
-def caption(run: Result) -> str:
-    where = run["environment"]
-    versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
-    machine = f"{where['processor']}, {where['cores']} cores, {where['memory_gb']:g} GB"
+def caption(results: Result) -> str:
+    where = results["environment"]
+    machine = f"{where['processor']}, {_cores(where)}, {where['memory_gb']:g} GB"
     if gpu := where.get("gpu"):
         machine = f"{gpu['name']}, {gpu['memory_gb']:g} GB, driver {gpu['driver']}, torch for CUDA {gpu['cuda_of_torch']}; {machine}"
     return (
-        f"{run['date'][:10]}, {machine}, load average before {run['settings']['load_average_before']:g}; {versions}. "
-        f"Times are medians (smallest to largest), {'the two' if columns_of(run) == _COLUMNS else 'all'} sides measured in turns."
+        f"{results['date'][:10]}, {machine}, load average before {results['settings']['load_average_before']:g}; {_versions(where)}. "
+        f"Times are medians (smallest to largest), {'the two' if columns_of(results) == _COLUMNS else 'all'} sides measured in turns."
     )
+
+
+def _cores(where: Result) -> str:
+    """The number of cores, and their instruction set where the results have it."""
+    return ", ".join([f"{where['cores']} cores", *([where["instruction_set"]] if where.get("instruction_set") else [])])
+
+
+def _versions(where: Result) -> str:
+    return ", ".join(f"{package} {version}" for package, version in where["versions"].items())
 
 
 def _three_digits(number: float) -> str:
     return f"{float(format(number, '.3g')):,g}"
 
 
-def floor_note(run: Result) -> str:
-    copied, multiplied = (_three_digits(run["rates"][name] / 1e9) for name in ("copy_bytes", "multiply_adds"))
-    what = "query, key, value and output" if columns_of(run) == _COLUMNS else "every input and the output"
+def floor_note(results: Result) -> str:
+    copied, multiplied = (_three_digits(results["rates"][name] / 1e9) for name in ("copy_bytes", "multiply_adds"))
+    what = "query, key, value and output" if columns_of(results) == _COLUMNS else "every input and the output"
     note = (
         f"Floor: the longer of moving {what} once, at the {copied} GB/s that copies reach here, and the "
         f"arithmetic, at the {multiplied} billion multiply-adds a second that a matrix product reaches here."
     )
-    if "by design / time" not in columns_of(run):
+    if "by design / time" not in columns_of(results):
         return note
     return f"{note} By design: the bytes that the variant's kernels move to and from memory, at the rate of copies."
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    >>> print(markdown(["n", "time"], [["512", "1.43 ms"]]), end="")
+    | n | time |
+    | --- | --- |
+    | 512 | 1.43 ms |
+    """
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def headline_block(run: Result) -> str:
-    """For the README: the cases that stand there, without the floor."""
-    rows = [row(case)[:-1] for case in run["cases"] if case["headline"]]
-    return f"{markdown(_COLUMNS[:-1], rows)}\n{caption(run)}\n"
+def wrapped(prose: str) -> str:
+    """A paragraph of Markdown, at most `PROSE_COLUMNS` wide.
+
+    A plus, a minus or a star stays on the line of the word before it: at the start of a line it
+    would make a list.
+    """
+    held = re.sub(" ([-+*]) ", f"{_HELD}\\1 ", prose)
+    lines = textwrap.fill(held, PROSE_COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return lines.replace(_HELD, " ")
 
 
-def full_block(run: Result) -> str:
-    columns = columns_of(run)
-    notes = "".join(f"\n{reason}.\n" for reason in cannot_run(run))
-    return f"{markdown(columns, [row(case, columns) for case in run['cases']])}{notes}\n{caption(run)} {floor_note(run)}\n"
+def headline_block(results: Result) -> str:
+    """For the README: the headline cases in three narrow columns, and how many targets of the whole
+    suite are reached.
+    """
+    chosen = {case.name for case in SUITES[results["suite"]].cases if case.headline}
+    rows = [_headline(case) for case in results["cases"] if case["name"] in chosen]
+    where, targets = results["environment"], [case["verdict"] for case in results["cases"] if case["limit"] is not None]
+    note = (
+        f"{results['date'][:10]}, {where['processor']}, {_cores(where)}. Medians, both sides measured in turns; "
+        f"{targets.count('reached')} of {len(targets)} targets reached."
+    )
+    return f"{markdown(('case', 'ours', 'beside (times ours)'), rows)}\n{wrapped(note)}\n"
 
 
-def gpu_block(results: Path) -> str:
-    """A section for every GPU that the suite has run on, or a line that says that there is none."""
-    files = sorted(file for file in results.glob("gpu-*.json") if not file.stem.endswith("-quick"))
+def _headline(case: Result) -> tuple[str, str, str]:
+    """A case in short. A missed target is said, and a red case has no number."""
+    if case["verdict"] == "red":
+        return case["name"], "red", ""
+    ours, beside = (_short(case[side]) for side in ("ours", "beside"))
+    found = _result(case)
+    said = [found["result"]] if found["result"] and case["measure"] != "memory" else []
+    if case["verdict"] == "missed":
+        said.append(f"missed: {found['target']}")
+    return case["name"], ours, " ".join([*([beside] if beside else []), *([f"({', '.join(said)})"] if said else [])])
+
+
+def _short(side: Result | None) -> str:
+    return seconds(side["median"]) if side and "median" in side else _side(side)
+
+
+def full_block(results: Result) -> str:
+    columns = columns_of(results)
+    notes = "".join(f"\n{wrapped(f'{reason}.')}\n" for reason in cannot_run(results))
+    table = markdown(columns, [row(case, columns) for case in results["cases"]])
+    return f"{table}{notes}\n{wrapped(f'{caption(results)} {floor_note(results)}')}\n"
+
+
+def gpu_block(folder: Path) -> str:
+    """A section for every GPU with committed results, or a line that there is none."""
+    files = sorted(file for file in folder.glob("gpu-*.json") if not file.stem.endswith("-quick"))
     if not files:
-        return "No result of a GPU is committed yet: nobody has run the suite on one, and no time of a CUDA variant is known.\n"
+        none = "No result of a GPU is committed yet: nobody has run the suite on one, and no time of a CUDA variant is known."
+        return f"{wrapped(none)}\n"
     sections = []
     for file in files:
-        run = _read(file)
-        title = f"### {run['environment']['gpu']['name']}\n\n![time and memory against n](results/{file.stem}.png)\n\n"
-        sections.append(f"{title}{full_block(run)}")
+        found = _read(file)
+        title = f"### {found['environment']['gpu']['name']}\n\n![time and memory against n](results/{file.stem}.png)\n\n"
+        sections.append(f"{title}{full_block(found)}")
     return "\n".join(sections)
 
 
 REFERENCE = 4096
-"""The length at which bytes are counted where there is no result."""
+"""The length n for which bytes are counted where there are no results."""
 
 
-def bytes_block(results: Path) -> str:
-    """What each CUDA variant moves at the setting of the suite ``gpu``, in float32, by the formulas
-    of `traffic`.
+def bytes_block(folder: Path) -> str:
+    """The bytes that each CUDA variant moves in the setting of the suite ``gpu``, in float32.
+    `traffic` has the formulas.
     """
-    shapes = next(w for w in (case.ours for case in SUITES["gpu"]) if w.n == REFERENCE and w.dtype == "float32")
+    shapes = next(w for w in (case.ours for case in SUITES["gpu"].cases) if w.n == REFERENCE and w.dtype == "float32")
     rows = []
     for op, variant in FORMULAS:
-        run = next(name for name, contender in CONTENDERS.items() if isinstance(contender, Ours) and contender.op == op)
-        rows.append((op, variant, *_counted(by_design(op, variant, shapes), least_bytes(replace(shapes, run=run)))))
-    for run in ("paper", "paper_tables"):
-        workload = replace(shapes, run=run, variant=None)
-        rows.append((run, CONTENDERS[run].label, *_counted(traffic(workload) or [], least_bytes(workload))))
+        name = next(name for name, contender in CONTENDERS.items() if isinstance(contender, Ours) and contender.op == op)
+        rows.append((op, variant, *_counted(by_design(op, variant, shapes), least_bytes(replace(shapes, run=name)))))
+    for name in ("paper", "paper_tables"):
+        workload = replace(shapes, run=name, variant=None)
+        rows.append((name, CONTENDERS[name].label, *_counted(traffic(workload) or [], least_bytes(workload))))
     header = ("operation", "variant", "least", "device memory", "least / moved", "from cache", "by kernel")
     setting = f"batch {shapes.batch}, {shapes.heads} heads, n = {shapes.n:,}, d = {shapes.dim}, {shapes.dtype}"
     hashes = f"m = {shapes.num_hash}, tau = {shapes.hash_code_len}"
-    return f"{markdown(header, rows)}\n{setting}, {hashes}, on a GPU with {H100.max_shared >> 10} KiB of shared memory to a block.\n"
+    note = f"{setting}, {hashes}, on a GPU with {H100.max_shared >> 10} KiB of shared memory to a block."
+    return f"{markdown(header, rows)}\n{wrapped(note)}\n"
 
 
 def _counted(kernels: Sequence[Traffic], least: int) -> tuple[str, ...]:
@@ -250,19 +324,21 @@ def _read(file: Path) -> Result:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "cpu": lambda results: headline_block(_read(results / "cpu.json")),
-    "cpu-all": lambda results: full_block(_read(results / "cpu.json")),
-    "model": lambda results: full_block(_read(results / "model.json")),
-    "bias": lambda results: bias_table(_read(results / "hadamard_bias.json")),
+    "cpu": lambda folder: headline_block(_read(folder / "cpu.json")),
+    "cpu-all": lambda folder: full_block(_read(folder / "cpu.json")),
+    "model": lambda folder: full_block(_read(folder / "model.json")),
+    "bias": lambda folder: bias_table(_read(folder / "hadamard_bias.json")),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }
-"""What stands between the markers of each name, written from the folder of results."""
+"""For each name, the function that writes the text between its markers, given the folder of
+results.
+"""
 
 
-def filled(text: str, results: Path) -> str:
-    """``text`` with every block written anew. ``KeyError`` for a block that nothing writes."""
-    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]](results) + found[3], text)
+def filled(text: str, folder: Path) -> str:
+    """``text`` with every block written again. ``KeyError`` for a block of an unknown name."""
+    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]](folder) + found[3], text)
 
 
 if __name__ == "__main__":

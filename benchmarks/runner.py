@@ -1,4 +1,4 @@
-"""Run a suite: check first, then time both sides in turns, and keep every repeat."""
+"""Run a suite: check first, then time both sides in turns. Every repeat is kept."""
 
 import gc
 import importlib.util
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from yoso_core import variants
 from yoso_core.benchmarks import bias, memory
-from yoso_core.benchmarks.cases import SUITES, Case, Workload
+from yoso_core.benchmarks.cases import SUITES, Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
 from yoso_core.benchmarks.floor import floor, measured_rates
 from yoso_core.benchmarks.machines import MACHINES, Machine, results_name
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 SAMPLE_SECONDS = 0.05
-"""A short call is repeated until one timed sample lasts about so long."""
+"""A short call is repeated until one timed sample lasts about this long."""
 CASE_SECONDS = 12.0
-"""Long calls get fewer repeats, so that a case takes about so long; three at least."""
+"""Long calls get fewer repeats, but at least three, so that a case takes about this long."""
 MEGABYTE = 1e6
 MEMORY = ("memory", "memory share")
 
 
 class RedComparison(RuntimeError):
-    """A result differs from the definition, or a call raised: said once the table is printed and
-    the results are written.
+    """A result differs from the definition, or a call raised. It is raised after the table is
+    printed and the results are written.
     """
 
 
@@ -50,37 +50,40 @@ def run_suite(
 ) -> Path:
     """Measure a suite, print its table, and write every repeat to ``output``.
 
-    Of every case the results are compared with the definition first, at the same shapes. Where that
-    fails, or the call raises, the case is red: nothing of it is timed and no number of it is shown.
-    What cannot run at a size, for want of memory or of a package, is shown as such.
+    Every case is first compared with the definition, at the same shapes. Where the results differ,
+    or the call raises, the case is red: it is not timed, and no number of it is shown. A side that
+    cannot run at a size, for want of memory or of a package, is shown as such.
 
     Parameters
     ----------
     name : ``"cpu"``; ``"gpu"``, on CUDA; ``"model"``, the whole model beside transformers'; or
-        ``"bias"`` for the table of how far the Hadamard hash is from its ideal.
-    repeats : timed samples per side, in turns; slow cases get fewer, but three at least.
-    quick : only the cases that are marked quick: whether the benchmark works, on small inputs.
+        ``"bias"``, how far the Hadamard hash is from its ideal.
+    repeats : timed samples of each side, in turns. Slow cases get fewer, but at least three.
+    quick : run only the cases that are marked quick, on small inputs, to see that the benchmark
+        works.
     output : a folder, made where it does not exist.
     progress : show what is running.
 
     Returns
     -------
-    The JSON file: ``cpu.json``, or ``gpu-nvidia-h100-80gb-hbm3.json`` for a GPU of that name.
+    The path of the JSON file: ``cpu.json``, or ``gpu-nvidia-h100-80gb-hbm3.json`` for a GPU of that
+    name.
 
     Raises
     ------
     ValueError : there is no such suite, it cannot run on this machine, or ``repeats`` is below 1.
     ModuleNotFoundError : a package that the suite needs is missing.
-    RedComparison : a case is red; the others are measured, printed and written all the same.
+    RedComparison : a case is red. The others are still measured, printed and written.
     """
     if repeats < 1:
         raise ValueError(f"repeats: need at least 1, got {repeats}")
     output = Path(output)
     if name == "bias":
-        return bias.run(output, progress=progress)
+        return bias.run_bias(output, progress=progress)
     if name not in SUITES:
         raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias'])}")
-    cases = [case for case in SUITES[name] if case.quick or not quick]
+    suite = SUITES[name]
+    cases = [case for case in suite.cases if case.quick or not quick]
     _need_packages(name, cases)
     device = cases[0].ours.device
     if reason := MACHINES[device].missing():
@@ -91,42 +94,42 @@ def run_suite(
 
     from yoso_core.benchmarks.report import print_suite
 
-    before = settings(name, repeats, device)
+    before = settings(suite, repeats)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    results: list[Result] = []
+    measured: list[Result] = []
     checks: dict[Workload, Check] = {}
-    # Drawn by hand, since a thread that draws would be measured too.
+    # Refreshed by hand, since a thread that draws would be measured too.
     with Progress(console=console, auto_refresh=False, transient=True, disable=not progress) as bar:
         task = bar.add_task("", total=len(cases))
         for case in cases:
             bar.update(task, description=case.name, refresh=True)
-            results.append(run_case(case, repeats=repeats, checks=checks))
+            measured.append(run_case(case, repeats=repeats, checks=checks))
             bar.advance(task)
-    run: Result = {
+    results: Result = {
         "suite": name,
         "quick": quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": where(device),
         "settings": before,
         "rates": asdict(measured_rates(device)),
-        "cases": results,
+        "cases": measured,
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{results_name(name, run['environment'])}{'-quick' if quick else ''}.json"
-    path.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
-    print_suite(run, console)
-    if name != "model":  # a few sizes make no picture
-        _draw(run, path.with_suffix(".png"), console)
-    if red := sum(case["verdict"] == "red" for case in results):
-        raise RedComparison(f"{red} of {len(results)} cases are red, see {path}")
+    path = output / f"{results_name(name, results['environment'])}{'-quick' if quick else ''}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    print_suite(results, console)
+    if suite.picture:
+        _draw(results, path.with_suffix(".png"), console)
+    if red := sum(case["verdict"] == "red" for case in measured):
+        raise RedComparison(f"{red} of {len(measured)} cases are red, see {path}")
     return path
 
 
-def _draw(run: Result, path: Path, console: "Console") -> None:
+def _draw(results: Result, path: Path, console: "Console") -> None:
     if importlib.util.find_spec("matplotlib"):
         from yoso_core.benchmarks.plots import plot_suite
 
-        plot_suite(run, path)
+        plot_suite(results, path)
     else:
         console.print("no picture: matplotlib is not installed (pip install 'yoso-core[plots]')")
 
@@ -143,7 +146,9 @@ def _sides(case: Case) -> list[Workload]:
 
 
 def run_case(case: Case, *, repeats: int, checks: dict[Workload, Check]) -> Result:
-    """One case as it stands in the JSON. ``checks`` remembers what has been compared already."""
+    """The results of one case, as in the JSON. ``checks`` holds the workloads that have been
+    compared already.
+    """
     result, sides = _described(case)
     try:
         for workload, side in sides.items():
@@ -164,7 +169,7 @@ def run_case(case: Case, *, repeats: int, checks: dict[Workload, Check]) -> Resu
                 _memory(able)
             else:
                 _times(able, repeats)
-    except Exception as error:  # a broken case must not take the others with it: it is red, and says why
+    except Exception as error:  # a broken case must not stop the others: it is red and says why
         return _red(case, f"{type(error).__name__}: {error}")
     if "cannot_run" in sides[case.ours]:
         return {**result, "verdict": "cannot run", "why": sides[case.ours]["cannot_run"]}
@@ -174,12 +179,11 @@ def run_case(case: Case, *, repeats: int, checks: dict[Workload, Check]) -> Resu
 
 
 def _described(case: Case) -> tuple[Result, dict[Workload, Result]]:
-    """A case before anything is measured, and in it the description of each side."""
+    """A case before anything is measured, and the descriptions of its sides, which it holds."""
     sides = {workload: describe(workload) for workload in _sides(case)}
     result = {
         "name": case.name,
         "measure": case.measure,
-        "headline": case.headline,
         "limit": case.limit,
         "aim": case.aim,
         "share": case.share,
@@ -191,12 +195,12 @@ def _described(case: Case) -> tuple[Result, dict[Workload, Result]]:
 
 
 def _red(case: Case, why: str) -> Result:
-    """Whatever has been measured of it is left out."""
+    """A red case. What has been measured of it is left out."""
     return {**_described(case)[0], "verdict": "red", "why": why}
 
 
 def _unavailable(workload: Workload) -> str | None:
-    """Why a variant that a workload names cannot run on this machine at all."""
+    """Why a variant that a workload names cannot run on this machine; ``None`` where all can."""
     contender = CONTENDERS[workload.run]
     if isinstance(contender, Ours):
         for op, name in contender.steps(workload):
@@ -208,8 +212,8 @@ def _unavailable(workload: Workload) -> str | None:
 
 @contextmanager
 def _cannot_run(workload: Workload, side: Result) -> Iterator[None]:
-    """What the machine has no room for goes into the description of a side, and so does whatever a
-    peer raises; the rest is a fault.
+    """Note in the description of a side that it cannot run: the machine has no room, or a peer
+    raises. Any other error is a fault and is raised.
     """
     try:
         yield
@@ -248,7 +252,7 @@ def _memory(sides: Mapping[Workload, Result]) -> None:
 
 
 def _times(sides: Mapping[Workload, Result], repeats: int) -> None:
-    """Every repeat of every side that can run, into its description."""
+    """Time every side that can run; all its repeats go into its description."""
     calls: list[Callable[[], Any]] = []
     first: list[float] = []
     measured: list[Result] = []
@@ -269,11 +273,11 @@ def _times(sides: Mapping[Workload, Result], repeats: int) -> None:
 def in_turns(
     calls: Sequence[Callable[[], Any]], repeats: int, *, machine: Machine = MACHINES["cpu"], first: Sequence[float] | None = None
 ) -> list[list[float]]:
-    """Seconds per call of every sample: A B A B ..., after a warm-up of each; ``first`` if the
-    first calls have been made and took so long.
+    """Seconds per call of every sample: A B A B ..., after a warm-up of each. ``first`` are the
+    seconds of the first calls, where those have been made.
 
-    Every turn of a short call begins with one that is not timed, since the other side's threads may
-    still be spinning.
+    Every turn of a short call begins with a call that is not timed, since the threads of the other
+    side may still be spinning.
     """
     warm = [_seconds(call, machine=machine) for call in calls] if first is None else first
     warm = [_seconds(call, machine=machine) if t < machine.patience else t for call, t in zip(calls, warm, strict=True)]
@@ -294,8 +298,8 @@ def in_turns(
 
 
 def _seconds(call: Callable[[], Any], number: int = 1, *, machine: Machine) -> float:
-    """Per call, from an idle machine until all of them are done: on a GPU calls queue up behind
-    each other, as they do in use.
+    """Seconds per call, from an idle machine until all ``number`` calls are done. On a GPU the
+    calls queue up behind each other, as they do in use.
     """
     machine.wait()
     start = time.perf_counter()
@@ -306,8 +310,8 @@ def _seconds(call: Callable[[], Any], number: int = 1, *, machine: Machine) -> f
 
 
 def _compare(case: Case, result: Result) -> Result:
-    """The number that the case is about, its spread over the pairs of neighboring samples, and
-    whether it is reached.
+    """The number of the case, its spread over the pairs of neighboring samples, and whether it
+    reaches the target.
     """
     ours, beside = result["ours"], result["beside"]
     if case.measure == "memory":
@@ -342,22 +346,24 @@ def _verdict(case: Case, value: float) -> str:
 
 
 def where(device: str) -> Result:
-    """The machine and the versions of what ran on it."""
+    """The machine and the versions of the packages."""
+    import torch
+
     found = environment()
+    found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
     if "transformers" in sys.modules:
         found["versions"]["transformers"] = sys.modules["transformers"].__version__
     memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     return {**found, "memory_gb": memory_gb, **MACHINES[device].about()}
 
 
-def settings(suite: str, repeats: int, device: str) -> Result:
+def settings(suite: Suite, repeats: int) -> Result:
     import torch
 
-    model = suite == "model"
     return {
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),
-        "input": "batch x n tokens, evenly drawn" if model else f"batch x heads x n x d, standard normal, torch tensors, device {device}",
-        "sampled": f"the whole forward pass: hash both sides, cumulate, normalize; signs drawn {'inside' if model else 'outside'}",
+        "input": suite.inputs,
+        "sampled": suite.sampled,
     }

@@ -1,5 +1,5 @@
-"""What stands on either side of a comparison: one of ours, which is checked before any number of it
-is shown, or a peer.
+"""The two kinds of sides in a comparison: one of ours, which is checked before any number of it is
+shown, or a peer.
 """
 
 from abc import ABC, abstractmethod
@@ -13,8 +13,8 @@ from yoso_core.benchmarks.cases import Workload
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Any]
-"""``query``, ``key``, ``value`` ``(batch, heads, n, d)`` and ``signs``, torch tensors on the device
-of the workload.
+"""``query``, ``key`` and ``value``, all ``(batch, heads, n, d)``, and ``signs``: torch tensors on
+the device of the workload.
 """
 
 
@@ -23,10 +23,10 @@ class Check:
     """How far a result is from the definition."""
 
     tolerance_used: float
-    """Error by what is allowed, the largest over all entries compared: green up to 1."""
+    """The largest error over the error allowed, of all entries compared: green up to 1."""
     largest_error: float
     rows: int
-    """Query rows compared, all of the last head; of gradients, rows of query and of key."""
+    """Query rows compared, all of the last head; for gradients, rows of query and of key."""
 
     @property
     def green(self) -> bool:
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Ours(ABC):
-    """Something of this library: it has a definition to be checked against."""
+    """A side of this library: it has a definition and is checked against it."""
 
     label: str
     op: str
@@ -58,17 +58,17 @@ class Ours(ABC):
 
     @abstractmethod
     def check(self, workload: Workload) -> Check:
-        """How far its result is from what is right."""
+        """How far its result is from the definition's."""
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """What has to be computed."""
+        """The operations that have to be computed."""
         return (self.op,)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What a reader would use instead."""
+    """A side that a reader would use instead."""
 
     label: str
     requires: tuple[str, ...]

@@ -1,13 +1,13 @@
-"""The bytes that each CUDA variant moves by design, kernel by kernel: counted from the kernels, not
-measured.
+"""The bytes that each CUDA variant moves by design, kernel by kernel. They are counted from the
+kernels, not measured.
 
-Two counts. *Device memory*: what a launch reads and writes there. Whatever blocks at work on the
-same head share counts once, since it comes from the L2 cache; what is read again once a whole array
-has gone by counts again, since arrays of this size do not stay. *Cache*: what the blocks ask for
-beyond that, and atomic additions, which the L2 cache carries out.
+There are two counts. *Device memory* is what a launch reads and writes there. What the blocks share
+that work on the same head counts once, since it comes from the L2 cache. What is read again after a
+whole array has passed counts again, since arrays of this size do not stay in the cache. *Cache* is
+what the blocks ask for beyond that, and atomic additions, which the L2 cache carries out.
 
 The formulas hold for what the suites run: as many queries as keys, no masks, ``d_v = d_w = d``,
-codes spread evenly over the buckets, and a code that fits into one part of the hash (``tau <= D``).
+codes spread evenly over the buckets, and codes that fit into one part of the hash (``tau <= D``).
 Flags and numbers of which there is one for each head do not count.
 """
 
@@ -23,15 +23,15 @@ from yoso_core.reference import hash_layout
 
 _WARP = 32
 _SECTOR = 32
-"""Bytes that memory hands out at least."""
+"""The smallest number of bytes that memory transfers."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one kernel moves in all its launches together."""
+    """The bytes that one kernel moves in all its launches together."""
 
     kernel: str
-    """Its name; in brackets what CuPy or torch launches for us: fills and conversions."""
+    """Its name. In brackets: a fill or a conversion, which CuPy or torch launches."""
     launches: int
     read: int
     """Bytes from device memory."""
@@ -46,7 +46,7 @@ class Traffic:
 
 
 class _Sizes:
-    """The numbers that the formulas are made of, in bytes where they end in ``_bytes``."""
+    """The numbers in the formulas. A name that ends in ``_bytes`` counts bytes."""
 
     def __init__(self, workload: Workload, limits: Limits) -> None:
         self.limits = limits
@@ -63,16 +63,16 @@ class _Sizes:
         self.widened = self.item < self.acc
         self.codes = self.rows * self.num_hash
         self.codes_bytes = 4 * self.codes
-        """Codes of one side."""
+        """Codes of the queries, or of the keys."""
         self.vectors_bytes = self.rows * self.dim * self.item
-        """Query, key, value, a weight, or a result, as the caller has it."""
+        """Query, key, value, a weight, or a result, in the caller's dtype."""
         self.sums_bytes = self.rows * self.dim * self.acc
-        """The same as it is computed with."""
+        """The same in the dtype of the computation."""
         self.bucket_rows = self.heads * self.num_hash * min(self.capacity, self.n)
-        """Rows of sums, one for each bucket that is occupied."""
+        """Rows of sums, one for each occupied bucket."""
         self.buckets_bytes = self.bucket_rows * self.dim * self.acc
         self.asked_bytes = self.codes * self.dim * self.acc
-        """A row of sums for each code: what is added to tables, or read from them."""
+        """A row of sums for each code, added to tables or read from them."""
         self.search_bytes = 4 * self.codes * self.n.bit_length()
         """One bisection of a head's sorted codes for each code."""
 
@@ -87,8 +87,8 @@ def _warp_per_vector(s: _Sizes) -> list[Traffic]:
 
 
 def _block_per_part(s: _Sizes) -> list[Traffic]:
-    # One part of every vector comes before the next part of any, so the vectors come from memory
-    # for each part.
+    # One part of all vectors is hashed before the next part of any, so the vectors come from memory
+    # once for each part.
     signs = s.sign_sets * s.signs_of_head
     return [Traffic("block_per_part", 1, s.parts * s.vectors_bytes + signs, s.codes_bytes, s.rows * s.signs_of_head - signs)]
 
@@ -168,8 +168,8 @@ def _global_table(s: _Sizes, out_bytes: int) -> list[Traffic]:
 
 
 def _numba_tables(s: _Sizes) -> tuple[int, int, int]:
-    """Cuts of the heads, cuts of the value dims, and bytes of all tables: as `table_cut` of the
-    launchers has it.
+    """Cuts of the heads, cuts of the value dims, and bytes of all tables, as in `table_cut` of the
+    launchers.
     """
     column = s.num_hash * s.capacity * s.acc
     dims = min(_WARP, s.dim, s.limits.max_table // column)
@@ -209,8 +209,8 @@ def _finish_rows(s: _Sizes) -> Traffic:
 def _outer_products(s: _Sizes) -> list[Traffic]:
     from yoso_core.gpu.cupy_kernels import weighted
 
-    # One launch for each hash and group of heads. A group's weights, values and sums stay in the
-    # cache from hash to hash, if they fit.
+    # One launch for each hash and group of heads. The weights, values and sums of a group stay in
+    # the cache from hash to hash, if they fit.
     padded = _ceil_div(s.dim, 4) * 4
     sums_bytes = s.rows * padded * s.acc
     at_once = weighted._CACHE_BYTES // (s.n * (3 * s.dim * s.item + padded * s.acc))
@@ -286,7 +286,7 @@ def _attention(cumulate: Callable[[_Sizes, int], list[Traffic]]) -> Callable[[_S
         return [
             Traffic(hashed.kernel, 2, 2 * hashed.read, 2 * (hashed.written + s.rows), 2 * hashed.cached),
             *cumulate(s, s.sums_bytes),
-            Traffic("spoil_heads", 1, s.rows, 0),
+            Traffic("mark_nonfinite_heads", 1, s.rows, 0),
             Traffic("finish_attention", 1, s.sums_bytes + s.rows, s.vectors_bytes),
         ]
 
@@ -317,16 +317,18 @@ FORMULAS: dict[tuple[str, str], Callable[[_Sizes], list[Traffic]]] = {
 
 
 def by_design(op: str, variant: str, workload: Workload, limits: Limits = H100) -> list[Traffic]:
-    """Kernel by kernel, in the order of their launches. ``KeyError`` for a variant that nobody has
-    counted.
+    """The traffic of each kernel, in the order of the launches. ``KeyError`` for a variant without
+    a formula.
+
+    >>> (table,) = by_design("lsh_cumulation", "cupy:shared_table", Workload("cumulation", n=512))
+    >>> table.read, table.written
+    (3145728, 1572864)
     """
     return FORMULAS[op, variant](_Sizes(workload, limits))
 
 
 def traffic(workload: Workload, limits: Limits = H100) -> list[Traffic] | None:
-    """Everything that one call of a workload moves; ``None`` where it is not all ours, or not on a
-    GPU.
-    """
+    """All traffic of one call of a workload; ``None`` where a step of it has no formula."""
     contender = CONTENDERS[workload.run]
     if not isinstance(contender, Ours):
         return None
@@ -337,6 +339,6 @@ def traffic(workload: Workload, limits: Limits = H100) -> list[Traffic] | None:
         found += by_design(op, variant, workload, limits)
     if isinstance(contender, Composed):
         sizes = _Sizes(workload, limits)
-        # torch's normalize reads the sums for their lengths, and again to divide them.
+        # torch's normalize reads the sums twice: for their lengths, and to divide them.
         found += [*_widened(sizes, 1), Traffic("(normalize)", 0, 2 * sizes.sums_bytes, sizes.sums_bytes), *_rounded(sizes)]
     return found

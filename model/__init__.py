@@ -1,11 +1,16 @@
 """PyTorch: the kernels as operators with gradients, differentiable YOSO attention, and the whole
-YOSO model at home in Hugging Face.
+YOSO model for Hugging Face.
 
-`ops` registers ``torch.ops.yoso_core``, `attention` is the function that people call.
-`configuration`, `layers` and `heads` are the model: classes, parameters and outputs are named as in
-transformers, which is imported when one of them is first used. `auto` puts them where transformers'
-YOSO stands, `tokenizer`, `filling` and `original` are about checkpoints, and `encoders` puts YOSO
-attention into other models. The mathematics of attention stays in the kernels.
+- `attention` has the function that people call; `ops` registers the operators
+  ``torch.ops.yoso_core`` below it.
+- `configuration`, `layers` and `heads` are the model. Classes, parameters and outputs have the
+  names that they have in transformers, which is imported when one of them is first used.
+- `draws` makes the hashes of evaluation.
+- `auto` puts the model where transformers' YOSO stands.
+- `tokenizer`, `filling` and `original` read checkpoints and use them.
+- `encoders` puts YOSO attention into other models.
+
+The mathematics of attention stays in the kernels.
 """
 
 from importlib import import_module
@@ -85,13 +90,19 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'yoso_core.model' has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"yoso_core.model.{_LAZY[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        missing = f"yoso_core.model.{name} needs transformers, which is not installed: pip install 'yoso-core[model]'"
-        raise ModuleNotFoundError(missing, name="transformers") from error
+if not TYPE_CHECKING:  # hidden from type checkers, which would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'yoso_core.model' has no attribute {name!r}")
+        try:
+            return getattr(import_module(f"yoso_core.model.{_LAZY[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            missing = f"yoso_core.model.{name} needs transformers, which is not installed: pip install 'yoso-core[model]'"
+            raise ModuleNotFoundError(missing, name="transformers") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

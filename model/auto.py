@@ -1,5 +1,5 @@
-"""Ours in the place of transformers' YOSO: behind the Auto classes, in a model that is loaded
-already, and in a folder for others.
+"""This library's YOSO in the place of transformers': behind the Auto classes, in a model that is
+loaded already, and in a folder that others load.
 """
 
 import json
@@ -27,8 +27,8 @@ _AUTO: dict[str, type[YosoPreTrainedModel]] = {
     "AutoModelForQuestionAnswering": heads.YosoForQuestionAnswering,
 }
 
-# What the modules of transformers' YOSO have and ours do not: settings that were copied from the
-# configuration, which ours read where they are, a dropout without effect, and tables of numbers.
+# Attributes that the modules of transformers' YOSO have and ours do not: settings copied from the
+# configuration (ours read the configuration), a dropout without effect, and tables of numbers.
 _STALE: dict[type[nn.Module], tuple[str, ...]] = {
     layers.YosoEmbeddings: ("position_ids", "token_type_ids"),
     layers.YosoLayer: ("add_cross_attention", "chunk_size_feed_forward", "seq_len_dim"),
@@ -49,13 +49,19 @@ _REMOTE_FILE = "modeling_yoso_core"
 
 
 def register_auto_classes() -> None:
-    """From now on, in this process, the Auto classes and `pipeline` take this library's YOSO for
+    """Make the Auto classes and `pipeline` of this process take this library's YOSO for
     ``model_type: yoso``.
 
-    ``pipeline("fill-mask", model="uw-madison/yoso-4096")`` then runs this model, with
-    `load_tokenizer`'s tokenizer. A tokenizer class that a checkpoint's tokenizer_config.json names
-    is taken as it is. Calling it again changes nothing; `transformers.YosoModel` and the others
-    stay what they are.
+    ``pipeline("fill-mask", model="uw-madison/yoso-4096")`` then runs this model, with the tokenizer
+    of `load_tokenizer`. A tokenizer class that the tokenizer_config.json of a checkpoint names is
+    taken as it is. A second call changes nothing. `transformers.YosoModel` and its heads stay what
+    they are.
+
+    >>> from transformers import AutoModel
+    >>> register_auto_classes()
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> isinstance(AutoModel.from_config(config), YosoPreTrainedModel)
+    True
     """
     AutoConfig.register("yoso", YosoConfig, exist_ok=True)
     AutoTokenizer.register(YosoConfig, tokenizer_class=YosoTokenizer, exist_ok=True)
@@ -66,13 +72,23 @@ def register_auto_classes() -> None:
 def adopt(model: nn.Module) -> YosoPreTrainedModel:
     """Turn a YOSO model of transformers, with any head, into this library's, in place.
 
-    The model stays the same object with the same parameter tensors, so an optimizer keeps working,
-    and so do hooks and layers that were put in (such as peft's). Its ``config`` becomes a
-    `YosoConfig` of this library with the same settings. What changes is the computation: padding
-    has an effect, sampling runs everywhere. A model of this library is returned as it is.
+    The model stays the same object with the same parameter tensors. So an optimizer keeps working,
+    and so do hooks and added layers, such as those of peft. Its ``config`` becomes a `YosoConfig`
+    of this library with the same settings. What changes is the computation: padding has an effect,
+    and sampling runs everywhere. A model of this library is returned as it is.
 
-    Raises `TypeError` for any other model, and `ValueError` where a module's ``forward`` was
-    replaced (as accelerate's offloading does): adopt first, then dispatch.
+    Raises
+    ------
+    TypeError : any other model.
+    ValueError : the ``forward`` of a module was replaced, as accelerate's offloading does. Adopt
+        the model before that.
+
+    >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> model = transformers.YosoModel(transformers.YosoConfig(**sizes)).eval()
+    >>> adopt(model) is model
+    True
+    >>> isinstance(model, heads.YosoModel)
+    True
     """
     if isinstance(model, YosoPreTrainedModel):
         return model
@@ -94,8 +110,8 @@ def adopt(model: nn.Module) -> YosoPreTrainedModel:
 
 
 def _become(theirs: nn.Module, ours: nn.Module) -> None:
-    """``theirs`` takes the class of ``ours`` and what it lacks of its attributes; its parameters
-    and state stay.
+    """Give ``theirs`` the class of ``ours`` and the attributes that it lacks. Its parameters and
+    its state stay.
     """
     for name in _STALE.get(type(ours), ()):
         delattr(theirs, name)
@@ -110,18 +126,30 @@ def _become(theirs: nn.Module, ours: nn.Module) -> None:
 
 def export_for_hub(model: YosoPreTrainedModel, folder: str | PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Write a folder that others load with ``trust_remote_code=True``, ready for
-    `huggingface_hub.upload_folder`; returns its path.
+    `huggingface_hub.upload_folder`. Returns its path.
 
-    It holds the weights, the configuration with an ``auto_map``, the tokenizer where one is given,
-    and one small file of code that imports the classes from `yoso_core`, which has to be installed
-    where it is loaded. Without ``trust_remote_code`` the same folder loads as transformers' own
-    YOSO.
+    The folder holds the weights, the configuration with an ``auto_map``, the tokenizer where one is
+    given, and one small file of code. That file imports the classes from `yoso_core`, which must be
+    installed where the folder is loaded. Without ``trust_remote_code`` the same folder loads as
+    transformers' own YOSO.
+
+    Raises
+    ------
+    TypeError : ``model`` is no YOSO model of this library.
+    ValueError : ``folder`` is a file.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> with TemporaryDirectory() as folder:
+    ...     path = export_for_hub(heads.YosoModel(config), folder)
+    ...     sorted(file.name for file in path.iterdir())
+    ['config.json', 'model.safetensors', 'modeling_yoso_core.py']
     """
     if not isinstance(model, YosoPreTrainedModel):
-        raise TypeError(f"model: need a YOSO model of yoso_core, got {type(model).__name__}; adopt() makes one of transformers'")
+        raise TypeError(f"model: need a YOSO model of yoso_core, got {type(model).__name__}; adopt() turns one of transformers into it")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder: {folder} is a file")
+        raise ValueError(f"folder: need a folder or a new name, {folder} is a file")
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -135,8 +163,8 @@ def export_for_hub(model: YosoPreTrainedModel, folder: str | PathLike[str], toke
 
 
 def _remote_code() -> str:
-    """Subclasses, not the classes themselves: transformers marks a class that it loads from a
-    folder, and saves its file with the model.
+    """The text of the file of code. It defines subclasses, since transformers marks a class that it
+    loads from a folder, and from then on saves the file of that class with every model.
     """
     config = "class YosoConfig(model.YosoConfig):\n    pass\n"
     names = sorted(ours.__name__ for ours in _AUTO.values())

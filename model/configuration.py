@@ -1,6 +1,4 @@
-"""The model's settings: every field of transformers' YosoConfig, and three of this library's
-own.
-"""
+"""The model's settings: every field of transformers' YosoConfig, and three more."""
 
 from typing import Any, Literal
 
@@ -14,35 +12,42 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
     """Settings of a YOSO model. A ``config.json`` of a YOSO checkpoint of transformers is one of
     these.
 
-    How attention is computed (``use_expectation``, ``num_hash``, ``hash_code_len``,
-    ``use_fast_hash``, ``lsh_backward``, ``grad``, ``kernel_variant``, ``hash_seed``) is read
-    whenever a model runs, so ``model.config.use_expectation = False`` takes effect at once.
+    A model reads how to attend whenever it runs: ``use_expectation``, ``num_hash``,
+    ``hash_code_len``, ``use_fast_hash``, ``lsh_backward``, ``grad``, ``kernel_variant`` and
+    ``hash_seed``. So ``model.config.use_expectation = False`` takes effect at once.
 
     Parameters
     ----------
     vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
-    hidden_dropout_prob,
-    max_position_embeddings, type_vocab_size, initializer_range, layer_norm_eps, pad_token_id,
-    bos_token_id, eos_token_id,
-    tie_word_embeddings : as in every encoder of transformers. The position table has
-        ``max_position_embeddings + 2`` rows, and the first token stands at row 2, as in RoBERTa.
+        hidden_dropout_prob, max_position_embeddings, type_vocab_size, initializer_range,
+        layer_norm_eps, pad_token_id, bos_token_id, eos_token_id, tie_word_embeddings : as in every
+        encoder of transformers. The position table has ``max_position_embeddings + 2`` rows, and
+        the first token stands at row 2, as in RoBERTa.
     attention_probs_dropout_prob, add_cross_attention : kept in the file, without effect (in
         transformers as well).
-    use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost;
-        otherwise by sampling, at linear cost.
-    hash_code_len : ``tau``, bits of a hash code, 1 to 30.
-    num_hash : ``m``, hashes of a sampled token.
+    use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost.
+        ``False``: attend by sampling, at linear cost.
+    hash_code_len : ``tau``, the bits of a hash code, 1 to 30.
+    num_hash : ``m``, the number of hashes.
     conv_window : width of the depth-wise convolution over the values that is added to the context
-        (YOSO-C), odd; ``None`` for none.
-    use_fast_hash : hash by the fast Hadamard rotation; otherwise by Gaussian planes.
-    lsh_backward : gradients of sampled attention from the collisions, at linear cost; otherwise
-        from the expected weights.
+        (YOSO-C), an odd number. ``None``: no convolution.
+    use_fast_hash : hash by the fast Hadamard rotation. ``False``: by Gaussian planes.
+    lsh_backward : take the gradients of sampled attention from the collisions, at linear cost.
+        ``False``: from the expected weights, at quadratic cost.
     grad : which gradient of the weights, ``"lower_bound"`` (the paper's) or ``"exact"``; see
         `yoso_core.model.yoso_attention`.
-    kernel_variant : name of a variant of ``yoso_attention``
-        (``yoso_core.variants("yoso_attention")``), ``None`` for the best that can run.
+    kernel_variant : the name of a variant of ``yoso_attention``, as
+        ``yoso_core.variants("yoso_attention")`` lists them. ``None``: the best that can run.
     hash_seed : in evaluation the hashes of every layer and head follow from this number alone, so
         that a result repeats.
+
+    Raises
+    ------
+    ValueError, TypeError : a setting is wrong; the message names it.
+
+    >>> config = YosoConfig(hidden_size=32, num_attention_heads=4, num_hash=16, hash_code_len=6)
+    >>> config.num_hash, config.use_expectation
+    (16, True)
     """
 
     model_type = "yoso"
@@ -83,14 +88,14 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"num_attention_heads: hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads of one size"
+                f"num_attention_heads: hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads of equal size"
             )
         if self.conv_window is not None:
             self.conv_window = checks.integer("conv_window", self.conv_window, 1)
             if self.conv_window % 2 == 0:
                 raise ValueError(f"conv_window: need an odd width, so that it has a middle, got {self.conv_window}")
         for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):  # a word such as "false" would count as true
+            if not isinstance(getattr(self, name), bool):  # the text "false" would count as true
                 raise TypeError(f"{name}: need True or False, got {getattr(self, name)!r}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= _number(name, getattr(self, name)) <= 1:
@@ -125,8 +130,8 @@ def _number(name: str, value: object) -> float:
 
 
 def _check_variant(name: object) -> None:
-    """A name that no machine knows is wrong here already; one that cannot run here says so when the
-    model runs.
+    """Refuse a name that no variant has. A variant that cannot run here raises when the model
+    runs.
     """
     from yoso_core.registry import variants
 

@@ -1,13 +1,13 @@
 """The hashes of a model in evaluation: a pure function of (hash_seed, layer, head, shape).
 
-Every head of every layer has its own PCG64 stream, seeded by these three numbers, and the draw is
-made from the stream's raw 64-bit words: the same on every machine and device and in every version
-of NumPy, whatever else draws random numbers.
+Every head of every layer has its own PCG64 stream, seeded by these three numbers. The draw is made
+from the raw 64-bit words of that stream. So it is the same on every machine, on every device and in
+every version of NumPy, and other random draws do not change it.
 """
 
 import math
 from functools import lru_cache
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,12 @@ def _words(hash_seed: int, layer: int, head: int, count: int) -> np.ndarray[tupl
 def evaluation_signs(hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int) -> Tensor:
     """The diagonals of the fast hash: int8 ``(num_heads, 3, parts, D)`` of +1 and -1.
 
-    Entry ``i`` of a head's flattened signs is +1 where bit ``i % 64`` of its word ``i // 64`` is
-    one.
+    Entry ``i`` of the flattened signs of a head is +1 where bit ``i % 64`` of the head's word
+    ``i // 64`` is one.
+
+    >>> numbers = {"num_heads": 2, "num_hash": 4, "hash_code_len": 8, "dim": 16}
+    >>> evaluation_signs(hash_seed=0, layer=0, **numbers).shape
+    torch.Size([2, 3, 2, 16])
     """
     layout = hash_layout(num_hash, hash_code_len, dim)
     shape = 3, layout.parts, layout.padded_dim
@@ -43,7 +47,11 @@ def evaluation_planes(hash_seed: int, layer: int, num_heads: int, num_hash: int,
     """Gaussian planes: float32 ``(num_heads, dim, num_hash * hash_code_len)``.
 
     The normal numbers come in pairs, ``sqrt(-2 log u) (cos 2 pi v, sin 2 pi v)`` (Box and Muller
-    1958), from uniform ``u`` and ``v``: the upper 53 bits of two words in turn.
+    1958). The uniform numbers ``u`` and ``v`` are the upper 53 bits of two words in turn.
+
+    >>> numbers = {"num_heads": 2, "num_hash": 4, "hash_code_len": 8, "dim": 16}
+    >>> evaluation_planes(hash_seed=0, layer=0, **numbers).shape
+    torch.Size([2, 16, 32])
     """
     shape = dim, num_hash * hash_code_len
     size = math.prod(shape)
@@ -59,35 +67,39 @@ def evaluation_planes(hash_seed: int, layer: int, num_heads: int, num_hash: int,
 def evaluation_draw(
     kind: Kind, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
 ) -> Tensor:
-    """`evaluation_signs` or `evaluation_planes` in the memory of ``device``, kept there for the
-    next call. Not to be written to.
+    """`evaluation_signs` or `evaluation_planes` on ``device``, kept there for the next call: do not
+    write to it.
+
+    >>> numbers = {"num_heads": 2, "num_hash": 4, "hash_code_len": 8, "dim": 16}
+    >>> cpu = torch.device("cpu")
+    >>> signs = evaluation_draw("signs", hash_seed=0, layer=0, **numbers, device=cpu)
+    >>> signs is evaluation_draw("signs", hash_seed=0, layer=0, **numbers, device=cpu)
+    True
     """
+    numbers = (hash_seed, layer, num_heads, num_hash, hash_code_len, dim)
     if torch.compiler.is_compiling():
-        return _fresh(kind, hash_seed, layer, num_heads, num_hash, hash_code_len, dim, device)
-    return _kept(kind, hash_seed, layer, num_heads, num_hash, hash_code_len, dim, device)
+        return _copied(kind, *numbers, device)
+    return _kept(kind, numbers, device)
 
 
 @lru_cache(maxsize=128)
-def _kept(
-    kind: Kind, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
-) -> Tensor:
+def _kept(kind: Kind, numbers: tuple[int, ...], device: torch.device) -> Tensor:
     draw = evaluation_signs if kind == "signs" else evaluation_planes
     with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
-        return draw(hash_seed, layer, num_heads, num_hash, hash_code_len, dim).to(device)
+        return draw(*numbers).to(device)
 
 
 @custom_op("yoso_core::evaluation_draw", mutates_args=())
-def _fresh(
+def _copied(
     kind: str, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
 ) -> Tensor:
-    """For compiled code: a copy, since the compiler may use an operator's result as memory for the
-    next.
-    """
-    return _kept(cast(Kind, kind), hash_seed, layer, num_heads, num_hash, hash_code_len, dim, device).clone()
+    """A copy, for compiled code: the compiler may reuse the memory of an operator's result."""
+    return _kept(cast(Kind, kind), (hash_seed, layer, num_heads, num_hash, hash_code_len, dim), device).clone()
 
 
-@_fresh.register_fake
-def _(kind: str, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device) -> Tensor:
+@_copied.register_fake
+def _(kind: str, *numbers_and_device: Any) -> Tensor:
+    _, _, num_heads, num_hash, hash_code_len, dim, device = numbers_and_device
     if kind == "planes":
         return torch.empty(num_heads, dim, num_hash * hash_code_len, device=device)
     layout = hash_layout(num_hash, hash_code_len, dim)

@@ -1,5 +1,5 @@
-"""YOSO attention in other people's encoders: ``attn_implementation="yoso"`` for every model that
-calls transformers' attention interface.
+"""YOSO attention in other models: ``attn_implementation="yoso"`` for every model that calls
+transformers' attention interface.
 
 ::
 
@@ -10,24 +10,23 @@ What runs, and how it differs from softmax attention:
 
 - Every global layer that attends in both directions computes `yoso_attention`: unit queries and
   keys, hashed or compared by angle, and an output row of length one. So ``scaling`` has no effect.
-  A model trained with softmax has to be trained on before it is of use.
-- Padding is masked as keys: a row of a padded batch gets what it would get alone. Rows of padding
-  themselves hold nothing of use.
-- There are no probabilities to drop: the model's attention dropout has no effect in these layers
-  (as in YOSO itself).
+  A model that was trained with softmax must be trained further before it is of use.
+- Padding is masked as keys: a row of a padded batch gets what it would get alone. The rows of
+  padding themselves have no meaning.
+- There are no probabilities to drop. The model's attention dropout has no effect in these layers,
+  as in YOSO itself.
 - In evaluation the hashes are a pure function of (seed, layer, head, shape). In training they are
-  drawn anew from torch's generator.
+  new in every call, from torch's generator.
 - Local layers (ModernBERT's with ``sliding_window``) keep their softmax, their window and their
-  dropout, computed as with ``attn_implementation="sdpa"``: at its cost, with a mask of ``n`` by
-  ``n``. The attention of a part that never asks the interface (a pooling layer, say) stays as it
-  is.
-- ``output_attentions=True`` returns the expected weights, before rows are scaled to length one;
-  local layers return their own.
+  dropout. They are computed as with ``attn_implementation="sdpa"``, at its cost, with a mask of
+  ``n`` by ``n``. A part that never calls the interface (a pooling layer, say) keeps its attention.
+- ``output_attentions=True`` returns the expected weights, before rows are scaled to length one.
+  Local layers return their own weights.
 
 What cannot be computed raises: causal attention, masks that differ from query to query, additive
 masks and position biases, softcaps, sinks, packed sequences, paged caches. A model whose attention
-never asks the interface raises when it is made, where transformers alone would accept the name and
-go on as before.
+never calls the interface raises when it is made; transformers alone would accept the name and
+attend as before.
 """
 
 import dataclasses
@@ -58,13 +57,16 @@ class YosoAttentionOptions:
 
     Parameters
     ----------
-    num_hash : ``m``, hashes of a sampled token.
-    hash_code_len : ``tau``, bits of a hash code, 1 to 30.
+    num_hash : ``m``, the number of hashes.
+    hash_code_len : ``tau``, the bits of a hash code, 1 to 30.
     use_expectation : attend with the expected weights ``(1 - theta / pi)**tau``, at quadratic cost.
-        By default attention is sampled: linear cost is what one changes a model's attention for,
-        and `yoso_attention` has the same default.
+        ``False``: attend by sampling, at linear cost. This is the default, as in `yoso_attention`,
+        since linear cost is the reason to change the attention of a model.
     seed : in evaluation the hashes of every layer and head follow from this number alone.
     grad, backward, variant : those of `yoso_core.model.yoso_attention`.
+
+    >>> YosoAttentionOptions(num_hash=64, hash_code_len=9).use_expectation
+    False
     """
 
     num_hash: int = 32
@@ -92,28 +94,34 @@ _default = YosoAttentionOptions()
 
 
 def enable_yoso_attention(options: YosoAttentionOptions | None = None, *, model: PreTrainedModel | None = None) -> None:
-    """Make ``attn_implementation="yoso"`` known to transformers, or put one model on it.
+    """Make ``attn_implementation="yoso"`` known to transformers, or let one model attend with YOSO.
 
     Parameters
     ----------
-    options : without ``model``, the options of all models that have none of their own; ``None`` for
-        `YosoAttentionOptions()`. With ``model``, its own options; ``None`` for those its config
-        holds already, or `YosoAttentionOptions()`.
+    options : without ``model``, the options of all models that have none of their own; ``None``:
+        `YosoAttentionOptions()`. With ``model``, the options of that model; ``None``: those in its
+        config, or `YosoAttentionOptions()`.
     model : this model attends with YOSO from now on, whatever it did before. Its options go to
-        ``config.yoso_attention``, a dict: it may be changed there, it is saved with the model, and
-        a model loaded with ``attn_implementation="yoso"`` has it again. Models that share one
-        config share their options.
+        ``config.yoso_attention``, a dict, where they may be changed. They are saved with the model,
+        and a model loaded with ``attn_implementation="yoso"`` has them again. Models that share a
+        config share its options.
 
     Raises
     ------
-    ValueError where ``model`` has no attention that asks transformers' attention interface
-    (DeBERTa, transformers' own YOSO). From the
-    first call on, such a model raises also when it is built or loaded with
-    ``attn_implementation="yoso"``, and so does
-    ``model.set_attn_implementation("yoso")``: to this end `PreTrainedModel.post_init` and
-    `PreTrainedModel.set_attn_implementation` are
-    extended. There the attention layers are numbered too, in models that do not number them
-    (DistilBERT, ViT).
+    ValueError : no attention of ``model`` calls transformers' attention interface (DeBERTa,
+        transformers' own YOSO).
+
+    From the first call on, such a model also raises when it is built or loaded with
+    ``attn_implementation="yoso"``, and in ``model.set_attn_implementation("yoso")``. To this end
+    the call extends `PreTrainedModel.post_init` and `PreTrainedModel.set_attn_implementation`. They
+    then also number the attention layers of models that do not number them (DistilBERT, ViT).
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> model = BertModel(BertConfig(**sizes)).eval()
+    >>> enable_yoso_attention(YosoAttentionOptions(num_hash=8, hash_code_len=4), model=model)
+    >>> model(torch.tensor([[101, 7592, 2088, 102]])).last_hidden_state.shape
+    torch.Size([1, 4, 16])
     """
     global _default
     if options is not None and not isinstance(options, YosoAttentionOptions):
@@ -144,15 +152,15 @@ def _mask(
     local_size: int | None = None,
     **others: Any,
 ) -> Tensor | None:
-    """For global layers bool ``(batch, 1, 1, n_k)``, or ``None`` where all is kept; for local ones
-    sdpa's, ``(batch, 1, n_q, n_k)``.
+    """For global layers bool ``(batch, 1, 1, n_k)``, or ``None`` where every key is kept; for local
+    layers the mask of sdpa, ``(batch, 1, n_q, n_k)``.
     """
     if local_size is not None:
         return sdpa_mask(kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **others)
     if mask_function is not bidirectional_mask_function:
         raise ValueError(
             'attn_implementation="yoso": every query meets every key that is not padding; this model asks for another pattern (causal, '
-            "packed sequences or blocks), which hashing cannot keep to"
+            "packed sequences or blocks), which hashing cannot follow"
         )
     if attention_mask is None:
         return None
@@ -175,32 +183,43 @@ def _attention(
     output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``query (batch, heads, n_q, d)``, ``key`` and ``value`` likewise or with fewer heads; the
-    context ``(batch, n_q, heads, d_v)``.
+    """The context ``(batch, n_q, heads, d_v)``, and the weights with ``output_attentions``.
+
+    ``query`` is ``(batch, heads, n_q, d)``; ``key`` and ``value`` have as many heads, or fewer.
     """
     _refuse(module, is_causal, others)
-    if key.shape[1] != query.shape[1]:  # grouped queries: several heads share a key and a value
+    if key.shape[1] != query.shape[1]:  # grouped queries: several heads share one key and one value
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     if sliding_window is not None:
-        return _local_attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, bool(output_attentions))
+        return _local_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            kind=type(module).__name__,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            output_attentions=bool(output_attentions),
+        )
     options = _options(module)
     if output_attentions and not options.use_expectation:
         raise ValueError(
             "output_attentions: sampled attention has no weights to return; set use_expectation=True in YosoAttentionOptions for the "
-            "expected ones"
+            "expected weights"
         )
     key_mask = None if attention_mask is None else _key_mask(attention_mask, key.shape[2])
     signs = None
     if not options.use_expectation and not module.training:
         signs = evaluation_draw(
             "signs",
-            options.seed,
-            _layer_number(module),
-            query.shape[1],
-            options.num_hash,
-            options.hash_code_len,
-            query.shape[3],
-            query.device,
+            hash_seed=options.seed,
+            layer=_layer_number(module),
+            num_heads=query.shape[1],
+            num_hash=options.num_hash,
+            hash_code_len=options.hash_code_len,
+            dim=query.shape[3],
+            device=query.device,
         )
     context = yoso_attention(
         query,
@@ -222,21 +241,21 @@ def _attention(
 _CHANGE_THE_WEIGHTS = frozenset(
     {"block_indices", "cache", "cu_seq_lens_k", "cu_seq_lens_q", "indices", "position_bias", "s_aux", "sinks", "softcap"}
 )
-"""What models of transformers give to their attention beside query, key, value and mask, and what
-YOSO has no place for.
+"""Arguments that models of transformers give to their attention beside query, key, value and mask,
+and that YOSO cannot take into account.
 """
 
 
 def _refuse(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:
-    """Causal attention, and arguments that would change the weights. Models hand down ids and
-    counts as well, which do not.
+    """Raise for causal attention, and for arguments that would change the weights. Models also hand
+    down ids and counts, which change nothing.
     """
-    # The default is transformers' own: a module that does not say otherwise is causal.
+    # As in transformers, a module that does not say otherwise is causal.
     if getattr(module, "is_causal", True) if is_causal is None else is_causal:
         raise ValueError(f'attn_implementation="yoso": {type(module).__name__} is causal; YOSO attends in both directions')
     for name, given in others.items():
-        like_a_bias = isinstance(given, Tensor) and (given.dim() >= 3 or (given.dim() >= 1 and given.is_floating_point()))
-        if like_a_bias or (given is not None and name in _CHANGE_THE_WEIGHTS):
+        may_be_bias = isinstance(given, Tensor) and (given.dim() >= 3 or (given.dim() >= 1 and given.is_floating_point()))
+        if may_be_bias or (given is not None and name in _CHANGE_THE_WEIGHTS):
             raise ValueError(
                 f'attn_implementation="yoso": {type(module).__name__} gives {name}, which YOSO attention cannot take into account'
             )
@@ -254,30 +273,31 @@ def _key_mask(mask: Tensor, n_k: int) -> Tensor:
         raise ValueError(f"attention_mask: need shape (batch, {n_k}) given to the model, got {tuple(mask.shape)}")
     if mask.shape[2] != 1:
         raise ValueError(
-            f"attention_mask: need one mask for all queries, shape (batch, {n_k}) given to the model, got {tuple(mask.shape)}; one that "
-            "differs from query to query (causal, packed sequences) cannot be kept to"
+            f"attention_mask: need one mask for all queries, shape (batch, {n_k}) given to the model, got {tuple(mask.shape)}; hashing "
+            "cannot follow a mask that differs from query to query (causal, packed sequences)"
         )
     return mask[:, :, 0]
 
 
 def _local_attention(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    *,
+    kind: str,
     dropout: float,
     scaling: float | None,
     sliding_window: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax within a window. The window is in the mask; without one it has to reach over all
-    keys.
+    """Softmax within a window. The window is in the mask; without a mask it must hold all keys.
+    ``kind`` is the class of the layer, for the error message.
     """
     n_q, n_k = query.shape[2], key.shape[2]
     if n_k > sliding_window if mask is None else mask.shape[2] != n_q:
         raise ValueError(
-            f"attention_mask: {type(module).__name__} attends within a window (sliding_window = {sliding_window}), and needs it as a mask "
+            f"attention_mask: {kind} attends within a window (sliding_window = {sliding_window}), and needs it as a mask "
             f"(batch, 1, {n_q}, {n_k})"
         )
     context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
@@ -302,17 +322,17 @@ def _layer_number(module: nn.Module) -> int:
         if number is not None:
             return int(number)
     raise ValueError(
-        f"{type(module).__name__}: has no layer number, from which its hashes would follow; give it a layer_idx, or put its model on YOSO "
-        "by enable_yoso_attention(model=model)"
+        f"{type(module).__name__}: has no layer number, from which its hashes would follow; give it a layer_idx, or call "
+        "enable_yoso_attention(model=model) for its model"
     )
 
 
-# Models that are made for it
+# Models that are built with the name
 
 
 def _extend_models() -> None:
-    """Once: a model that is built with the name, or set to it, is checked and its layers are
-    numbered.
+    """Extend transformers once, so that it checks every model that is built with the name or set to
+    it, and numbers its layers.
     """
     if getattr(PreTrainedModel.post_init, "checks_yoso_attention", False):
         return
@@ -327,7 +347,7 @@ def _extend_models() -> None:
     def checked_set(self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         set_attn_implementation(self, attn_implementation, *args, **kwargs)
         if attn_implementation == NAME and self.config._attn_implementation != NAME:
-            raise _never_asks(self)
+            raise _never_calls(self)
         _prepare(self)
 
     checked_post_init.checks_yoso_attention = True  # type: ignore[attr-defined]
@@ -335,32 +355,32 @@ def _extend_models() -> None:
 
 
 def _prepare(model: PreTrainedModel) -> None:
-    """Every part of the model that is set to YOSO must ask for it. Its layers are numbered in the
-    order in which they are written.
+    """Check that every part of the model that is set to YOSO calls the interface, and number the
+    layers in the order in which the class defines them.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
             layers = _attention_layers(part)
             if not layers:
-                raise _never_asks(part)
+                raise _never_calls(part)
             for number, layer in enumerate(layers):
-                layer._yoso_layer = number  # parts come after the whole, so that a layer has its number in the innermost
+                layer._yoso_layer = number  # a part comes after the whole, so a layer keeps its number in the innermost part
 
 
-def _never_asks(model: PreTrainedModel) -> ValueError:
+def _never_calls(model: PreTrainedModel) -> ValueError:
     return ValueError(
-        f'attn_implementation="yoso": {type(model).__name__} computes its attention itself and never asks transformers\' attention '
-        "interface, so YOSO would not run; where it is a part of a larger model, give a dict and leave it out"
+        f'attn_implementation="yoso": {type(model).__name__} computes its attention itself and never calls transformers\' attention '
+        "interface, so YOSO would not run; where it is a part of a larger model, give a dict that leaves it out"
     )
 
 
 def _attention_layers(model: nn.Module) -> list[Any]:
     modules: list[Any] = list(model.modules())
-    return [module for module in modules if not isinstance(module, PreTrainedModel) and _asks_the_interface(module.__class__)]
+    return [module for module in modules if not isinstance(module, PreTrainedModel) and _calls_the_interface(module.__class__)]
 
 
 @cache
-def _asks_the_interface(kind: type[nn.Module]) -> bool:
-    """Whether a method of the class names transformers' table of attention functions."""
+def _calls_the_interface(kind: type[nn.Module]) -> bool:
+    """Whether a method of the class uses transformers' table of attention functions."""
     functions: list[Any] = [inspect.unwrap(function) for _, function in inspect.getmembers(kind, inspect.isfunction)]
     return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in functions)

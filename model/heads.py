@@ -1,5 +1,5 @@
-"""YosoModel and its heads. Classes, parameters and outputs are named as in transformers, so that
-checkpoints load both ways.
+"""YosoModel and its heads. Classes, parameters and outputs have the names that they have in
+transformers, so checkpoints load both ways.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ IGNORED = -100
 
 
 def _check_labels(name: str, labels: Tensor, shape: tuple[int, ...], num_labels: int) -> None:
-    """Class labels in their place: -100, or in [0, num_labels). On a GPU, and in compiled code,
-    only the shape is looked at.
+    """Check class labels: their shape, and that each is -100 or in [0, num_labels). On a GPU, and
+    in compiled code, only the shape and the dtype are checked.
     """
     if tuple(labels.shape) != shape:
         raise ValueError(f"{name}: need the shape {shape}, got {tuple(labels.shape)}")
@@ -45,8 +45,12 @@ def _check_labels(name: str, labels: Tensor, shape: tuple[int, ...], num_labels:
 
 
 class YosoPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What every YOSO model has: loading and saving, initialization, gradient checkpointing, a
-    longer position table.
+    """The base class of every YOSO model: loading and saving, initialization, gradient
+    checkpointing, a longer position table.
+
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> isinstance(YosoModel(config), YosoPreTrainedModel)
+    True
     """
 
     config_class = YosoConfig
@@ -67,9 +71,16 @@ class YosoPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def extend_positions(self, max_position_embeddings: int) -> None:
         """Lengthen the position table, in place, for texts of ``max_position_embeddings`` tokens.
 
-        The new rows repeat the learned ones in order, as Longformer started from RoBERTa (Beltagy
-        et al. 2020, arXiv 2004.05150): nearby positions stay nearby. The model has to be trained on
-        longer texts before it is good at them.
+        The new rows repeat the learned ones in order, so nearby positions stay nearby. Longformer
+        started from RoBERTa in the same way (Beltagy et al. 2020, arXiv 2004.05150). Train the
+        model on longer texts before you use it on them. ``ValueError`` for a number below that of
+        the table.
+
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = YosoModel(YosoConfig(**sizes, max_position_embeddings=10))
+        >>> model.extend_positions(20)
+        >>> model.embeddings.position_embeddings.weight.shape  # two rows before the first token
+        torch.Size([22, 16])
         """
         embeddings = self.base_model.embeddings
         old = embeddings.position_embeddings.weight
@@ -86,7 +97,13 @@ class YosoPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 class YosoModel(YosoPreTrainedModel):
-    """The encoder without a head."""
+    """The encoder without a head.
+
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> model = YosoModel(config).eval()
+    >>> model(torch.tensor([[0, 11, 23, 2]])).last_hidden_state.shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__(config)
@@ -115,33 +132,37 @@ class YosoModel(YosoPreTrainedModel):
         Parameters
         ----------
         input_ids : ``(batch, n)``; or inputs_embeds : ``(batch, n, hidden_size)`` in their place.
-        attention_mask : ``(batch, n)``, 1 for a token, 0 for padding. Padding neither attends nor
-            is attended to, so a padded row is what it would be alone. What stands at the places of
-            padding in the result has no meaning.
-        token_type_ids : ``(batch, n)``, zeros where not given.
-        position_ids : ``(batch, n)`` or ``(1, n)``, rows of the position table; 2, 3, 4, ... where
-            not given. Padding on the left needs them, so that the first token stands at row 2 in
-            every line.
-        output_attentions : give the expected weights ``(batch, heads, n, n)`` of every layer, which
-            only the expectation has.
+        attention_mask : ``(batch, n)``, 1 for a token, 0 for padding. Padding attends to nothing,
+            and nothing attends to it, so a padded row is what it would be alone. The hidden states
+            of padding have no meaning.
+        token_type_ids : ``(batch, n)``. ``None``: zeros.
+        position_ids : ``(batch, n)`` or ``(1, n)``, rows of the position table. ``None``: 2, 3, 4,
+            and so on. Give them where padding is on the left, so that the first token of every text
+            has row 2.
+        output_attentions : give the expected weights ``(batch, heads, n, n)`` of every layer.
+            Sampled attention has none.
+        output_hidden_states : give the hidden states of every layer, the embeddings first.
+        return_dict : ``False``: give a tuple.
 
         Returns
         -------
-        ``last_hidden_state (batch, n, hidden_size)``; ``hidden_states`` and ``attentions`` of every
-        layer where asked for.
+        ``last_hidden_state (batch, n, hidden_size)``, and ``hidden_states`` and ``attentions``
+        where they were asked for.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and not config.use_expectation:
-            raise ValueError("output_attentions: sampled attention has no weights; set config.use_expectation = True for the expected ones")
+            raise ValueError(
+                "output_attentions: sampled attention has no weights; set config.use_expectation = True for the expected weights"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give input_ids or inputs_embeds, one of the two")
         shape = _check_shapes(input_ids, inputs_embeds, token_type_ids, position_ids, config.hidden_size)
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         mask = _token_mask(attention_mask, shape)
-        if inputs_embeds is not None and mask is not None:  # NaN in padding would reach the gradients of weights: zero times NaN
+        if inputs_embeds is not None and mask is not None:  # NaN in padding times zero would be NaN in the gradients of weights
             inputs_embeds = inputs_embeds.masked_fill(~mask[..., None], 0)
         hidden, states, weights = self.encoder(
             self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds),
@@ -158,7 +179,7 @@ class YosoModel(YosoPreTrainedModel):
 def _check_shapes(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, hidden_size: int
 ) -> tuple[int, int]:
-    """The shape (batch, n) that all of them have."""
+    """Check shapes and dtypes; returns the shape (batch, n) that the arguments share."""
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: need the shape (batch, n), got {tuple(input_ids.shape)}")
@@ -166,7 +187,7 @@ def _check_shapes(
             raise TypeError(f"input_ids: need integers, got {input_ids.dtype}")
         batch, n = input_ids.shape
     else:
-        assert inputs_embeds is not None  # the caller looked
+        assert inputs_embeds is not None  # the caller checked it
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != hidden_size:
             raise ValueError(f"inputs_embeds: need the shape (batch, n, {hidden_size}), got {tuple(inputs_embeds.shape)}")
         batch, n = inputs_embeds.shape[:2]
@@ -186,12 +207,12 @@ def _token_mask(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor
         return None
     if tuple(attention_mask.shape) != shape:
         raise ValueError(f"attention_mask: need the shape (batch, n) = {tuple(shape)}, got {tuple(attention_mask.shape)}")
-    # Masks of integers are the common ones: on a GPU to look at them would be to wait.
+    # Masks are integers as a rule. On a GPU they are not checked: a look would wait for the GPU.
     plain = attention_mask.dtype == torch.bool or (attention_mask.is_cuda and not attention_mask.is_floating_point())
     look = not plain and not torch.compiler.is_compiling()
     # An additive mask, of 0 and very negative numbers, means the opposite.
     if look and not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise ValueError("attention_mask: need 1 for a token and 0 for padding, got other numbers; additive masks are not taken")
+        raise ValueError("attention_mask: need 1 for a token and 0 for padding, got other numbers; an additive mask means the opposite")
     return attention_mask != 0
 
 
@@ -212,8 +233,8 @@ class YosoPredictionHeadTransform(nn.Module):
 
 
 class YosoLMPredictionHead(nn.Module):
-    """Scores over the vocabulary. The decoder's weights are those of the word embeddings, its bias
-    is ``bias``.
+    """Scores over the vocabulary. The decoder shares its weights with the word embeddings, and its
+    bias is ``bias``.
     """
 
     def __init__(self, config: YosoConfig) -> None:
@@ -236,7 +257,7 @@ class YosoOnlyMLMHead(nn.Module):
 
 
 class _WithMaskedLM(YosoPreTrainedModel):
-    """What the two models share that predict words."""
+    """The part that `YosoForMaskedLM` and `YosoForPreTraining` share."""
 
     accepts_loss_kwargs = True
     _tied_weights_keys = {  # noqa: RUF012  (transformers looks for a dict)
@@ -257,8 +278,8 @@ class _WithMaskedLM(YosoPreTrainedModel):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, ignored: int = IGNORED) -> Tensor:
-    """The mean over labels that count; or their sum over ``num_items``, the labels of a whole step
-    where it is made of several batches.
+    """The mean over the labels that count. Where a training step is made of several batches: the
+    sum divided by ``num_items``, the labels of the whole step.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is widened
     if num_items is None:
@@ -267,7 +288,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | Non
 
 
 class YosoForMaskedLM(_WithMaskedLM):
-    """Predicts the masked words."""
+    """Predict the masked words.
+
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> model = YosoForMaskedLM(config).eval()
+    >>> ids = torch.tensor([[0, 11, 50264, 2]])  # 50264 is the mask token of RoBERTa's vocabulary
+    >>> model(ids).logits.shape
+    torch.Size([1, 4, 50265])
+    """
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__(config)
@@ -288,14 +316,23 @@ class YosoForMaskedLM(_WithMaskedLM):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``labels (batch, n)``: the words' ids, -100 where
-        nothing is to be predicted.
-
-        ``num_items_in_batch``: where a training step is made of several batches, the labels of all
-        of them, which the loss is divided by.
+        """
+        Parameters
+        ----------
+        labels : ``(batch, n)``, the ids of the words, and -100 where nothing is to be predicted.
+        num_items_in_batch : the number by which the loss is divided: where a training step is made
+            of several batches, the labels of all of them. ``None``: the labels given here.
+        The others are those of `YosoModel`.
         """
         outputs = self.yoso(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits = self.cls(outputs.last_hidden_state)
         loss = None if labels is None else self._masked_lm_loss(logits, labels, num_items_in_batch)
@@ -315,7 +352,7 @@ class YosoForPreTrainingOutput(ModelOutput):  # type: ignore[misc]
 
 
 class YosoSentenceOrderHead(nn.Module):
-    """Are two segments in their order (0) or exchanged (1)? From the first token."""
+    """Are two segments in order (0) or exchanged (1)? Scores from the first token."""
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__()
@@ -328,10 +365,16 @@ class YosoSentenceOrderHead(nn.Module):
 
 
 class YosoForPreTraining(_WithMaskedLM):
-    """Both tasks that the authors trained on: masked words, and the order of two segments."""
+    """Predict the masked words and the order of two segments, as the authors trained it.
 
-    # Trainer counts the words' labels of a step, not those of the order: dividing by them would
-    # leave the second loss too large.
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> out = YosoForPreTraining(config).eval()(torch.tensor([[0, 11, 50264, 2]]))
+    >>> out.prediction_logits.shape, out.sop_logits.shape
+    (torch.Size([1, 4, 50265]), torch.Size([1, 2]))
+    """
+
+    # Trainer counts the labels of the words in a step, not those of the order. With the sum of the
+    # first loss divided by that number, the second loss would be too large.
     accepts_loss_kwargs = False
 
     def __init__(self, config: YosoConfig) -> None:
@@ -355,11 +398,21 @@ class YosoForPreTraining(_WithMaskedLM):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> YosoForPreTrainingOutput | tuple[Tensor, ...]:
-        """As `YosoForMaskedLM`; ``sentence_order_label (batch,)``: 0 for segments in order, 1 for
-        segments exchanged.
+        """
+        Parameters
+        ----------
+        sentence_order_label : ``(batch,)``, 0 for segments in order, 1 for segments exchanged.
+        The others are those of `YosoForMaskedLM`.
         """
         outputs = self.yoso(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         prediction_logits = self.cls(outputs.last_hidden_state)
         sop_logits = self.sop_classifier(outputs.last_hidden_state)
@@ -380,7 +433,7 @@ class YosoForPreTraining(_WithMaskedLM):
 
 
 class YosoClassificationHead(nn.Module):
-    """From the first token: dropout, dense, activation, dropout, scores."""
+    """Scores from the first token: dropout, dense, activation, dropout, dense."""
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__()
@@ -395,7 +448,13 @@ class YosoClassificationHead(nn.Module):
 
 
 class YosoForSequenceClassification(YosoPreTrainedModel):
-    """One label, several labels, or numbers for a text, from its first token."""
+    """Predict one label, several labels, or numbers for a text, from its first token.
+
+    >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> model = YosoForSequenceClassification(YosoConfig(**sizes, num_labels=3)).eval()
+    >>> model(torch.tensor([[0, 11, 23, 2]]), labels=torch.tensor([1])).logits.shape
+    torch.Size([1, 3])
+    """
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__(config)
@@ -416,18 +475,30 @@ class YosoForSequenceClassification(YosoPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``labels`` by ``config.problem_type``, and where that is
-        ``None`` by their own look:
+        """
+        Parameters
+        ----------
+        labels : what to predict. ``config.problem_type`` says which kind:
 
-        - ``"regression"`` (``num_labels == 1``): float ``(batch,)`` or ``(batch, num_labels)``,
-          mean squared error;
-        - ``"single_label_classification"`` (integers): ``(batch,)`` in [0, num_labels), cross
-          entropy;
-        - ``"multi_label_classification"`` (floats): ``(batch, num_labels)`` of 0 and 1, binary
-          cross entropy.
+            - ``"regression"``: float ``(batch,)`` or ``(batch, num_labels)``, mean squared error;
+            - ``"single_label_classification"``: integers ``(batch,)`` in [0, num_labels), cross
+              entropy;
+            - ``"multi_label_classification"``: float ``(batch, num_labels)`` of 0 and 1, binary
+              cross entropy.
+
+            Where it is ``None``, it is ``"regression"`` for ``num_labels == 1``, else the second
+            for integers and the third for floats.
+        The others are those of `YosoModel`.
         """
         outputs = self.yoso(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits = self.classifier(outputs.last_hidden_state)
         loss = None if labels is None else self._loss(logits, labels)
@@ -456,7 +527,13 @@ class YosoForSequenceClassification(YosoPreTrainedModel):
 
 
 class YosoForMultipleChoice(YosoPreTrainedModel):
-    """Which of several texts fits? A score for each, from its first token."""
+    """Which of several texts fits? A score for each text, from its first token.
+
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> model = YosoForMultipleChoice(config).eval()
+    >>> model(torch.tensor([[[0, 11, 2], [0, 23, 2]]])).logits.shape  # one question, two choices
+    torch.Size([1, 2])
+    """
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__(config)
@@ -477,11 +554,15 @@ class YosoForMultipleChoice(YosoPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel` with one more dim: ``(batch, choices, n)``.
-        ``labels (batch,)``: the right choice.
+        """
+        Parameters
+        ----------
+        labels : ``(batch,)``, the right choice.
+        The others are those of `YosoModel` with one more dim: ``(batch, choices, n)``.
 
-        ``logits`` are ``(batch, choices)``; hidden states and attentions have ``batch * choices``
-        rows.
+        Returns
+        -------
+        ``logits (batch, choices)``. Hidden states and attentions have ``batch * choices`` rows.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         needed = 3 if input_ids is not None else 4
@@ -516,7 +597,13 @@ class YosoForMultipleChoice(YosoPreTrainedModel):
 
 
 class YosoForTokenClassification(YosoPreTrainedModel):
-    """A label for every token."""
+    """Predict a label for every token.
+
+    >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> model = YosoForTokenClassification(YosoConfig(**sizes, num_labels=3)).eval()
+    >>> model(torch.tensor([[0, 11, 23, 2]])).logits.shape
+    torch.Size([1, 4, 3])
+    """
 
     accepts_loss_kwargs = True
 
@@ -541,13 +628,23 @@ class YosoForTokenClassification(YosoPreTrainedModel):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``labels (batch, n)``: in [0, num_labels), or -100;
-        padding does not count in any case.
-
-        ``num_items_in_batch`` : see `YosoForMaskedLM`.
+        """
+        Parameters
+        ----------
+        labels : ``(batch, n)`` in [0, num_labels), or -100 for a token that does not count. Padding
+            never counts.
+        num_items_in_batch : see `YosoForMaskedLM`.
+        The others are those of `YosoModel`.
         """
         outputs = self.yoso(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -561,7 +658,13 @@ class YosoForTokenClassification(YosoPreTrainedModel):
 
 
 class YosoForQuestionAnswering(YosoPreTrainedModel):
-    """Where in a text does the answer begin and end?"""
+    """Where in a text does the answer begin and end?
+
+    >>> config = YosoConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> out = YosoForQuestionAnswering(config).eval()(torch.tensor([[0, 11, 23, 2]]))
+    >>> out.start_logits.shape, out.end_logits.shape
+    (torch.Size([1, 4]), torch.Size([1, 4]))
+    """
 
     def __init__(self, config: YosoConfig) -> None:
         config.num_labels = 2
@@ -584,17 +687,26 @@ class YosoForQuestionAnswering(YosoPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """Inputs are those of `YosoModel`. ``start_positions`` and ``end_positions (batch,)``, both
-        or neither: indices of tokens.
-
-        An index beyond the text (an answer that was cut off) does not count; a negative one is
-        taken as 0, the answer "none".
+        """
+        Parameters
+        ----------
+        start_positions, end_positions : ``(batch,)``, both or neither: the first and the last token
+            of the answer. A position beyond the text does not count: the answer was cut off. A
+            negative position counts as 0, which means that there is no answer.
+        The others are those of `YosoModel`.
         """
         if (start_positions is None) != (end_positions is None):
             missing = "start_positions" if start_positions is None else "end_positions"
             raise ValueError(f"{missing}: give start_positions and end_positions, both or neither")
         outputs = self.yoso(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None

@@ -1,5 +1,5 @@
-"""The encoder: embeddings, attention, feed-forward network. Names of classes and parameters are
-those of transformers' YOSO.
+"""The encoder: embeddings, attention, feed-forward network. Classes and parameters have the names
+that they have in transformers' YOSO.
 """
 
 from typing import cast
@@ -19,8 +19,8 @@ FIRST_POSITION = 2
 
 
 def check_ids(name: str, ids: Tensor, size: int, why: str) -> None:
-    """Ids index a table of ``size`` rows. On a GPU, and in compiled code, the lookup itself is the
-    check: to look would be to wait.
+    """Check that ids index a table of ``size`` rows. On a GPU, and in compiled code, the lookup
+    itself is the check: a look at the ids would wait for the GPU.
     """
     if torch.compiler.is_compiling() or ids.is_cuda or not ids.numel():
         return
@@ -49,7 +49,7 @@ class YosoEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         if inputs_embeds is None:
-            assert input_ids is not None  # one of the two is given: YosoModel looks
+            assert input_ids is not None  # YosoModel checks that one of the two is given
             check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings, "vocabulary")
             inputs_embeds = self.word_embeddings(input_ids)
         rows, tokens = self.position_embeddings.num_embeddings, inputs_embeds.shape[1]
@@ -58,7 +58,7 @@ class YosoEmbeddings(nn.Module):
                 given = "inputs_embeds" if input_ids is None else "input_ids"
                 raise ValueError(
                     f"{given}: {tokens} tokens are more than max_position_embeddings = {rows - FIRST_POSITION}; cut the text, or "
-                    "lengthen the table with extend_positions and train on long texts"
+                    "lengthen the position table with extend_positions and train on long texts"
                 )
             position_ids = torch.arange(FIRST_POSITION, FIRST_POSITION + tokens, device=inputs_embeds.device)[None]
         else:
@@ -100,8 +100,9 @@ class YosoSelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``hidden_states (batch, n, hidden)``, ``attention_mask`` bool ``(batch, n)``; the
-        context, and the weights where asked for.
+        """The context ``(batch, n, hidden)`` of ``hidden_states (batch, n, hidden)``, and the
+        expected weights ``(batch, heads, n, n)`` with ``output_attentions``. ``attention_mask`` is
+        bool ``(batch, n)``.
         """
         config = self.config
         query, key, value = (
@@ -131,22 +132,29 @@ class YosoSelfAttention(nn.Module):
         return context.transpose(1, 2).flatten(2), weights
 
     def _draw(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Signs or planes: in evaluation always the same; in training new ones, from torch's
-        generator (signs by the attention itself).
+        """Signs or planes, or neither. Evaluation always gets the same ones. Training gets new ones
+        from torch's generator: planes here, signs inside `yoso_attention`.
         """
         config, heads, dim = self.config, self.num_attention_heads, self.attention_head_size
         if self.training:
             bits = config.num_hash * config.hash_code_len
             return None, None if config.use_fast_hash else torch.randn(heads, dim, bits, device=device)
-        shape = heads, config.num_hash, config.hash_code_len, dim
-        if config.use_fast_hash:
-            return evaluation_draw("signs", config.hash_seed, self.layer, *shape, device), None
-        return None, evaluation_draw("planes", config.hash_seed, self.layer, *shape, device)
+        draw = evaluation_draw(
+            kind="signs" if config.use_fast_hash else "planes",
+            hash_seed=config.hash_seed,
+            layer=self.layer,
+            num_heads=heads,
+            num_hash=config.num_hash,
+            hash_code_len=config.hash_code_len,
+            dim=dim,
+            device=device,
+        )
+        return (draw, None) if config.use_fast_hash else (None, draw)
 
 
 class _AddAndNorm(nn.Module):
-    """``LayerNorm(dropout(W x + b) + input)``, which ends both halves of a layer; ``x`` has
-    ``size`` numbers a token.
+    """``LayerNorm(dropout(W x + b) + input)``, which ends both halves of a layer; ``x`` is
+    ``(..., size)``.
     """
 
     def __init__(self, config: YosoConfig, size: int) -> None:
@@ -197,8 +205,8 @@ class YosoOutput(_AddAndNorm):
 
 
 class YosoLayer(GradientCheckpointingLayer):  # type: ignore[misc]
-    """Attention, then the feed-forward network, in chunks of ``chunk_size_feed_forward`` tokens
-    where that is set.
+    """Attention, then the feed-forward network. The network works in chunks of
+    ``config.chunk_size_feed_forward`` tokens where that is not 0.
     """
 
     def __init__(self, config: YosoConfig, layer: int = 0) -> None:
@@ -232,8 +240,8 @@ class YosoEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """The last hidden states; all of them, from the embeddings on; the weights of every layer.
-        The latter two where asked for.
+        """The hidden states of the last layer; with ``output_hidden_states`` those of all layers,
+        the embeddings first; with ``output_attentions`` the weights of all layers.
         """
         states, weights = [hidden_states], []
         for layer in self.layer:

@@ -1,6 +1,6 @@
 """Checkpoints of the authors' own code, mlpen/YOSO, as models of this library.
 
-The names and what they mean are facts of that repository (github.com/mlpen/YOSO), and of
+The names and their meaning are facts of that repository (github.com/mlpen/YOSO), and of
 mlpen/Nystromformer and mlpen/mra-attention by the same authors, which share its training code:
 
 - Nystromformer ``code/utils.py``, `convert_weight_keys`: ``model.embeddings.*``,
@@ -84,35 +84,50 @@ def convert_original_checkpoint(
     **settings: Any,
 ) -> YosoPreTrainedModel:
     """A checkpoint that the authors' code wrote (mlpen/YOSO), as a model of this library, in
-    float32 and in evaluation.
+    float32 and in evaluation mode.
 
     Parameters
     ----------
-    path : a file of `torch.save`: a state dict, or ``{"model_state_dict": ...}``, as it is or from
-        inside `DataParallel` (``module.``). Read with ``weights_only=True``, so that a file cannot
-        run code. The state of an optimizer beside the weights is not looked at.
-    config : a `YosoConfig`; or a ``config.json``, the authors' that belongs to the checkpoint or
-        one of transformers. What the shapes show (sizes, number of layers, ``conv_window``) is read
-        from the file, and a ``config`` that says otherwise raises.
-    first_position : row of the position table at which the first token stands in the authors' file:
-        0 in their ``BERT`` code, 2 in their ``RoBERTa`` code. ``None``: 0 with a sentence
-        classifier (``sen_class``), which only the ``BERT`` code has, and 2 otherwise.
-    drop : keys, or beginnings of keys up to a dot, to leave out on purpose.
-    settings : fields of `YosoConfig` that no shape shows, above all ``num_attention_heads``;
-        without ``config``, ``hash_code_len`` and the like are `YosoConfig`'s, while
-        ``layer_norm_eps`` is 1e-5 and ``hidden_act`` the exact GELU, as in the authors' code (older
-        code of theirs has the approximation by ``tanh``, ``"gelu_new"``).
+    path : a file of `torch.save`: a state dict, or ``{"model_state_dict": ...}``, with or without
+        the prefix ``module.`` of `DataParallel`. It is read with ``weights_only=True``, so a file
+        cannot run code. The state of an optimizer beside the weights is ignored.
+    config : a `YosoConfig`; or the path of a ``config.json``, the authors' or one of transformers.
+        Sizes, number of layers and ``conv_window`` are read from the shapes in the file.
+    first_position : the row of the first token in the position table of the file: 0 in the authors'
+        ``BERT`` code, 2 in their ``RoBERTa`` code. ``None``: 0 with a sentence classifier
+        (``sen_class``), which only the ``BERT`` code has, else 2.
+    drop : keys to leave out on purpose, or the beginnings of keys up to a dot.
+    settings : fields of `YosoConfig` that no shape shows, above all ``num_attention_heads``. What
+        neither ``config`` nor ``settings`` says has the default of `YosoConfig`. But without
+        ``config``, ``layer_norm_eps`` is 1e-5 and ``hidden_act`` is the exact GELU, as in the
+        authors' code (their older code has the approximation by ``tanh``, ``"gelu_new"``).
 
     Returns
     -------
     `YosoForPreTraining` where the file has a sentence classifier, `YosoForMaskedLM` where it has a
-    masked-LM head, else `YosoModel`.
+    masked-LM head, else `YosoModel`. A warning names known parameters that are left out, and why.
 
     Raises
     ------
-    ValueError for keys that a YOSO model has no place for, all of them named; for parameters that
-        are missing or of another shape; and where the file does not show the number of heads. A
-        warning says which known parameters are left out, and why.
+    FileNotFoundError : there is no such file.
+    TypeError : `YosoConfig` has no field of that name.
+    ValueError : the file has keys that a YOSO model has no place for (the message names all); a
+        parameter is missing or has another shape; ``config`` contradicts the shapes; or nothing
+        shows the number of heads.
+
+    >>> from tempfile import NamedTemporaryFile
+    >>> block = {"mha.W_q": (8, 8), "mha.W_k": (8, 8), "mha.W_v": (8, 8), "mha.ff": (8, 8)}
+    >>> block |= {"ff1": (16, 8), "ff2": (8, 16), "norm1": (8,), "norm2": (8,)}
+    >>> shapes = {f"transformer_0.{x}": block[x] for x in block} | {"embeddings.norm": (8,)}
+    >>> state = {f"model.{name}.weight": torch.ones(shapes[name]) for name in shapes}
+    >>> state |= {f"model.{name}.bias": torch.zeros(shapes[name][0]) for name in shapes}
+    >>> for table, rows in {"word": 50, "position": 18, "token_type": 1}.items():
+    ...     state[f"model.embeddings.{table}_embeddings.weight"] = torch.ones(rows, 8)
+    >>> with NamedTemporaryFile() as file:
+    ...     torch.save({"model_state_dict": state}, file.name)
+    ...     model = convert_original_checkpoint(file.name, num_attention_heads=2)
+    >>> type(model).__name__, model.config.max_position_embeddings
+    ('YosoModel', 16)
     """
     unknown = sorted(settings.keys() - YosoConfig().to_dict().keys())
     if unknown:
@@ -130,11 +145,9 @@ def convert_original_checkpoint(
         else:
             foreign.append(key)
     if foreign:
-        raise ValueError(
-            f"path: {path} has parameters that a YOSO model has no place for: {', '.join(foreign)}; drop= leaves them out on purpose"
-        )
+        raise ValueError(f"path: {path} has parameters that a YOSO model has no place for: {', '.join(foreign)}; leave them out with drop=")
     if _WORDS not in weights:
-        raise ValueError(f"path: {path} has no model.embeddings.word_embeddings.weight, so it is no checkpoint of the authors' YOSO")
+        raise ValueError(f"path: need a checkpoint of the authors' YOSO, {path} has no model.embeddings.word_embeddings.weight")
     _without_a_place(weights)
     kind = _kind(weights)
     if first_position is None:
@@ -154,7 +167,8 @@ def _state_dict(path: str | PathLike[str]) -> StateDict:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"path: {path} cannot be read as weights ({reason}); beside a .cp file with the state of training stands a .model file without"
+            f"path: {path} cannot be read as weights ({reason}); for a .cp file, which also holds the state of training, take the .model "
+            "file beside it"
         ) from error
     if isinstance(stored, Mapping) and "model_state_dict" in stored:
         stored = stored["model_state_dict"]
@@ -173,13 +187,13 @@ def _summary(stored: object) -> str:
 def _without_dropped(found: StateDict, drop: Sequence[str]) -> StateDict:
     for start in drop:
         if not any(key == start or key.startswith(f"{start}.") for key in found):
-            raise ValueError(f"drop: the file has no key {start!r}, nor one that begins with {start + '.'!r}")
+            raise ValueError(f"drop: the file has no key {start!r}, and none that begins with {start + '.'!r}")
     return {key: tensor for key, tensor in found.items() if not any(key == start or key.startswith(f"{start}.") for start in drop)}
 
 
 def _names(key: str, layers: int | None) -> list[str]:
-    """The parameter's names here: one; as many as layers where they share a block; none if it has
-    no place.
+    """The names that a parameter has here: one; one for each layer where the layers share a block;
+    none where it has no place.
     """
     stem, _, kind = key.rpartition(".")
     if kind not in ("weight", "bias"):
@@ -206,7 +220,7 @@ def _number_of_shared_layers(config: YosoConfig | str | PathLike[str] | None, se
 
 
 def _without_a_place(weights: StateDict) -> None:
-    """Known parameters that no model here has: taken out, with a warning."""
+    """Take out known parameters that no model here has, with a warning."""
     if any(name.startswith("sop_classifier.dense") for name in weights) and f"{_ORDER}.weight" not in weights:
         for kind in ("weight", "bias"):
             weights.pop(f"sop_classifier.dense.{kind}", None)
@@ -226,8 +240,8 @@ def _kind(weights: StateDict) -> type[YosoPreTrainedModel]:
 
 
 def _move_positions(weights: StateDict, first_position: int) -> None:
-    """The first token's row becomes row 2; rows before it that the authors' table lacks are zeros,
-    as they are never looked up.
+    """Move the row of the first token to row 2. Rows before it that the authors' table lacks become
+    zeros; nothing reads them.
     """
     checks.integer("first_position", first_position, 0, FIRST_POSITION)
     table = weights.get(_POSITIONS)
@@ -250,7 +264,7 @@ def _config(weights: StateDict, config: YosoConfig | str | PathLike[str] | None,
 
 
 def _seen(weights: StateDict) -> dict[str, Any]:
-    """What the shapes show of the configuration."""
+    """The fields of the configuration that the shapes show."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in weights:
@@ -289,10 +303,10 @@ def _settings_of_file(path: str | PathLike[str]) -> dict[str, Any]:
         kind = model["attn_type"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"config: need a config.json of the authors (with 'model' and its 'attn_type') or of transformers, {path} is none ({error!r})"
+            f"config: need a config.json of the authors (with 'model' and its 'attn_type') or of transformers, got {path} ({error!r})"
         ) from error
     if not kind.startswith("yoso"):
-        raise ValueError(f"config: {path} is of a model with attention {kind!r}, need one of YOSO")
+        raise ValueError(f"config: need a model with YOSO attention, {path} has attention {kind!r}")
     names = {
         "num_head": "num_attention_heads",
         "num_layers": "num_hidden_layers",
@@ -304,7 +318,7 @@ def _settings_of_file(path: str | PathLike[str]) -> dict[str, Any]:
         "use_fast_hash": "use_fast_hash",
     }
     fields = {ours: model[theirs] for theirs, ours in names.items() if theirs in model}
-    # A number of hashes below zero asks for the expectation.
+    # A negative number of hashes means the expectation.
     fields["use_expectation"] = kind == "yoso-v1-e" or fields.get("num_hash", 1) < 0
     if fields["use_expectation"]:
         fields.pop("num_hash", None)
@@ -314,8 +328,8 @@ def _settings_of_file(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _load(model: YosoPreTrainedModel, weights: StateDict, path: str | PathLike[str]) -> None:
-    """Every parameter of the model from ``weights``, and every one of ``weights`` into the
-    model.
+    """Load ``weights`` into the model. Every parameter of the model must be in ``weights``, and
+    every one of ``weights`` must be in the model.
     """
     if isinstance(model, YosoModel):
         weights = {name.removeprefix("yoso."): tensor for name, tensor in weights.items()}
@@ -326,11 +340,11 @@ def _load(model: YosoPreTrainedModel, weights: StateDict, path: str | PathLike[s
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     missing = sorted(wanted.keys() - weights.keys())
     if missing:
-        raise ValueError(f"path: {path} lacks what would become {', '.join(missing)}")
+        raise ValueError(f"path: {path} lacks the parameters that become {', '.join(missing)}")
     surplus = sorted(weights.keys() - wanted.keys())
     if surplus:
-        raise ValueError(f"path: {path} has what a model of this configuration has no place for: {', '.join(surplus)}")
+        raise ValueError(f"path: {path} has parameters that a model of this configuration has no place for: {', '.join(surplus)}")
     for name, shape in wanted.items():
         if tuple(weights[name].shape) != shape:
-            raise ValueError(f"path: what becomes {name} has the shape {tuple(weights[name].shape)}, need {shape}")
+            raise ValueError(f"path: the parameter that becomes {name} has the shape {tuple(weights[name].shape)}, need {shape}")
     model.load_state_dict(weights)

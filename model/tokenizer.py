@@ -1,9 +1,9 @@
 """The tokenizer of a YOSO checkpoint.
 
 YOSO models were trained with RoBERTa's byte-level BPE, but `AutoTokenizer` takes `AlbertTokenizer`
-for ``model_type: yoso``: a folder with vocab.json and merges.txt and no class named in
-tokenizer_config.json becomes a tokenizer of five tokens, which makes every word unknown without an
-error. `load_tokenizer` goes by the files that are there.
+for ``model_type: yoso``. A folder with vocab.json and merges.txt, and with no class named in
+tokenizer_config.json, then becomes a tokenizer of five tokens: every word is unknown, without an
+error. `load_tokenizer` looks at the files that are there.
 """
 
 import json
@@ -16,33 +16,47 @@ from transformers import AddedToken, AlbertTokenizer, AutoTokenizer, PreTrainedT
 from transformers.utils import cached_file
 
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments that say where a file is, of all that `from_pretrained` takes."""
+"""The arguments of `from_pretrained` that say where a file is."""
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """A name on the hub: ``model`` or ``owner/model``."""
 
 
 def load_tokenizer(path_or_name: str | PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a name on the hub, by its files.
+    """The tokenizer of a folder or of a name on the hub, chosen by the files that are there.
 
-    - A class named in tokenizer_config.json: that one.
+    - tokenizer_config.json names a class: that class.
     - vocab.json and merges.txt, or a tokenizer.json with byte-level BPE: RoBERTa's.
-    - spiece.model, or a tokenizer.json with Unigram: ALBERT's. Another tokenizer.json: as it
-      stands.
+    - spiece.model, or a tokenizer.json with Unigram: ALBERT's.
+    - another tokenizer.json: as it is.
 
-    RoBERTa's mask token stands for a word with the space before it, as in training (``lstrip``);
-    loaded from vocab.json and merges.txt by `RobertaTokenizer` alone (transformers 5.23), the space
-    would be a token of its own, which no text has. ``model_max_length`` is the model's, where a
-    YOSO config.json is there: files copied from RoBERTa say 512.
+    RoBERTa's mask token includes the space before it, as in training (``lstrip``). Loaded from
+    vocab.json and merges.txt by `RobertaTokenizer` alone (transformers 5.23), the space would be a
+    token of its own, which no text of the training has. ``model_max_length`` is that of the model,
+    where there is a config.json of a YOSO; files copied from RoBERTa say 512.
 
-    ``kwargs`` are those of `from_pretrained`. Raises `FileNotFoundError` where there is no
-    tokenizer, and `ValueError` where it knows no word (it was saved by a program that had not found
-    its files).
+    Parameters
+    ----------
+    kwargs : those of `from_pretrained`.
+
+    Raises
+    ------
+    FileNotFoundError : there is no tokenizer.
+    ValueError : the tokenizer knows no word. It was saved by a program that did not find its files.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "h", "i", "hi"]
+    >>> vocabulary = {word: number for number, word in enumerate(words)}
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "vocab.json").write_text(json.dumps(vocabulary))
+    ...     _ = Path(folder, "merges.txt").write_text("h i")
+    ...     load_tokenizer(folder)("hi<mask>")["input_ids"]
+    [0, 7, 4, 2]
     """
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     tokenizer = _by_files(path_or_name, where, kwargs)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise ValueError(f"path_or_name: the tokenizer in {path_or_name} has special tokens and no other, every word would be unknown")
+        raise ValueError(f"path_or_name: the tokenizer in {path_or_name} has special tokens alone, every word would be unknown")
     if isinstance(tokenizer, RobertaTokenizer):
         _mask_takes_the_space(tokenizer)
     config = stored_json(path_or_name, "config.json", **where) or {}
@@ -66,13 +80,13 @@ def _by_files(path_or_name: str | PathLike[str], where: dict[str, Any], kwargs: 
     else:
         raise FileNotFoundError(
             f"path_or_name: no tokenizer in {path_or_name}: need tokenizer.json, vocab.json with merges.txt, or spiece.model"
-            + ("" if Path(path_or_name).is_dir() else "; it is no folder here, and offline only what was fetched before is found")
+            + ("" if Path(path_or_name).is_dir() else "; it is no folder here, and without a network only downloaded files are found")
         )
     return cast(PreTrainedTokenizerBase, kind.from_pretrained(path_or_name, **kwargs))
 
 
 def _of_whole(whole: dict[str, Any]) -> type[PreTrainedTokenizerBase]:
-    """Which class a tokenizer.json that stands alone is for."""
+    """The class for a tokenizer.json that is the only file."""
     model, decoder = ((whole.get(part) or {}).get("type") for part in ("model", "decoder"))
     if (model, decoder) == ("BPE", "ByteLevel"):
         return cast(type[PreTrainedTokenizerBase], RobertaTokenizer)
@@ -87,10 +101,10 @@ def _mask_takes_the_space(tokenizer: RobertaTokenizer) -> None:
 
 
 def stored_file(path_or_name: str | PathLike[str], filename: str, **where: Any) -> Path | None:
-    """The file on this machine, fetched from the hub where it has to be; ``None`` if there is none
-    in the folder or repository.
+    """The path of a file on this machine, downloaded from the hub where necessary. ``None`` if the
+    folder or the repository has no such file.
 
-    What is neither a folder nor can be a name on the hub raises `FileNotFoundError`.
+    `FileNotFoundError` for what is no folder and cannot be a name on the hub.
     """
     local = Path(path_or_name)
     if not local.is_dir() and (local.exists() or not _NAME.fullmatch(str(path_or_name))):
@@ -100,14 +114,14 @@ def stored_file(path_or_name: str | PathLike[str], filename: str, **where: Any) 
 
 
 def stored_json(path_or_name: str | PathLike[str], filename: str, **where: Any) -> dict[str, Any] | None:
-    """What the JSON file says, ``None`` if there is none."""
+    """The contents of a JSON file, ``None`` if there is no such file."""
     found = stored_file(path_or_name, filename, **where)
     return None if found is None else cast(dict[str, Any], json.loads(found.read_text("utf-8")))
 
 
 class YosoTokenizer:
-    """What `AutoTokenizer` finds for a `YosoConfig` once `register_auto_classes` has run; makes no
-    objects of its own.
+    """The class that `AutoTokenizer` finds for a `YosoConfig` after `register_auto_classes`. It has
+    no objects; `from_pretrained` is `load_tokenizer`.
     """
 
     @classmethod

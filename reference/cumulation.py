@@ -16,6 +16,9 @@ WEIGHT_BLOCK = 16
 def collision_rate(query_hash_code: Array, key_hash_code: Array) -> Array:
     """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of
     one head, float64.
+
+    >>> collision_rate(np.array([[0, 1]]), np.array([[0, 1], [0, 3], [2, 3]]))
+    array([[1. , 0.5, 0. ]])
     """
     num_hash = query_hash_code.shape[-1]
     collisions = np.zeros((query_hash_code.shape[0], key_hash_code.shape[0]))
@@ -49,6 +52,12 @@ def lsh_cumulation_pairs(
     rows of all queries that meet it.
 
     Source: Zeng et al. 2021, equation for the YOSO estimator in section 3.1.
+
+    >>> codes = np.array([[0], [1], [0]], np.int32)
+    >>> lsh_cumulation_pairs(codes, codes, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[5.],
+           [2.],
+           [5.]])
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -66,7 +75,8 @@ def weighted_sum(weight: Array, met: Array, value: Array) -> Array:
     rows of queries that met it.
     """
     finite = np.isfinite(value)
-    out = np.where(met, weight, 0) @ np.where(finite, value, 0)
+    with np.errstate(invalid="ignore"):  # a weight that is not finite makes a row of NaN
+        out = np.where(met, weight, 0) @ np.where(finite, value, 0)
     return np.where(met.astype(weight.dtype) @ ~finite > 0, np.nan, out).astype(value.dtype)
 
 
@@ -93,6 +103,12 @@ def lsh_cumulation_tables(
     ``table[c] = sum_{j : code(k_j) = c} v_j``, ``out_i = 1/m sum_h table_h[code_h(q_i)]``.
 
     Source: Zeng et al. 2021, algorithm 1.
+
+    >>> codes = np.array([[0], [1], [0]], np.int32)
+    >>> lsh_cumulation_tables(codes, codes, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[5.],
+           [2.],
+           [5.]])
     """
     num_hash = query_hash_code.shape[-1]
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
@@ -135,6 +151,13 @@ def lsh_weighted_cumulation_pairs(
     whether it met a key or not.
 
     Source: Zeng et al. 2021, section 3.3. Every gradient of sampled attention has this form.
+
+    >>> codes, weight = np.array([[0], [1], [0]], np.int32), np.array([[1.0], [2.0], [3.0]])
+    >>> value = np.array([[1.0], [2.0], [4.0]])
+    >>> lsh_weighted_cumulation_pairs(codes, weight, codes, weight, value, 2)
+    array([[13.],
+           [ 8.],
+           [39.]])
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -146,10 +169,10 @@ def lsh_weighted_cumulation_pairs(
         with np.errstate(invalid="ignore"):
             weight = rate * (qw[head][queries] @ kw[head][keys].T)
         out[head][queries] = weighted_sum(weight, rate > 0, v[head][keys])
-    return nan_unless_finite(mark_nonfinite_rows(out, qw, keep_query)).astype(value.dtype)
+    return nan_unless_finite(nan_for_nonfinite_queries(out, qw, keep_query)).astype(value.dtype)
 
 
-def mark_nonfinite_rows(out: Array, query: Array, keep_query: Array) -> Array:
+def nan_for_nonfinite_queries(out: Array, query: Array, keep_query: Array) -> Array:
     """NaN in the row of every kept query that is not finite."""
     nonfinite = keep_query & ~np.isfinite(query).all(axis=-1)
     return np.where(nonfinite[..., None], np.nan, out).astype(out.dtype)
@@ -171,6 +194,13 @@ def lsh_weighted_cumulation_tables(
 
     ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``, so each coordinate ``r`` has a table of
     ``key_weight_r * value``.
+
+    >>> codes, weight = np.array([[0], [1], [0]], np.int32), np.array([[1.0], [2.0], [3.0]])
+    >>> value = np.array([[1.0], [2.0], [4.0]])
+    >>> lsh_weighted_cumulation_tables(codes, weight, codes, weight, value, 2)
+    array([[13.],
+           [ 8.],
+           [39.]])
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -189,4 +219,4 @@ def lsh_weighted_cumulation_tables(
                     np.add.at(table, write, b[:, :, None] * v[head][keys][:, None, :])
                     total += np.einsum("ir,irc->ic", a, table[read])
             out[head][queries] += total
-    return nan_unless_finite(mark_nonfinite_rows(out / num_hash, qw, keep_query)).astype(value.dtype)
+    return nan_unless_finite(nan_for_nonfinite_queries(out / num_hash, qw, keep_query)).astype(value.dtype)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
-from yoso_core.reference.cumulation import collision_rate, mark_nonfinite_rows
+from yoso_core.reference.cumulation import collision_rate, nan_for_nonfinite_queries
 from yoso_core.reference.normalize import l2_normalize, l2_normalize_backward
 
 Grad = Literal["lower_bound", "exact"]
@@ -21,6 +21,9 @@ def angles(unit: Array, others: Array) -> Array:
     ``arccos(q . k)`` loses half of its digits where the vectors nearly agree, which is where the
     weight is largest. It is NaN where rounding makes the cosine larger than 1. A zero vector is
     perpendicular to all.
+
+    >>> angles(np.array([1.0, 0.0]), np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])) / np.pi
+    array([0. , 0.5, 1. ])
     """
     apart = np.sqrt(np.sum((unit - others) ** 2, axis=-1))
     along = np.sqrt(np.sum((unit + others) ** 2, axis=-1))
@@ -31,6 +34,9 @@ def angles(unit: Array, others: Array) -> Array:
 def expected_weight(theta: Array, hash_code_len: int) -> Array:
     """``E = (1 - theta / pi)**tau``: the probability that ``tau`` random hyperplanes all fail to
     separate two vectors.
+
+    >>> expected_weight(np.pi * np.array([0.0, 0.25, 0.5, 1.0]), 2)
+    array([1.    , 0.5625, 0.25  , 0.    ])
     """
     return (1 - theta / np.pi) ** hash_code_len
 
@@ -42,6 +48,10 @@ def gradient_factor(theta: Array, hash_code_len: int, grad: Grad) -> Array:
     the derivative of any function. ``"exact"``: ``tau / ((pi - theta) sin theta)``, which makes
     ``E w`` the derivative of ``E`` with respect to the cosine. It is infinite for equal and for
     opposite vectors, so both factors of the denominator are at least 1e-3.
+
+    >>> theta = np.array([np.pi / 2])
+    >>> gradient_factor(theta, 8, "lower_bound"), gradient_factor(theta, 8, "exact").round(2)
+    (array([4.]), array([5.09]))
     """
     if grad == "lower_bound":
         return np.full_like(theta, hash_code_len / 2)
@@ -69,6 +79,10 @@ def expectation_attention(
     so memory is linear in ``n_q + n_k``.
 
     Source: Zeng et al. 2021, section 3.1 (YOSO-E).
+
+    >>> expectation_attention(np.eye(2), np.eye(2), np.eye(2), 3)
+    array([[1.   , 0.125],
+           [0.125, 1.   ]])
     """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     q, k, v = l2_normalize(query), l2_normalize(key), nan_unless_finite(working(value))
@@ -77,7 +91,7 @@ def expectation_attention(
         keys, values = k[head][keep_key[head]], v[head][keep_key[head]]
         for i in np.flatnonzero(keep_query[head]).tolist():
             out[(*head, i)] = expected_weight(angles(q[(*head, i)], keys), hash_code_len) @ values
-    return nan_unless_finite(mark_nonfinite_rows(out, q, keep_query)).astype(value.dtype)
+    return nan_unless_finite(nan_for_nonfinite_queries(out, q, keep_query)).astype(value.dtype)
 
 
 def expectation_attention_backward(
@@ -106,6 +120,11 @@ def expectation_attention_backward(
     -------
     ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input. Masked rows
     get zeros.
+
+    >>> x, ones = np.eye(2), np.ones((2, 2))
+    >>> expectation_attention_backward(ones, x, x, x, 3)[2]
+    array([[1.125, 1.125],
+           [1.125, 1.125]])
     """
 
     def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
@@ -136,6 +155,11 @@ def lsh_attention_backward(
     so no variant of it is linear.
 
     Source: Zeng et al. 2021, section 3.3.
+
+    >>> x, ones, codes = np.eye(2), np.ones((2, 2)), np.array([[0, 1], [0, 3]], np.int32)
+    >>> lsh_attention_backward(ones, x, x, x, codes, codes, 2)[2]
+    array([[1.5, 1.5],
+           [1.5, 1.5]])
     """
 
     def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:

@@ -29,6 +29,9 @@ def hadamard_transform(x: Array) -> Array:
 
     Source: J. J. Sylvester, 1867. Its use in hashing: Zeng et al. 2021 (arXiv 2111.09714), section
     3.2, after Andoni et al. 2015 (arXiv 1509.02897).
+
+    >>> hadamard_transform(np.array([1.0, 2.0, 3.0, 4.0]))
+    array([10., -2., -4.,  0.])
     """
     dim = x.shape[-1]
     if dim < 1 or dim & (dim - 1):

@@ -18,6 +18,9 @@ class HashLayout:
     """Where the bits of every code come from.
 
     One *part* is one random rotation of the padded vector. It gives ``padded_dim`` sign bits.
+
+    >>> HashLayout(padded_dim=64, codes_per_part=8, parts=4).parts
+    4
     """
 
     padded_dim: int
@@ -31,6 +34,9 @@ class HashLayout:
 def hash_layout(num_hash: int, hash_code_len: int, dim: int) -> HashLayout:
     """The layout for ``num_hash`` codes of ``hash_code_len`` bits from vectors of dimension
     ``dim``. It is that of the paper's kernels.
+
+    >>> hash_layout(32, 8, 64)
+    HashLayout(padded_dim=64, codes_per_part=8, parts=4)
     """
     padded_dim = 1 << (dim - 1).bit_length()
     codes_per_part = padded_dim // hash_code_len
@@ -44,6 +50,9 @@ def sample_signs(num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tu
 
     Returns int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is
     applied first.
+
+    >>> sample_signs(32, 8, 64, rng=0).shape
+    (3, 4, 64)
     """
     layout = hash_layout(num_hash, hash_code_len, dim)
     shape = (*batch_shape, 3, layout.parts, layout.padded_dim)
@@ -56,6 +65,9 @@ def sample_planes(num_hash: int, hash_code_len: int, dim: int, *, batch_shape: t
 
     Returns float32 ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h`` is
     column ``h * tau + b``.
+
+    >>> sample_planes(32, 8, 64, rng=0).shape
+    (64, 256)
     """
     shape = (*batch_shape, dim, num_hash * hash_code_len)
     return np.random.default_rng(rng).standard_normal(size=shape, dtype=np.float32)
@@ -99,12 +111,16 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -
     Source: Zeng et al. 2021, section 3.2, after Andoni et al. 2015 (arXiv 1509.02897). With three
     rounds the signs are nearly those of Gaussian planes when D is large. For small D the collision
     probability is biased; the project's documentation says by how much.
+
+    >>> x = np.random.default_rng(0).standard_normal((5, 64))
+    >>> fast_hash(x, sample_signs(4, 8, 64, rng=0), 4, 8).shape
+    (5, 4)
     """
     layout = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     padding = [(0, 0)] * (vectors.ndim - 1) + [(0, layout.padded_dim - vectors.shape[-1])]
     projection = np.pad(within_range(working(vectors)), padding)[..., None, :]  # (..., n, 1, D)
     diagonals = signs[..., None, :, :, :]  # (*batch, 1, 3, parts, D)
-    with np.errstate(invalid="ignore"):  # non-finite vectors are not checked
+    with np.errstate(invalid="ignore"):  # non-finite vectors have no sides
         for stage in range(3):
             projection = hadamard_transform(projection * diagonals[..., stage, :, :].astype(projection.dtype))
         bits = projection > 0  # (..., n, parts, D)
@@ -135,6 +151,10 @@ def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len:
     Returns
     -------
     int32 ``(..., n, num_hash)``.
+
+    >>> hyperplane_hash(np.eye(2), np.array([[1.0, 1.0, -1.0], [-1.0, 1.0, 1.0]]), 1, 3)
+    array([[3],
+           [6]], dtype=int32)
     """
     x = within_range(working(vectors))
     with np.errstate(invalid="ignore"):

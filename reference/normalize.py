@@ -24,6 +24,10 @@ def l2_normalize(x: Array, tiny: float = 0.0) -> Array:
 
     ``x (..., n, d)`` may have any float dtype and any scale. The result has the working dtype:
     float16 is widened to float32.
+
+    >>> l2_normalize(np.array([[3.0, 4.0], [0.0, 0.0]]))
+    array([[0.6, 0.8],
+           [0. , 0. ]])
     """
     x = working(x)
     norm = row_norm(x)
@@ -37,6 +41,9 @@ def l2_normalize(x: Array, tiny: float = 0.0) -> Array:
 def l2_normalize_backward(grad: Array, x: Array, tiny: float = 0.0) -> Array:
     """Gradient of `l2_normalize`: ``(g - (g . y) y) / |x|`` with ``y = x / |x|``, and zero where
     ``|x| <= tiny``.
+
+    >>> l2_normalize_backward(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]))
+    array([[0.5, 0. ]])
     """
     y, norm = l2_normalize(x, tiny), row_norm(working(x))
     tangent = grad - np.sum(grad * y, axis=-1, keepdims=True) * y

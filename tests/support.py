@@ -2,9 +2,10 @@
 one variant against its definition.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import yoso_core
-from yoso_core import places, reference, truth
+from yoso_core import backends, reference, truth
+from yoso_core.operations import OPERATIONS, Operation
 from yoso_core.reference.arrays import Array
 
 
@@ -92,53 +94,72 @@ def hide(x: Array, keep: Array | None, mask: str, poison: float) -> Array:
     return x
 
 
-def build(op: str, case: Case) -> dict[str, Any]:
-    """Keyword arguments for the face's function of that name, as NumPy arrays; floats are float64
-    holding values of the case's dtype.
+@dataclass(frozen=True)
+class Hostile:
+    """`yoso_core.operations.Ingredients` for a case: codes from a small pool, numbers hidden behind
+    masks.
     """
+
+    num_hash: int
+    hash_code_len: int
+    query: Array
+    key: Array
+    value: Array
+    grad_out: Array
+    vectors: Array
+    signs: Array
+    planes: Array
+    query_hash_code: Array
+    key_hash_code: Array
+    masks: Mapping[str, Array | None]
+    draw: Mapping[str, Any]
+
+
+def ingredients(case: Case, dim: int) -> Hostile:
     rng = np.random.default_rng(0)
     m, tau, capacity = case.num_hash, case.hash_code_len, 1 << case.hash_code_len
     query_rows, key_rows = (*case.leading, case.n_q), (*case.leading, case.n_k)
     keep_query, keep_key = draw_mask(rng, case.mask, query_rows), draw_mask(rng, case.mask, key_rows)
-    query = hide(draw_vectors(rng, (*query_rows, case.d), case.kind), keep_query, case.mask, np.inf)
-    key = hide(draw_vectors(rng, (*key_rows, case.d), case.kind), keep_key, case.mask, np.nan)
+    query = hide(draw_vectors(rng, (*query_rows, dim), case.kind), keep_query, case.mask, np.inf)
+    key = hide(draw_vectors(rng, (*key_rows, dim), case.kind), keep_key, case.mask, np.nan)
     value = hide(rng.standard_normal((*key_rows, case.d_v)), keep_key, case.mask, np.nan)
-    masks = {"query_mask": keep_query, "key_mask": keep_key}
-    codes = {
-        "query_hash_code": draw_codes(rng, (*query_rows, m), capacity),
-        "key_hash_code": draw_codes(rng, (*key_rows, m), capacity),
-    }
-    numbers = {"num_hash": m, "hash_code_len": tau}
-    signs = reference.sample_signs(m, tau, case.d, batch_shape=case.leading[-1:], rng=1)
+    query_hash_code, key_hash_code = (draw_codes(rng, (*rows, m), capacity) for rows in (query_rows, key_rows))
+    signs = reference.sample_signs(m, tau, dim, batch_shape=case.leading[-1:], rng=1)
     # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does
     # not depend on the order of a sum.
-    planes = rng.integers(-8, 9, size=(*case.leading[-1:], case.d, m * tau)).astype(np.float32)
-    vectors = draw_vectors(rng, (*key_rows, case.d), case.kind)
+    planes = rng.integers(-8, 9, size=(*case.leading[-1:], dim, m * tau)).astype(np.float32)
+    vectors = draw_vectors(rng, (*key_rows, dim), case.kind)
+    grad_out = hide(rng.standard_normal((*query_rows, case.d_v)), keep_query, case.mask, np.nan)
+    return Hostile(
+        num_hash=m,
+        hash_code_len=tau,
+        query=query,
+        key=key,
+        value=value,
+        grad_out=grad_out,
+        vectors=vectors,
+        signs=signs,
+        planes=planes,
+        query_hash_code=query_hash_code,
+        key_hash_code=key_hash_code,
+        masks={"query_mask": keep_query, "key_mask": keep_key},
+        draw={"signs": {"signs": signs}, "planes": {"planes": planes}, "expectation": {"use_expectation": True}}[case.mode],
+    )
+
+
+def build(op: str, case: Case) -> dict[str, Any]:
+    """Keyword arguments for the face's function of that name, as NumPy arrays; floats are float64
+    holding values of the case's dtype.
+    """
+    operation = OPERATIONS[op]
+    dim = 1 << (case.d - 1).bit_length() if operation.power_of_two else case.d
+    options = {"grad": case.grad, "normalize_output": case.normalize_output}
+    made = operation.example_inputs(ingredients(case, dim))
+    made |= {name: x for name, x in options.items() if name in operation.keywords}
 
     def rounded(x: Any) -> Any:
         return as_float64(as_dtype(x, case.dtype)) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
 
-    if op == "hadamard_transform":
-        made: dict[str, Any] = {"x": draw_vectors(rng, (*key_rows, 1 << (case.d - 1).bit_length()), case.kind)}
-    elif op == "fast_hash":
-        made = {"vectors": vectors, "signs": signs, **numbers}
-    elif op == "hyperplane_hash":
-        made = {"vectors": vectors, "planes": planes, **numbers}
-    elif op == "lsh_cumulation":
-        made = {**codes, "value": value, "hashtable_capacity": capacity, **masks}
-    elif op == "lsh_weighted_cumulation":
-        made = {**codes, "query_weight": query, "key_weight": key, "value": value, "hashtable_capacity": capacity, **masks}
-    elif op == "expectation_attention":
-        made = {"query": query, "key": key, "value": value, "hash_code_len": tau, **masks}
-    elif op.endswith("_backward"):
-        grad_out = hide(rng.standard_normal((*query_rows, case.d_v)), keep_query, case.mask, np.nan)
-        made = {"grad_out": grad_out, "query": query, "key": key, "value": value, "hash_code_len": tau, "grad": case.grad, **masks}
-        made |= codes if op == "lsh_attention_backward" else {}
-    elif op == "yoso_attention":
-        draw = {"signs": {"signs": signs}, "planes": {"planes": planes}, "expectation": {"use_expectation": True}}[case.mode]
-        made = {"query": query, "key": key, "value": value, **numbers, **draw, **masks, "normalize_output": case.normalize_output}
-    else:
-        raise NotImplementedError(f"no inputs for {op}: a new variant needs its line here")
     return {name: rounded(x) for name, x in made.items()}
 
 
@@ -176,9 +197,9 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def need(*wheres: str) -> None:
-    """Skip the test, with the reason, where kernels cannot run at one of these places."""
+    """Skip the test, with the reason, where kernels cannot run on one of these backends."""
     for where in wheres:
-        if reason := places.missing(where):
+        if reason := backends.missing(where):
             pytest.skip(reason)
 
 
@@ -186,7 +207,7 @@ def on_the_cpu(op: str) -> list[yoso_core.Variant]:
     """The variants that take CPU arrays and can run here; the emulated and the stepped are among
     them.
     """
-    return [v for v in yoso_core.variants(op) if v.available and v.kernel.place.device == "cpu"]
+    return [v for v in yoso_core.variants(op) if v.available and v.kernel.backend.device == "cpu"]
 
 
 def definition_of(op: str) -> yoso_core.Variant:
@@ -203,7 +224,7 @@ def check_variant(op: str, name: str, case: Case) -> None:
     """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly;
     sums within the derived tolerance.
     """
-    inputs = {k: as_dtype(x, case.dtype) for k, x in build(op, case).items()}
+    inputs = inputs_of(op, case)
 
     def outputs(variant: str) -> tuple[Any, ...]:
         return as_tuple(getattr(yoso_core, op)(**inputs, variant=variant))
@@ -211,7 +232,7 @@ def check_variant(op: str, name: str, case: Case) -> None:
     got = outputs(name)
     with poisoned_allocations():  # after a first call, since a compiler does not know the replacement
         again = outputs(name)
-    for x, like in zip(got, outputs(definition_of(op).name), strict=True):
+    for x, like in zip(got, defined(op, case), strict=True):
         assert type(x) is type(like)
         assert (x.dtype, x.shape) == (like.dtype, like.shape)
     (variant,) = (v for v in yoso_core.variants(op) if v.name == name)
@@ -219,20 +240,42 @@ def check_variant(op: str, name: str, case: Case) -> None:
         for x, y in zip(again, got, strict=True):
             np.testing.assert_array_equal(as_float64(x), as_float64(y), "the second call differs, or an element was not written")
     else:
-        check_values(op, [as_float64(x) for x in again], inputs, case)
-    check_values(op, [as_float64(x) for x in got], inputs, case)
+        check_values(op, [as_float64(x) for x in again], case)
+    check_values(op, [as_float64(x) for x in got], case)
 
 
-def check_values(op: str, got: list[Array], inputs: dict[str, Any], case: Case) -> None:
+def inputs_of(op: str, case: Case) -> dict[str, Any]:
+    """`build`, in the case's dtype."""
+    return {name: as_dtype(x, case.dtype) for name, x in build(op, case).items()}
+
+
+@cache
+def defined(op: str, case: Case) -> tuple[Any, ...]:
+    """The definition's outputs in the case's dtype, the same for all variants."""
+    return as_tuple(OPERATIONS[op].function(**inputs_of(op, case), variant=OPERATIONS[op].definition))
+
+
+@cache
+def right_sums(op: str, case: Case) -> tuple[tuple[Array, Array], ...]:
+    """What is right in each output, and how far a variant may be from it: the same for all
+    variants.
+    """
+    inputs = inputs_of(op, case)
+    true = truth.truth(op, (), inputs)
+    return tuple(zip(true, truth.tolerance(op, (), inputs, true=true), strict=True))
+
+
+def check_values(op: str, got: list[Array], case: Case) -> None:
     """Codes and transforms are the definition's, bit for bit; sums lie within the tolerance of its
     result in float64.
     """
-    if op == "hyperplane_hash" and case.kind not in ("quantized", "onehot"):
-        check_sides(got[0].astype(np.int64), case)
-    elif op in ("hadamard_transform", "fast_hash", "hyperplane_hash"):
-        np.testing.assert_array_equal(got[0], as_float64(getattr(yoso_core, op)(**inputs, variant=definition_of(op).name)))
+    operation = OPERATIONS[op]
+    if operation.projections is not None and case.kind not in ("quantized", "onehot"):
+        check_sides(operation, got[0].astype(np.int64), case)
+    elif operation.exact or operation.is_hash:
+        np.testing.assert_array_equal(got[0], as_float64(defined(op, case)[0]))
     else:
-        for x, exact, allowed in zip(got, truth.truth(op, (), inputs), truth.tolerance(op, (), inputs), strict=True):
+        for x, (exact, allowed) in zip(got, right_sums(op, case), strict=True):
             np.testing.assert_array_equal(np.isnan(x), np.isnan(exact))
             error = np.nan_to_num(np.abs(x - exact))
             over = error > allowed
@@ -240,14 +283,13 @@ def check_values(op: str, got: list[Array], inputs: dict[str, Any], case: Case) 
             assert not over.any(), f"{over.sum()} of {over.size} off, the worst by {worst:.3g} beyond its tolerance"
 
 
-def check_sides(codes: Array, case: Case) -> None:
-    """Every bit of hyperplane codes is the side of its plane, unless the vector is so near that the
-    order of the sum decides.
+def check_sides(operation: Operation, codes: Array, case: Case) -> None:
+    """Every bit is the side of its plane, unless the vector is so near that the order of the sum
+    decides.
     """
-    made = build("hyperplane_hash", case)
-    projection = made["vectors"] @ made["planes"].astype(np.float64)
-    largest = np.abs(made["vectors"]) @ np.abs(made["planes"]).astype(np.float64)
+    assert operation.projections is not None
+    projection, terms = operation.projections(build(operation.name, case))
     bits = (codes[..., None] >> np.arange(case.hash_code_len) & 1).reshape(projection.shape)
     eps = np.finfo(np.float64 if case.dtype == "float64" else np.float32).eps
-    clear = np.abs(projection) > case.d * eps * largest
+    clear = np.abs(projection) > case.d * eps * terms
     np.testing.assert_array_equal(bits[clear], projection[clear] > 0)

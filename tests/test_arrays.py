@@ -14,7 +14,7 @@ import torch
 from support import Case, as_dtype, as_float64, build
 
 import yoso_core
-from yoso_core import places, registry
+from yoso_core import backends, registry
 
 OPS = registry.OPERATIONS
 FORWARD = [op for op in OPS if not op.endswith("_backward")]
@@ -172,13 +172,13 @@ def test_variants_lists_one_definition_and_says_what_is_missing(op: str) -> None
 @pytest.mark.parametrize(("op", "name"), EVERY_VARIANT)
 def test_the_variant_named_is_the_one_that_runs(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    run = registry.Kernel.run
+    call = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any, **kwargs: Any) -> Any:
         ran.append(kernel.name)
-        return run(kernel, *args, **kwargs)
+        return call(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(registry.Kernel, "run", recording)
+    monkeypatch.setattr(registry.Kernel, "call", recording)
     getattr(yoso_core, op)(**call_of(op), variant=name)
     assert ran == [name]
     getattr(yoso_core, op)(**call_of(op))
@@ -187,7 +187,7 @@ def test_the_variant_named_is_the_one_that_runs(op: str, name: str, monkeypatch:
 
 @pytest.mark.parametrize("op", [op for op in FORWARD if any(v.name.startswith("cpu:") for v in yoso_core.variants(op))])
 def test_a_variant_that_cannot_run_raises_with_the_reason(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "missing", lambda where: "numba is on holiday" if where == "cpu" else None)
+    monkeypatch.setattr(backends, "missing", lambda where: "numba is on holiday" if where == "cpu" else None)
     compiled = next(v for v in yoso_core.variants(op) if v.name.startswith("cpu:"))
     assert not compiled.available
     assert compiled.reason == "numba is on holiday"
@@ -197,8 +197,8 @@ def test_a_variant_that_cannot_run_raises_with_the_reason(op: str, monkeypatch: 
 
 
 def test_the_reason_names_the_package_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places.importlib.util, "find_spec", lambda package: None)
-    assert places.missing.__wrapped__("cpu") == "the package 'numba' is not installed: pip install numba"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: None)
+    assert backends.missing.__wrapped__("cpu") == "the package 'numba' is not installed: pip install numba"
 
 
 def test_the_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +231,7 @@ def test_a_cupy_array_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch) -> No
     cupy = ModuleType("cupy")
     cupy.ndarray = FakeArray  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(places, "missing", lambda where: "no NVIDIA GPU" if where in ("cupy", "numba_cuda") else None)
+    monkeypatch.setattr(backends, "missing", lambda where: "no NVIDIA GPU" if where in ("cupy", "numba_cuda") else None)
     with pytest.raises(ValueError, match=r"^hyperplane_hash: no variant here runs on cuda:0 with these inputs \(cupy:.*no NVIDIA GPU"):
         yoso_core.hyperplane_hash(FakeArray(), FakePlanes(), 1, 1)
     with pytest.raises(TypeError, match=r"^signs: a NumPy array, but vectors is a CuPy array; give all arrays in one library"):

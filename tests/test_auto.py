@@ -17,8 +17,6 @@ from yoso_core.model import YosoConfig, YosoForMaskedLM
 from yoso_core.model.auto import adopt, export_for_hub
 from yoso_core.model.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HEADS = [
     "YosoModel",
     "YosoForMaskedLM",

@@ -267,7 +267,7 @@ key_code = np.full((2, 80, 2), [capacity, -1], np.int32)
 value, weight = np.ones((2, 80, 8), np.float32), np.ones((2, 50, 3), np.float32)
 args = (query_code, key_code, value) if op == "lsh_cumulation" else (query_code, weight, key_code, np.ones((2, 80, 3), np.float32), value)
 for variant in yoso_core.variants(op):
-    if variant.available and variant.kernel.place.device == "cpu":
+    if variant.available and variant.kernel.backend.device == "cpu":
         print(variant.name, flush=True)
         try:
             assert getattr(yoso_core, op)(*args, capacity, validate=False, variant=variant.name).shape == (2, 50, 8)

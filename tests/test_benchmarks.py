@@ -17,10 +17,10 @@ import torch
 from typer.testing import CliRunner
 
 import yoso_core
-from yoso_core import model, places, reference, registry
+from yoso_core import backends, model, reference, registry
 from yoso_core.benchmarks import bias, cases, contenders, floor, machines, memory, plots, report, runner, traffic
-from yoso_core.benchmarks.cases import Case, Workload
-from yoso_core.benchmarks.contenders import CONTENDERS, Composed, Operation
+from yoso_core.benchmarks.cases import Case, Suite, Workload
+from yoso_core.benchmarks.contenders import CONTENDERS, Composed, FaceFunction
 from yoso_core.benchmarks.floor import Rates, least_bytes, operations
 from yoso_core.benchmarks.machines import H100, MACHINES, Limits
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
@@ -45,7 +45,7 @@ def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case, **options: Any) -> dict[str, Any]:
-    monkeypatch.setitem(cases.SUITES, "fake", suite)
+    monkeypatch.setitem(cases.SUITES, "fake", Suite(suite, inputs="stand-ins", sampled="the whole pass"))
     path = runner.run_suite("fake", output=output, progress=False, **{"repeats": 4, **options})
     return json.loads(path.read_text())
 
@@ -65,7 +65,7 @@ def test_every_repeat_is_kept_beside_the_machine_and_the_target(monkeypatch: pyt
         monkeypatch, tmp_path, speedup("a", 1e-9, aim=2.0), Case("fake", "b", "cost", replace(TINY, dtype="bfloat16"), TINY, limit=1e9)
     )
     assert result["suite"] == "fake"
-    assert {"processor", "cores", "memory_gb", "system", "versions"} <= result["environment"].keys()
+    assert {"processor", "cores", "instruction_set", "memory_gb", "system", "versions"} <= result["environment"].keys()
     assert {"repeats", "threads", "load_average_before"} <= result["settings"].keys()
     for case in result["cases"]:
         assert case["verdict"] == "reached"
@@ -177,7 +177,7 @@ def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_the_cpu_suite_holds_the_numbers_to_reach() -> None:
-    suite = cases.SUITES["cpu"]
+    suite = cases.SUITES["cpu"].cases
     assert len({case.name for case in suite}) == len(suite)
     assert all(case.suite == "cpu" for case in suite)
     speeds = {
@@ -201,16 +201,48 @@ def test_the_cpu_suite_holds_the_numbers_to_reach_in_training() -> None:
         ("yoso_training", None, 65536, 8): ("memory", 256, None),
         ("cumulation_operator", "cumulation_kernel", 16, 8): ("overhead", 50, None),
     }
-    assert {(case.ours.n, case.ours.hash_code_len, case.measure) for case in cases.TRAINING if case.headline} == {
-        (4096, 8, "speedup"),
-        (16384, 8, "speedup"),
-        (65536, 8, "memory"),
+    assert set(cases.TRAINING) <= set(cases.SUITES["cpu"].cases)
+
+
+def test_the_readme_shows_five_cases_of_the_cpu_suite() -> None:
+    assert {
+        (name, case.ours.run, case.ours.n, case.measure) for name, suite in cases.SUITES.items() for case in suite.cases if case.headline
+    } == {
+        ("cpu", "yoso", 4096, "speedup"),
+        ("cpu", "yoso", 16384, "speedup"),
+        ("cpu", "yoso_expectation", 4096, "speedup"),
+        ("cpu", "yoso_training", 4096, "speedup"),
+        ("cpu", "yoso", 262_144, "memory"),
     }
-    assert set(cases.TRAINING) <= set(cases.SUITES["cpu"])
+    lines = report.BLOCKS["cpu"](ROOT / report.RESULTS).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 5
+    assert {line.count("|") for line in table} == {4}
+    assert all(len(line) <= report.PROSE_COLUMNS for line in lines)
+
+
+def test_a_missed_headline_says_so_and_a_red_one_has_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = run(monkeypatch, tmp_path, speedup("slow", 1e9, headline=True), speedup("fast", 1e-9), speedup("free", None))
+    block = report.headline_block(result)
+    assert "missed: ≥ 1e+09" in next(line for line in block.splitlines() if line.startswith("| slow |"))
+    assert " ".join(block.split()).endswith("; 1 of 2 targets reached.")
+    result["cases"][0] = {**runner._red(speedup("slow", 1e9), "it differs")}
+    assert "| slow | red |  |" in report.headline_block(result)
+
+
+def test_prose_below_a_table_is_wrapped_and_makes_no_list() -> None:
+    prose = report.wrapped("forward + backward - less * more " * 40)
+    assert all(len(line) <= report.PROSE_COLUMNS for line in prose.splitlines())
+    assert not any(line.startswith(("+ ", "- ", "* ")) for line in prose.splitlines())
+    assert " ".join(prose.split()) == "forward + backward - less * more " * 39 + "forward + backward - less * more"
+    for file in report.FILES:
+        blocks = report._BLOCK.finditer((ROOT / file).read_text("utf-8"))
+        prose_lines = [line for found in blocks for line in found[0].splitlines() if not line.startswith("|")]
+        assert all(len(line) <= report.PROSE_COLUMNS for line in prose_lines)
 
 
 def test_the_model_suite_holds_the_numbers_to_reach() -> None:
-    suite = cases.SUITES["model"]
+    suite = cases.SUITES["model"].cases
     assert len({case.name for case in suite}) == len(suite)
     assert all(case.suite == "model" and (case.ours.num_hash, case.ours.hash_code_len) == (64, 9) for case in suite)
     reach = {(case.measure, case.ours.run, case.ours.n): case.limit for case in suite if case.limit is not None}
@@ -256,7 +288,7 @@ def test_the_layer_without_its_attention_leaves_the_model_as_it_was() -> None:
 
 
 def test_a_memory_share_is_of_what_the_peer_takes() -> None:
-    case = next(case for case in cases.SUITES["model"] if case.measure == "memory share")
+    case = next(case for case in cases.SUITES["model"].cases if case.measure == "memory share")
     sides = {"ours": {"working_bytes": 30}, "beside": {"working_bytes": 100}}
     assert runner._compare(case, sides) == {"value": 0.3, "verdict": "reached"}
     assert runner._compare(case, {**sides, "ours": {"working_bytes": 34}})["verdict"] == "missed"
@@ -305,6 +337,7 @@ def test_tables_are_written_from_results_and_stay(monkeypatch: pytest.MonkeyPatc
     assert once.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in once
     assert (once.count("| first |"), once.count("| second |")) == (2, 1)
+    assert once.count(" floor / time |") == 1, "the table of the README is a narrow one"
     with pytest.raises(KeyError, match="nothing"):
         report.filled("<!-- bench:nothing -->\n<!-- /bench -->", tmp_path)
 
@@ -351,7 +384,7 @@ def test_committed_biases_keep_the_bound() -> None:
 
 
 TRAINED = replace(TINY, run="yoso_training", variant=None)
-SPOILED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+WRONG_GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "scaled": lambda g: g * 1.001,
     "first row": lambda g: torch.cat([g[..., :1, :].roll(1, dims=-1), g[..., 1:, :]], dim=-2),
     "last row": lambda g: torch.cat([g[..., :-1, :], g[..., -1:, :].roll(1, dims=-1)], dim=-2),
@@ -367,7 +400,7 @@ def training(run_name: str) -> tuple[contenders.Training, Any, str]:
     return contender, model if contender.op == "yoso_attention" else model.ops, contender.op
 
 
-@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("how", WRONG_GRADIENTS)
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("run_name", ["yoso_training", "yoso_expectation_training"])
 def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str, name: str, how: str) -> None:
@@ -376,7 +409,7 @@ def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str,
 
     def wrong(**given: Any) -> torch.Tensor:
         through = given[name] * 1
-        through.register_hook(SPOILED[how])
+        through.register_hook(WRONG_GRADIENTS[how])
         return right(**{**given, name: through})
 
     workload = replace(TRAINED, run=run_name)
@@ -507,15 +540,15 @@ def shrunk(workload: Workload | None) -> Any:
 
 
 def gpu_workloads() -> list[Workload]:
-    return [side for case in cases.SUITES["gpu"] for side in (case.ours, case.beside, *case.also) if side]
+    return [side for case in cases.SUITES["gpu"].cases for side in (case.ours, case.beside, *case.also) if side]
 
 
 def cuda_variants(op: str) -> set[str]:
-    return {kernel.name for kernel in registry.KERNELS if kernel.op == op and kernel.place.device == "cuda"}
+    return {kernel.name for kernel in registry.KERNELS if kernel.op == op and kernel.backend.device == "cuda"}
 
 
 def test_the_gpu_suite_is_about_all_cuda_variants_and_no_other() -> None:
-    suite = cases.SUITES["gpu"]
+    suite = cases.SUITES["gpu"].cases
     assert len({case.name for case in suite}) == len(suite)
     assert {case.suite for case in suite} == {"gpu"}
     assert {(side.device, side.batch, side.heads, side.dim, side.num_hash, side.hash_code_len) for side in gpu_workloads()} == {
@@ -533,9 +566,9 @@ def test_the_gpu_suite_is_about_all_cuda_variants_and_no_other() -> None:
 
 def test_the_gpu_suite_holds_the_numbers_to_reach() -> None:
     limits: dict[tuple[str, str], dict[int, float]] = {}
-    for case in cases.SUITES["gpu"]:
+    for case in cases.SUITES["gpu"].cases:
         if case.limit is not None:
-            assert (case.ours.run, case.ours.variant, case.headline) == ("yoso", "cupy:shared_table", True)
+            assert (case.ours.run, case.ours.variant) == ("yoso", "cupy:shared_table")
             limits.setdefault((case.beside.run if case.beside else case.measure, case.ours.dtype), {})[case.ours.n] = case.limit
     assert limits == {
         ("paper", "float32"): {4096: 5, 16384: 5},
@@ -544,7 +577,7 @@ def test_the_gpu_suite_holds_the_numbers_to_reach() -> None:
         ("bandwidth", "float32"): {4096: 0.5, 16384: 0.5},
         ("bandwidth", "float16"): {4096: 0.5, 16384: 0.5},
     }
-    whole = [case for case in cases.SUITES["gpu"] if case.ours.run == "yoso" and case.measure == "speedup"]
+    whole = [case for case in cases.SUITES["gpu"].cases if case.ours.run == "yoso" and case.measure == "speedup"]
     for variant in ("cupy:shared_table", "cupy:sorted_buckets"):
         for dtype in ("float32", "float16"):
             assert {c.ours.n for c in whole if (c.ours.variant, c.ours.dtype) == (variant, dtype)} == set(cases.GPU_SIZES)
@@ -552,7 +585,7 @@ def test_the_gpu_suite_holds_the_numbers_to_reach() -> None:
 
 
 def test_beside_every_cuda_variant_stand_softmax_and_the_paper() -> None:
-    for case in cases.SUITES["gpu"]:
+    for case in cases.SUITES["gpu"].cases:
         runs = {(side.run, side.dtype) for side in (case.beside, *case.also) if side}
         assert case.measure == "bandwidth" or ("flash", "float16") in runs or "paper_tables" in {run for run, _ in runs}
         if case.measure == "speedup" and case.ours.dtype == "float32" and case.ours.n <= 16384 and not case.limit:
@@ -566,9 +599,9 @@ def test_every_gpu_case_runs_on_a_stand_in(
         monkeypatch.setitem(CONTENDERS, run_name, replace(CONTENDERS[run_name], hash_variant=None, cumulation_variant=None))
     small = tuple(
         replace(case, ours=shrunk(case.ours), beside=shrunk(case.beside), also=tuple(map(shrunk, case.also)))
-        for case in cases.SUITES["gpu"]
+        for case in cases.SUITES["gpu"].cases
     )
-    monkeypatch.setitem(cases.SUITES, "gpu", small)
+    monkeypatch.setitem(cases.SUITES, "gpu", replace(cases.SUITES["gpu"], cases=small))
     path = runner.run_suite("gpu", repeats=1, output=tmp_path, progress=False)
     assert path == tmp_path / "gpu-nvidia-stand-in-1gb.json"
     assert path.with_suffix(".png").stat().st_size > 0
@@ -592,9 +625,9 @@ def test_without_a_gpu_the_suite_is_refused_in_one_line(monkeypatch: pytest.Monk
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         return result.stderr
 
-    monkeypatch.setattr(places, "missing", lambda where: f"{where} is not installed: pip install it")
+    monkeypatch.setattr(backends, "missing", lambda where: f"{where} is not installed: pip install it")
     assert "SUITE: the suite 'gpu' cannot run here: cupy is not installed: pip install it; `yoso bench cpu` runs anywhere" in bench()
-    monkeypatch.setattr(places, "missing", lambda where: None)
+    monkeypatch.setattr(backends, "missing", lambda where: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert f"torch {torch.__version__} cannot use the GPU: install a build of it for CUDA" in bench()
 
@@ -641,7 +674,7 @@ def test_one_wrong_code_is_red(monkeypatch: pytest.MonkeyPatch, waits: list[floa
     assert (case["verdict"], case["why"]) == ("red", "differs from the definition")
 
 
-@pytest.mark.skipif(bool(places.missing("emulated")), reason=str(places.missing("emulated")))
+@pytest.mark.skipif(bool(backends.missing("emulated")), reason=str(backends.missing("emulated")))
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["paper", "paper_tables"])
 def test_the_paper_composed_of_its_kernels_is_green(waits: list[float], name: str, dtype: str) -> None:
@@ -707,7 +740,7 @@ def test_ours_that_raises_is_red_and_leaves_no_number(monkeypatch: pytest.Monkey
 
 
 def test_a_variant_that_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
-    monkeypatch.setattr(places, "missing", lambda where: "no NVIDIA GPU" if where == "numba_cuda" else None)
+    monkeypatch.setattr(backends, "missing", lambda where: "no NVIDIA GPU" if where == "numba_cuda" else None)
     workload = replace(TINY_GPU, run="hash", variant="numba_cuda:shared_memory")
     result = runner.run_case(Case("fake", "a", "speedup", workload), repeats=1, checks={})
     assert (result["verdict"], result["why"]) == ("cannot run", "numba_cuda:shared_memory: no NVIDIA GPU")
@@ -863,7 +896,7 @@ def test_the_bytes_of_attention_by_hand() -> None:
     assert half == {
         "warp_per_vector": (2 * (16 + 18), 2 * (48 + 4), 2 * 3 * 18),  # and one byte for each vector: whether it is finite
         "shared_table": (2 * 48 + 16, 32, 0),  # sums leave it as float32
-        "spoil_heads": (4, 0, 0),
+        "mark_nonfinite_heads": (4, 0, 0),
         "finish_attention": (32 + 4, 16, 0),
     }
     paper = traffic.traffic(replace(FEW, run="paper")) or []
@@ -890,7 +923,7 @@ class Recorder:
     def launch(self, kernel: Any, grid: Any, block: Any, args: Any, shared: int = 0) -> None:
         name = kernel.name if hasattr(kernel, "name") else kernel.py_func.__name__
         record(Launch("recorded", name, tuple(grid), tuple(block), shared))
-        self.bytes[name] += sum(x.nbytes for x in args if isinstance(x, np.ndarray))
+        self.bytes[name] += sum(x.nbytes for x in args.values() if isinstance(x, np.ndarray))
 
 
 STREAMED = {"warp_per_vector", "hash_vectors", "shared_table", "transpose_codes", "sort_codes", "normalize_rows", "expectation"}
@@ -907,7 +940,7 @@ def test_the_formulas_know_every_launch(
     it.
     """
     n, dim, dtype = sizes
-    name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, Operation) and found.op == op)
+    name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, FaceFunction) and found.op == op)
     workload = Workload(name, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
     monkeypatch.setattr(yoso_core, "fast_hash", lambda x, signs, m, tau: torch.zeros(*x.shape[:-1], m, dtype=torch.int32))
     given = ours.arguments(workload, contenders.tensors(workload))

@@ -5,14 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import support
 from typer.testing import CliRunner, Result
 
-from yoso_core import places, reference, registry
+from yoso_core import backends, registry
 from yoso_core.cli import app
 
 COMMANDS = ["info", "compare", "kernel", "demo", "fill-mask", "convert", "tutorial", "bench"]
@@ -69,14 +68,14 @@ def test_info_says_what_a_gpu_needs() -> None:
     report = json.loads(yoso("info", "--json").stdout)["environment"]["gpu"]
     assert report.keys() >= {"GPU", "CuPy", "Numba", "numba-cuda"}
     assert report["Numba"] != "not installed"
-    reason = places.missing("cupy")
+    reason = backends.missing("cupy")
     assert reason is None or report["GPU"] == reason
 
 
 def test_info_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = places.importlib.util.find_spec
-    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None if name == "cupy" else find(name))
-    monkeypatch.setattr(places, "missing", places.missing.__wrapped__)
+    find = backends.importlib.util.find_spec
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None if name == "cupy" else find(name))
+    monkeypatch.setattr(backends, "missing", backends.missing.__wrapped__)
     result = " ".join(yoso("info").output.split())
     assert "the package 'cupy' is not installed: pip install 'yoso-core[cuda12]' (or [cuda13]" in result
     assert "CuPy: not installed" in result
@@ -120,12 +119,12 @@ def test_compare_says_what_does_not_fit() -> None:
     sizes = ["--n", "7", "--heads", "1", "--dim", "4", "--num-hash", "2", "--hash-code-len", "20", "--repeats", "1"]
     result = yoso("compare", "lsh_cumulation", *sizes, "--variants", "emulated:shared_table,emulated:sorted_buckets")
     assert result.exit_code == 0, "it is no fault"
-    assert re.search(r"emulated:shared_table +cannot run", result.output)
+    assert "Cannot run here: emulated:shared_table (hashtable_capacity: " in " ".join(result.output.split())
     assert "one column of 1048576 buckets takes 4,194,308 bytes of shared memory" in " ".join(result.output.split())
 
 
 def test_info_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "missing", lambda where: "needs 'pkg[cpu]'" if where != "numpy" else None)
+    monkeypatch.setattr(backends, "missing", lambda where: "needs 'pkg[cpu]'" if where != "numpy" else None)
     assert "no: needs 'pkg[cpu]'" in yoso("info").output
 
 
@@ -146,15 +145,42 @@ def test_compare_json_is_nothing_but_json(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("fault", "word"), [(lambda *a, **k: reference.fast_hash(*a, **k) ^ 1, "disagrees"), (None, "failed")])
-def test_compare_exits_1_when_a_variant_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: Any, word: str) -> None:
-    monkeypatch.setattr(reference, "planted", fault, raising=False)
-    kernel = registry.Kernel("fast_hash", "numpy:planted", "yoso_core.reference:planted", "a fault")
-    monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
-    result = yoso("compare", "fast_hash", *SMALL, "--variants", "numpy:planted,numpy:formula")
-    assert result.exit_code == 1
-    assert re.search(rf"numpy:planted +{word}", result.output)
-    assert ("TypeError" in result.output) == (word == "failed"), "what it raised is said"
+OWN_KERNELS = """
+from yoso_core import reference
+
+def sound(vectors, signs, num_hash, hash_code_len):
+    return reference.fast_hash(vectors, signs, num_hash, hash_code_len)
+
+def planted(*given):
+    return sound(*given) ^ 1
+
+nothing = None
+"""
+
+
+@pytest.mark.parametrize(("name", "word", "status"), [("sound", "agrees", 0), ("planted", "disagrees", 1)])
+def test_a_kernel_of_the_readers_own_joins_and_decides_the_exit_status(tmp_path: Path, name: str, word: str, status: int) -> None:
+    (tmp_path / "my_kernels.py").write_text(OWN_KERNELS)
+    result = yoso("compare", "fast_hash", *SMALL, "--variants", "numpy:formula", "--also", f"{tmp_path}/my_kernels.py:{name}")
+    assert result.exit_code == status, result.output
+    assert re.search(rf"^{name} +{word}", result.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        ("my_kernels.py", "--also: need FILE.py:NAME, got 'my_kernels.py'"),
+        ("nowhere.py:sound", "--also: nowhere.py is not a Python file that can be read"),
+        ("{folder}/my_kernels.py:absent", "--also: {folder}/my_kernels.py has no 'absent'"),
+        ("{folder}/my_kernels.py:nothing", "--also: target: need a function, got None"),
+        ("{folder}/broken.py:f", "--also: {folder}/broken.py cannot be imported: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_one_line(tmp_path: Path, also: str, message: str) -> None:
+    (tmp_path / "my_kernels.py").write_text(OWN_KERNELS)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    result = yoso("compare", "fast_hash", *SMALL, "--also", also.format(folder=tmp_path))
+    assert (result.exit_code, result.stderr) == (2, f"yoso compare: {message.format(folder=tmp_path)}\n")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """`compare`, and the two functions that every other test measures with: `truth` and `tolerance`."""
 
+import io
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +13,13 @@ import support
 import torch
 
 import yoso_core
-from yoso_core import places, reference, registry
+from yoso_core import backends, reference, registry
 from yoso_core.comparison import Comparison, Row, compare
 from yoso_core.inputs import example_inputs
+from yoso_core.operations import OPERATIONS
 from yoso_core.truth import tolerance, truth
 
 SMALL = {"n": 33, "n_key": 41, "dim": 16, "value_dim": 20, "num_hash": 7, "hash_code_len": 5}
-UNMASKED = ("hadamard_transform", "fast_hash", "hyperplane_hash")
 
 
 def numpy_variants(op: str) -> list[str]:
@@ -30,9 +34,9 @@ def row(comparison: Comparison, name: str) -> Row:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("op", registry.OPERATIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_example_inputs_run_and_repeat(op: str, masked: bool) -> None:
-    if masked and op in UNMASKED:
+    if masked and not OPERATIONS[op].takes_masks:
         with pytest.raises(ValueError, match=rf"masked: {op} takes no masks"):
             example_inputs(op, masked=True)
         return
@@ -101,7 +105,7 @@ def test_tolerance_is_zero_where_no_term_is_added() -> None:
     assert np.all(allowed[1] == 0)
 
 
-@pytest.mark.parametrize("op", [op for op in registry.OPERATIONS if op not in UNMASKED])
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if OPERATIONS[op].takes_masks])
 def test_tolerance_is_tight(op: str) -> None:
     """No more than 1e-4 of the largest entry in float32, and some 2**29 times less in float64."""
     sizes = {}
@@ -135,46 +139,40 @@ def test_tolerance_allows_a_rounded_cosine_only_where_arccos_may_be_taken() -> N
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("op", registry.OPERATIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_the_reference_agrees_with_itself(op: str, dtype: str) -> None:
     library = "torch" if dtype == "bfloat16" else "numpy"
     args, kwargs = example_inputs(op, dtype=dtype, library=library, **SMALL)  # type: ignore[arg-type]
-    found = compare(op, *args, repeats=1, names=numpy_variants(op), **kwargs)
+    found = compare(op, *args, repeats=1, variants=numpy_variants(op), **kwargs)
     assert [r.verdict for r in found.rows] == ["agrees"] * len(found.rows), str(found)
     assert all(r.repeatable and (r.tolerance_used or 0) <= 1 for r in found.rows)
 
 
-@pytest.mark.parametrize("op", registry.OPERATIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_every_variant_is_listed(op: str) -> None:
     args, kwargs = example_inputs(op, **SMALL)
     found = compare(op, *args, repeats=1, **kwargs)
-    assert [r.variant for r in found.rows] == [variant.name for variant in yoso_core.variants(op) if variant.kernel.place.automatic]
+    assert [r.variant for r in found.rows] == [variant.name for variant in yoso_core.variants(op) if variant.kernel.automatic]
     assert found.agrees, str(found)
 
 
 def test_empty_inputs() -> None:
-    for op in registry.OPERATIONS:
+    for op in OPERATIONS:
         args, kwargs = example_inputs(op, **(SMALL | {"n": 0, "n_key": 0}))
-        assert compare(op, *args, repeats=1, names=numpy_variants(op), **kwargs).agrees
+        assert compare(op, *args, repeats=1, variants=numpy_variants(op), **kwargs).agrees
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, op: str, fault: object, **fields: object) -> None:
-    """One more variant of an operation, ``numpy:planted``, whose function is ``fault``."""
-    monkeypatch.setattr(reference, "planted", fault, raising=False)
-    kernel = registry.Kernel(op, "numpy:planted", "yoso_core.reference:planted", "a fault", **fields)  # type: ignore[arg-type]
-    monkeypatch.setattr(registry, "KERNELS", (*registry.KERNELS, kernel))
+def compare_planted(fault: Callable[..., Any], op: str = "lsh_cumulation", **options: Any) -> tuple[Comparison, Row]:
+    """The NumPy variants beside one more, ``planted``, whose function is ``fault``."""
+    args, kwargs = example_inputs(op, **SMALL)
+    with registry.register(op, "planted", fault, **options):
+        found = compare(op, *args, repeats=3, variants=[*numpy_variants(op), "planted"], **kwargs)
+    assert all(r.verdict == "agrees" for r in found.rows if r.variant != "planted"), "one bad variant must not spoil the others"
+    return found, row(found, "planted")
 
 
-def compare_planted(op: str = "lsh_cumulation", **options: object) -> tuple[Comparison, Row]:
-    args, kwargs = example_inputs(op, **(SMALL | options))  # type: ignore[arg-type]
-    found = compare(op, *args, repeats=3, names=[*numpy_variants(op)], **kwargs)
-    assert all(r.verdict == "agrees" for r in found.rows if r.variant != "numpy:planted"), "one bad variant must not spoil the others"
-    return found, row(found, "numpy:planted")
-
-
-def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "lsh_cumulation", lambda *args, **kwargs: reference.lsh_cumulation_tables(*args, **kwargs) + np.float32(1e-3))
-    found, planted = compare_planted()
+def test_a_planted_error_is_found() -> None:
+    found, planted = compare_planted(lambda *args, **kwargs: reference.lsh_cumulation_tables(*args, **kwargs) + np.float32(1e-3))
     assert planted.verdict == "disagrees"
     assert planted.max_error == pytest.approx(1e-3, rel=1e-2)
     assert planted.tolerance_used is not None
@@ -183,31 +181,29 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_an_error_in_any_gradient_is_found(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+def test_an_error_in_any_gradient_is_found(place: int) -> None:
     def off(*args: object, **kwargs: object) -> tuple[object, ...]:
         grads = list(reference.expectation_attention_backward(*args, **kwargs))  # type: ignore[arg-type]
         grads[place][0, 1, 2, 3] += np.float32(1e-3)
         return tuple(grads)
 
-    plant(monkeypatch, "expectation_attention_backward", off)
-    _, planted = compare_planted("expectation_attention_backward")
+    _, planted = compare_planted(off, "expectation_attention_backward")
     assert planted.verdict == "disagrees"
     assert planted.max_error == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_one_wrong_code_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wrong_code_is_found() -> None:
     def off(*args: object, **kwargs: object) -> np.ndarray:
         codes = reference.fast_hash(*args, **kwargs)  # type: ignore[arg-type]
         codes[0, 0, 0, 0] ^= 1
         return codes
 
-    plant(monkeypatch, "fast_hash", off)
-    _, planted = compare_planted("fast_hash")
+    _, planted = compare_planted(off, "fast_hash")
     assert (planted.verdict, planted.codes_differing) == ("disagrees", 1)
     assert planted.codes_share == pytest.approx(1 / (2 * 33 * 7))
 
 
-def test_a_variant_wrong_only_once_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_wrong_only_once_is_found() -> None:
     calls = []
 
     def sometimes(*args: object, **kwargs: object) -> np.ndarray:
@@ -215,14 +211,14 @@ def test_a_variant_wrong_only_once_is_found(monkeypatch: pytest.MonkeyPatch) -> 
         out = reference.lsh_cumulation_tables(*args, **kwargs)  # type: ignore[arg-type]
         return out * 2 if len(calls) == 3 else out
 
-    plant(monkeypatch, "lsh_cumulation", sometimes)
-    _, planted = compare_planted()
-    assert len(calls) == 4, "a warm-up and three that count"
+    _, planted = compare_planted(sometimes)
+    assert len(calls) == 1 + planted.runs, "a warm-up and those that count"
+    assert planted.runs >= 3
     assert (planted.verdict, planted.repeatable) == ("disagrees", False)
 
 
 @pytest.mark.parametrize(("deterministic", "verdict"), [(True, "not repeatable"), (False, "agrees")])
-def test_bits_that_change_are_found(monkeypatch: pytest.MonkeyPatch, deterministic: bool, verdict: str) -> None:
+def test_bits_that_change_are_found(deterministic: bool, verdict: str) -> None:
     calls = []
 
     def restless(*args: object, **kwargs: object) -> np.ndarray:
@@ -231,42 +227,41 @@ def test_bits_that_change_are_found(monkeypatch: pytest.MonkeyPatch, determinist
         out[0, 0, 0, 0] = np.nextafter(out[0, 0, 0, 0], np.float32(np.inf)) if len(calls) == 2 else out[0, 0, 0, 0]
         return out
 
-    plant(monkeypatch, "lsh_cumulation", restless, deterministic=deterministic)
-    found, planted = compare_planted()
+    found, planted = compare_planted(restless, deterministic=deterministic)
     assert (planted.agrees, planted.repeatable, planted.verdict) == (True, False, verdict)
     assert found.agrees == (verdict == "agrees")
 
 
-def test_nan_is_the_same_bits_and_must_be_where_the_truth_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "lsh_cumulation", lambda *args, **kwargs: np.nan_to_num(reference.lsh_cumulation_tables(*args, **kwargs)))
+def test_nan_is_the_same_bits_and_must_be_where_the_truth_has_it() -> None:
+    def hides_nan(*args: object, **kwargs: object) -> np.ndarray:
+        return np.nan_to_num(reference.lsh_cumulation_tables(*args, **kwargs))  # type: ignore[arg-type]
+
     (query_code, key_code, value, capacity), _ = example_inputs("lsh_cumulation", **SMALL)
     value[0, 0, 0] = np.nan
-    found = compare("lsh_cumulation", query_code, key_code, value, capacity, repeats=2)
+    found = compare("lsh_cumulation", query_code, key_code, value, capacity, repeats=2, also={"planted": hides_nan})
     assert row(found, "numpy:pairs").verdict == row(found, "numpy:tables").verdict == "agrees"
-    planted = row(found, "numpy:planted")
+    planted = row(found, "planted")
     assert (planted.verdict, planted.max_error) == ("disagrees", np.inf)
-    assert next(r for r in json.loads(found.to_json())["rows"] if r["variant"] == "numpy:planted")["max_error"] == "inf"
+    assert next(r for r in json.loads(found.to_json())["rows"] if r["variant"] == "planted")["max_error"] == "inf"
 
 
-def test_a_variant_that_raises_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_raises_is_listed() -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of [luck]")
 
-    plant(monkeypatch, "lsh_cumulation", broken)
-    found, planted = compare_planted()
+    found, planted = compare_planted(broken)
     assert (planted.verdict, planted.failure, planted.max_error) == ("failed", "RuntimeError: out of [luck]", None)
     assert not found.agrees
-    assert "numpy:planted failed: RuntimeError: out of [luck]" in str(found)
+    assert "planted failed: RuntimeError: out of [luck]" in str(found)
 
 
-def test_a_wrong_shape_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "lsh_cumulation", lambda *args, **kwargs: np.zeros((1, 1), np.float32))
-    _, planted = compare_planted()
-    assert planted.failure == "returned shapes [(1, 1)], the definition [(1, 2, 33, 20)]"
+def test_a_wrong_shape_is_a_failure() -> None:
+    _, planted = compare_planted(lambda *args, **kwargs: np.zeros((1, 1), np.float32))
+    assert planted.failure == "returned shape (1, 1), need (1, 2, 33, 20)"
 
 
 def test_a_variant_that_cannot_run_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "missing", lambda where: "no such luck" if where != "numpy" else None)
+    monkeypatch.setattr(backends, "missing", lambda where: "no such luck" if where != "numpy" else None)
     found = compare("fast_hash", *example_inputs("fast_hash", **SMALL)[0], repeats=1)
     assert (row(found, "cpu:tiles").verdict, row(found, "cpu:tiles").reason) == ("cannot run", "no such luck")
     assert found.agrees, "what cannot run here is no fault"
@@ -289,10 +284,14 @@ def test_the_callers_tensors() -> None:
     ("error", "message", "call"),
     [
         (ValueError, "op: no operation 'softmax'", lambda x: compare("softmax", x)),
-        (ValueError, "names: hadamard_transform has no variant 'cpu:best'", lambda x: compare("hadamard_transform", x, names=["cpu:best"])),
-        (TypeError, "names: need a list", lambda x: compare("hadamard_transform", x, names="cpu:tiles")),
+        (
+            ValueError,
+            "variants: hadamard_transform has no variant 'cpu:best'",
+            lambda x: compare("hadamard_transform", x, variants=["cpu:best"]),
+        ),
+        (TypeError, "variants: need a list", lambda x: compare("hadamard_transform", x, variants="cpu:tiles")),
         (ValueError, "repeats: need an integer at least 1", lambda x: compare("hadamard_transform", x, repeats=0)),
-        (TypeError, "variant: every variant runs", lambda x: compare("hadamard_transform", x, variant="cpu:tiles")),
+        (TypeError, "variant: every variant runs; choose with variants=", lambda x: compare("hadamard_transform", x, variant="cpu:tiles")),
         (TypeError, "x: need one of float16", lambda x: compare("hadamard_transform", x.astype(int))),
         (TypeError, "x: need a NumPy array", lambda x: compare("hadamard_transform", x.tolist())),
         (TypeError, "query: need a NumPy array", lambda x: compare("yoso_attention", x.tolist(), x, x)),
@@ -308,7 +307,7 @@ def test_wrong_input_raises(error: type[Exception], message: str, call: object) 
 
 
 def test_json_and_text() -> None:
-    found = compare("lsh_cumulation", *example_inputs("lsh_cumulation", **SMALL)[0], repeats=2, names=numpy_variants("lsh_cumulation"))
+    found = compare("lsh_cumulation", *example_inputs("lsh_cumulation", **SMALL)[0], repeats=2, variants=numpy_variants("lsh_cumulation"))
     read = json.loads(found.to_json())
     assert read == found.to_dict()
     assert read["op"] == "lsh_cumulation"
@@ -317,7 +316,9 @@ def test_json_and_text() -> None:
     assert all(0 < r["min_seconds"] <= r["median_seconds"] <= r["max_seconds"] for r in read["rows"])
     lines = str(found).splitlines()
     assert lines[0].startswith("lsh_cumulation(query_hash_code: int32 (1, 2, 33, 7)")
-    assert [line.split()[0] for line in lines[1:]] == ["variant", "numpy:tables", "numpy:pairs"]
+    assert [line.split()[0] for line in lines[1:4]] == ["variant", "numpy:tables", "numpy:pairs"]
+    assert " ".join(lines[5:]) == " ".join(found.notes)
+    assert max(map(len, lines[5:])) <= 100
     assert found.table().row_count == 2
 
 
@@ -330,7 +331,114 @@ def test_plot(tmp_path: Path, op: str) -> None:
     assert 1000 < width < 3000
     assert 300 < height < 2000
     errors, times = figure.axes
-    assert [label.get_text() for label in errors.get_yticklabels()] == [
-        variant.name for variant in support.on_the_cpu(op) if variant.kernel.place.automatic
+    assert [label.get_text().split()[0] for label in errors.get_yticklabels()] == [
+        variant.name for variant in support.on_the_cpu(op) if variant.kernel.automatic
     ]
     assert times.get_xscale() == "log"
+
+
+# ---------------------------------------------------------------- the table answers "which should I
+# use?"
+
+
+def shown(op: str = "lsh_cumulation", **options: Any) -> tuple[Comparison, list[str]]:
+    args, kwargs = example_inputs(op, **SMALL)
+    found = compare(op, *args, repeats=1, **{"variants": numpy_variants(op), **kwargs, **options})
+    return found, str(found).splitlines()
+
+
+def test_it_ends_with_the_answer() -> None:
+    """Which variant, how exact, how many times faster than the definition."""
+    found, _ = shown(variants=["cpu:tables", "numpy:pairs"])
+    assert re.fullmatch(
+        r"The fastest that agrees is (cpu:tables, what the library takes by itself, exact to rounding, [\d.e+]+ times as fast as the "
+        r"definition|numpy:pairs, the definition itself)\.",
+        found.notes[-1],
+    )
+
+
+def test_the_one_that_the_library_takes_and_the_definition_are_marked() -> None:
+    found, lines = shown(variants=["cpu:tables", "numpy:tables", "numpy:pairs"])
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["cpu:tables *", "numpy:tables", "numpy:pairs ="]
+    assert [r.automatic for r in found.rows] == [True, False, False]
+    assert found.notes[0].startswith("* is what the library takes by itself here; = is the definition.")
+
+
+def test_a_range_has_its_units() -> None:
+    _, lines = shown()
+    assert all(re.search(r"\d (µs|ms|s) - [\d.e+]+ (µs|ms|s)", line) for line in lines[2:4])
+
+
+def test_short_calls_are_timed_until_their_times_agree() -> None:
+    found, _ = shown("hadamard_transform")
+    assert all(5 <= r.runs <= 50 for r in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "last"),
+    [
+        (0.0, "all zero", "There is nothing to compare: the output is all zero, by the definition and by every variant that agrees."),
+        (np.nan, "all NaN", "There is nothing to compare: the output is all NaN, by the definition and by every variant that agrees."),
+    ],
+)
+def test_an_empty_comparison_says_so(value: float, verdict: str, last: str) -> None:
+    codes = np.zeros((9, 3), np.int32)
+    found = compare("lsh_cumulation", codes, codes, np.full((9, 4), value, np.float32), 4, repeats=1)
+    assert all(r.content == verdict for r in found.rows if r.verdict == "agrees")
+    assert re.search(rf"^numpy:pairs = +{verdict} ", str(found), re.MULTILINE)
+    assert found.notes[-1] == last
+
+
+def test_a_few_nan_are_counted() -> None:
+    codes = np.arange(6, dtype=np.int32)[:, None]
+    value = np.ones((6, 4), np.float32)
+    value[2, 1] = np.nan
+    found = compare("lsh_cumulation", codes, codes, value, 8, repeats=1, variants=["numpy:pairs"])
+    assert "agrees, 1 of 24 NaN" in str(found)
+
+
+def test_float16_that_overflows_is_infinite_and_warns_of_nothing() -> None:
+    codes = np.zeros((9, 1), np.int32)
+    found = compare(
+        "lsh_cumulation", codes, codes, np.full((9, 2), 6e4, np.float16), 2, repeats=1, variants=numpy_variants("lsh_cumulation")
+    )
+    assert [(r.verdict, r.content) for r in found.rows] == [("agrees", "all infinite")] * 2
+
+
+def test_float64_has_no_error_to_show_for_the_definition() -> None:
+    args, kwargs = example_inputs("lsh_cumulation", dtype="float64", **SMALL)
+    found = compare("lsh_cumulation", *args, repeats=1, variants=numpy_variants("lsh_cumulation"), **kwargs)
+    assert re.search(r"numpy:pairs = +agrees +truth +truth +truth", str(found))
+
+
+def test_emulated_times_stand_apart() -> None:
+    support.need("emulated")
+    args, kwargs = example_inputs("lsh_cumulation", n=7, heads=1, dim=4, num_hash=2, hash_code_len=3)
+    found = compare("lsh_cumulation", *args, repeats=1, variants=["emulated:shared_table", "numpy:pairs"], **kwargs)
+    header, *rows = str(found).splitlines()[1:4]
+    definition, emulated = sorted(rows, reverse=True)
+    assert header.split()[-1] == "emulated"
+    assert re.search(r"- +- +- +[\d.]+ (µs|ms|s)$", emulated)
+    assert re.search(r"1x +-$", definition)
+    assert any("their time is not a GPU's" in note for note in found.notes)
+
+
+def test_what_cannot_run_is_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "missing", lambda where: None if where == "numpy" else "no such luck")
+    found, lines = shown(variants=None)
+    assert not any(line.startswith(("cpu:", "cupy:")) for line in lines[2:])
+    (note,) = (note for note in found.notes if note.startswith("Cannot run here: "))
+    assert note.endswith("(no such luck).")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_narrow_terminal_gets_fewer_columns_and_no_ellipsis(width: int) -> None:
+    from rich.console import Console
+
+    found, _ = shown()
+    console = Console(width=max(width, 40), record=True, file=io.StringIO())
+    console.print(found.table(console.width))
+    text = console.export_text()
+    assert "…" not in text
+    assert "numpy:pairs =" in text
+    assert ("from" in text) == (width == 200)

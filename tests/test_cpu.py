@@ -217,8 +217,6 @@ def test_an_edit_of_a_helper_in_another_file_is_never_served_stale(tmp_path):
     """
     package = tmp_path / "yoso_core"
     shutil.copytree(ROOT / "yoso_core", package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("cpu", "reference"):
-        shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(CALL_AND_COUNT)
     first = run_python(code)
     assert json.loads(first.stdout)["total"] == 20.0, first.stderr

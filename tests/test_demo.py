@@ -5,9 +5,16 @@ small text.
 import importlib.util
 import io
 import json
+import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,17 +23,20 @@ from typer.testing import CliRunner
 
 from yoso_core import demo
 from yoso_core.cli import app
-from yoso_core.demo import LanguageSizes, Sizes, measure, missing_for_training, run, words
+from yoso_core.demo import LanguageSizes, Sizes, measure, missing_for_training, words
+from yoso_core.demo.ahead import compiled, compiling_ahead
+from yoso_core.demo.clock import Clock
 from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX
 from yoso_core.reference.arrays import Array
 
 if TYPE_CHECKING:
     from yoso_core.demo.language import Language
 
-TINY = LanguageSizes(hidden=64, layers=1, heads=2, length=48, batch=4, steps=8, checks=2, windows=4, nums_hash=(1, 8), fills=3)
+TINY = LanguageSizes(hidden=64, layers=1, heads=2, length=48, batch=4, steps=8, learning_rate=3e-2, windows=4, nums_hash=(1, 8), fills=3)
 SMALL = Sizes(
     passage=600, dim=32, words=2, nums_hash=(1, 4, 16), hashes=32, lengths=(128, 256, 512), repeats=1, agreement=48, language=TINY
 )
+run = partial(demo.run, sizes=SMALL, ahead=False, budget=math.inf)
 needs_torch = pytest.mark.skipif(missing_for_training() is not None, reason=f"the language model {missing_for_training()}")
 
 
@@ -40,6 +50,12 @@ def made_text(tokens: int, topics: int = 8, words_each: int = 12, seed: int = 0)
         drawn = (topic * 3 + letters[i] * 2 for i in rng.integers(words_each, size=40))
         paragraphs.append(" ".join(w + (" the" if i % 4 == 0 else "") for i, w in enumerate(drawn)) + ".")
     return "\n\n".join(paragraphs)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """As if this module were not installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else found(name, *rest))
 
 
 def small_passage(n: int = 400) -> words.Passage:
@@ -198,7 +214,8 @@ def test_error_falls_with_slope_one_half() -> None:
     """Over draws the slope is -0.520 with a spread of 0.006; that of the biased twin below is
     -0.327.
     """
-    error = measure.sampling_error(unit_vectors(256, 64), [1, 4, 16, 64], 8, 512, np.random.default_rng(0))
+    error = measure.sampling_error(unit_vectors(256, 64), [1, 4, 16, 64], 8, 512, seed=0)
+    assert error.draws == [512, 128, 32, 8]
     assert error.rms == sorted(error.rms, reverse=True)
     assert error.slope == pytest.approx(-0.5, abs=0.06)
 
@@ -212,8 +229,111 @@ def test_the_slope_tells_a_biased_estimator(monkeypatch: pytest.MonkeyPatch) -> 
         return right(*args, hash_code_len=tau, use_expectation=use_expectation, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(measure, "yoso_attention", biased)
-    error = measure.sampling_error(unit_vectors(256, 64), [1, 4, 16, 64], 8, 512, np.random.default_rng(0))
+    error = measure.sampling_error(unit_vectors(256, 64), [1, 4, 16, 64], 8, 512, seed=0)
     assert error.slope > -0.5 + 0.06
+
+
+def test_draws_are_left_out_where_the_time_is_short_and_the_others_stay_what_they_are() -> None:
+    x = unit_vectors(64, 16)
+    short = measure.sampling_error(x, [1, 4], 6, 64, seed=3, left=lambda: 0.0)
+    assert short.draws == [1, 1]
+    assert short == measure.sampling_error(x, [1, 4], 6, 1, seed=3)
+    seconds = iter([1.0, 1.0, -1.0])
+    assert measure.sampling_error(x, [1, 16], 6, 32, seed=3, left=lambda: next(seconds)).draws == [3, 2]
+
+
+def sleepers(calls: list[tuple[str, int]]) -> dict[str, measure.Attention]:
+    def method(name: str) -> measure.Attention:
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            calls.append((name, len(query)))
+            return value
+
+        return attend
+
+    return {name: method(name) for name in METHODS}
+
+
+@pytest.mark.parametrize(
+    ("left", "lengths", "runs"), [(1e9, [10, 20, 40, 80], 5), (0.0, [10, 20, 40], 1), (-1.0, [10, 20, 40], 1)], ids=["time", "none", "over"]
+)
+def test_long_texts_and_repetitions_are_timed_where_there_is_time(left: float, lengths: list[int], runs: int) -> None:
+    calls: list[tuple[str, int]] = []
+    found = measure.attention_times(small_passage(), [10, 20, 40, 80], sleepers(calls), 5, lambda: left)
+    assert (found.lengths, found.runs) == (lengths, runs)
+    assert calls == [(name, 10) for name in METHODS] + runs * [(name, n) for n in lengths for name in METHODS]
+    assert all(len(found.seconds[name]) == len(lengths) for name in METHODS)
+
+
+@pytest.mark.skipif(measure.softmax_library() != "PyTorch", reason="needs torch")
+def test_the_softmax_of_torch_is_that_of_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((3, 40, 8)).astype(np.float32)
+    right = measure.softmax_attention(query, key, value, 3.0)
+    np.testing.assert_allclose(measure.softmax_of_torch(query, key, value, 3.0), right, atol=1e-5)
+    timed = measure.attention_methods(8, 4, 3.0, 0)[SOFTMAX](query, key, value)
+    np.testing.assert_array_equal(timed, measure.softmax_of_torch(query, key, value, 3.0))
+
+
+def test_softmax_is_timed_in_numpy_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "torch")
+    query, key, value = np.random.default_rng(0).standard_normal((3, 40, 8)).astype(np.float32)
+    assert measure.softmax_library() == "NumPy"
+    timed = measure.attention_methods(8, 4, 3.0, 0)[SOFTMAX](query, key, value)
+    np.testing.assert_array_equal(timed, measure.softmax_attention(query, key, value, 3.0))
+
+
+# ---------------------------------------------------------------- the clock
+
+
+def test_a_share_is_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("yoso_core.demo.clock.time", SimpleNamespace(perf_counter=lambda: now))
+    clock = Clock(60)
+    now += 10
+    left = clock.share(0.4)
+    assert (clock.elapsed, clock.left(), left()) == (10, 50, 20)
+    now += 15
+    assert left() == 5
+    assert clock.share(0.2)() == 7
+    now += 45
+    assert (clock.left(), left(), clock.share(0.5)()) == (-10, -40, 0)
+    assert Clock().share(0.1)() == math.inf
+
+
+PROGRAM = """
+import time
+from yoso_core.demo.ahead import compiled, compiling_ahead
+from yoso_core.demo.clock import Clock
+with Clock(60, show=True) as clock:
+    clock.doing("counting [bold]words[/]")
+    time.sleep(0.3)
+"""
+
+
+def test_no_bar_in_a_pipe() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_bar_on_a_terminal_says_what_is_done_and_how_long_at_most() -> None:
+    import pty
+
+    controller, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=terminal, stdout=subprocess.PIPE, env=environment) as process:
+        os.close(terminal)
+        shown = b""
+        try:
+            while part := os.read(controller, 1000):
+                shown += part
+        except OSError:  # Linux: the other side is closed
+            pass
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+    os.close(controller)
+    assert b"counting [bold]words[/]" in shown
+    assert re.search(rb"at most (60|59) s left", shown)
 
 
 # ---------------------------------------------------------------- the language model
@@ -271,10 +391,97 @@ def test_frequency_score_by_hand() -> None:
     assert found.right == 1 / 4
 
 
+@needs_torch
+def test_the_number_of_steps_says_what_each_does() -> None:
+    """A training that the time ends is the same as one that is asked for as many steps."""
+    import torch
+
+    from yoso_core.demo import language
+
+    data = torch.from_numpy(np.frombuffer(made_text(2000).encode(), np.uint8).astype(np.int64))
+
+    def train(steps: int, share_per_step: float, jump: int = 10**9) -> tuple[list[float], list[tuple[int, float]], int]:
+        torch.manual_seed(0)
+        model = language.new_model(TINY)
+        made: list[int] = []
+        return language.train(
+            model,
+            data,
+            replace(TINY, steps=steps),
+            torch.Generator().manual_seed(0),
+            lambda: 0.0,
+            lambda: len(made) * share_per_step + (len(made) >= jump),
+            lambda step, *_: made.append(step),
+        )
+
+    losses, checks, falls_from = train(1000, 0.75 / 21)
+    assert (len(losses), checks, falls_from) == (28, [(0, 0.0), (25, 0.0), (28, 0.0)], 21)
+    assert train(28, 0.0) == (losses, checks, falls_from)
+    assert train(29, 0.0)[0] != losses
+    stopped = train(1000, 0.75 / 21, jump=24)
+    assert (len(stopped[0]), stopped[2]) == (24, 21)
+    assert stopped[0] == losses[:24]
+    assert len(train(1000, 1.0)[0]) == language.FEWEST_STEPS
+
+
+@needs_torch
+def test_the_learning_rate_rises_stays_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from yoso_core.demo import language
+
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW) -> None:
+        rates.append(self.param_groups[0]["lr"] / TINY.learning_rate)
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(language, "RISE", 4)
+    data = torch.zeros(200, dtype=torch.long)
+    model = language.new_model(TINY)
+    language.train(model, data, replace(TINY, steps=12), torch.Generator().manual_seed(0), lambda: 0.0, lambda: 0.0, lambda *_: None)
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+
+
+@needs_torch
+def test_scores_and_masks_are_left_out_where_the_time_is_short() -> None:
+    import torch
+
+    from yoso_core.demo import language
+
+    model = language.new_model(TINY)
+    ids = torch.full((1, 8), 65)
+    clock = Clock(1e-9)
+    trained, masks = language.evaluate(model, ids, ids, (1, 8), [("some words ", "of", " text"), ("and ", "more", ".")], clock)
+    assert list(trained) == [None]
+    assert [list(mask.fills) for mask in masks] == [[None]]
+    assert clock.left_out == ["scores with m = 1 and m = 8", "masks to fill: 1 of 2"]
+
+
+@needs_torch
+def test_what_is_compiled_ahead_is_what_training_needs() -> None:
+    """Numba compiles nothing more in the training that follows."""
+    program = """
+import sys
+import numba.core.event as events
+from yoso_core.demo.language import compile_kernels, learn
+from tests.test_demo import TINY, made_text
+compile_kernels(TINY)
+with events.install_recorder("numba:compile") as recorder:
+    learn(made_text(2000), TINY, 0)
+names = {event.data["dispatcher"].py_func.__qualname__ for _, event in recorder.buffer}
+sys.exit(f"compiled only now: {names}" if names else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def learned(text: str | None = None, sizes: LanguageSizes = TINY, seed: int = 0) -> "Language":
     from yoso_core.demo.language import learn
 
-    return learn(made_text(2000) if text is None else text, sizes, seed, show=False)
+    return learn(made_text(2000) if text is None else text, sizes, seed)
 
 
 @needs_torch
@@ -282,7 +489,7 @@ def test_the_loss_falls_below_what_the_frequencies_say() -> None:
     """On a text where a byte's neighbors give it away."""
     text = "\n\n".join("abcdefgh " * 40 + letter for letter in "abcdefghijklmnopqrst")
     found = learned(text, replace(TINY, steps=60, learning_rate=1e-2))
-    assert [step for step, _ in found.held_out] == [0, 30, 60]
+    assert [step for step, _ in found.held_out] == [0, 25, 50, 60]
     assert found.held_out[0][1] == pytest.approx(found.untrained.loss, rel=1e-5)
     assert np.mean(found.losses[-5:]) < 0.7 * found.frequencies.loss
     for m, score in found.trained.items():
@@ -295,8 +502,9 @@ def test_a_seed_repeats_the_training_and_leaves_the_random_numbers_of_others() -
     import torch
 
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     first = learned(seed=1)
+    assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     second, other = learned(seed=1), learned(seed=2)
@@ -406,13 +614,13 @@ def test_bad_text(tmp_path: Path, content: bytes | None, says: str) -> None:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^text: .*{says}"):
-        run(path, tmp_path / "out.png", sizes=SMALL)
+        run(path, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^text: cannot read"):
-        run(tmp_path, tmp_path / "out.png", sizes=SMALL)
+        run(tmp_path, tmp_path / "out.png")
 
 
 def test_a_long_text_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,35 +632,35 @@ def test_a_long_text_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_output_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^output: the folder .* does not exist"):
-        run(None, tmp_path / "nowhere" / "out.png", sizes=SMALL)
+        run(None, tmp_path / "nowhere" / "out.png")
 
 
 def test_run_writes_the_picture_and_prints_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, output = tmp_path / "a [bold]$name$ é.txt", tmp_path / "out.png"
     text.write_text("\ufeff" + made_text(4000), encoding="utf-8")
-    result = run(text, output, sizes=SMALL)
+    result = run(text, output)
     assert output.read_bytes().startswith(b"\x89PNG")
-    assert (result.passage_tokens, result.lengths) == (600, [128, 256, 512])
+    assert (result.passage_tokens, result.times.lengths, result.left_out) == (600, [128, 256, 512], [])
     assert result.text_tokens > 3000
     assert result.agrees
     assert len(result.words) == 2
-    assert all(len(result.seconds[name]) == 3 and min(result.seconds[name]) > 0 for name in METHODS)
+    assert all(len(result.times.seconds[name]) == 3 and min(result.times.seconds[name]) > 0 for name in METHODS)
     assert result.error.rms[0] > result.error.rms[-1]
     printed = capsys.readouterr().out
     for part in (text.name, "YOSO sampled", f"slope {result.error.slope:.2f}", "lsh_cumulation", "all agree", result.words[0].word):
         assert part in printed
     assert "shorter than" not in printed
+    assert "Left out" not in printed
     assert ("5. A masked language model" in printed) == (result.language is not None) == (missing_for_training() is None)
 
 
 def test_what_is_missing_for_the_training_is_said_and_the_rest_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else found(name, *rest))
+    without(monkeypatch, "torch")
     text = tmp_path / "text.txt"
     text.write_text(made_text(2000))
-    result = run(text, tmp_path / "out.png", sizes=SMALL)
+    result = run(text, tmp_path / "out.png")
     assert result.language is None
     assert result.agrees
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -464,19 +672,81 @@ def test_what_is_missing_for_the_training_is_said_and_the_rest_shown(
 def test_no_training_and_no_word_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(made_text(2000))
-    assert run(text, tmp_path / "out.png", training=False, sizes=SMALL).language is None
+    assert run(text, tmp_path / "out.png", training=False).language is None
     printed = capsys.readouterr().out
     assert "4. Every variant" in printed
     assert "language model" not in printed
 
 
+def test_a_short_budget_leaves_out_what_it_must_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(made_text(2000))
+    sizes = replace(SMALL, lengths=(64, 128, 256, 512), repeats=2)
+    result = run(text, tmp_path / "out.png", budget=1e-9, sizes=sizes)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert result.agrees
+    assert result.language is None
+    assert (len(result.words), result.error.draws, result.times.lengths) == (1, [1, 1, 1], [64, 128, 256])
+    left_out = [
+        "words: 1 of 2",
+        "error against hashes: no more than one draw for each m",
+        "agreement: lsh_cumulation, expectation_attention, yoso_attention",
+        "time against tokens: n = 512",
+        "time against tokens: 1 of 2 runs",
+    ]
+    assert result.left_out[:5] == left_out
+    assert result.left_out[5:] == ["the language model: no time was left to train it"] * (missing_for_training() is None)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Left out, to end in about 0 s (--budget gives more): {'; '.join(result.left_out)}." in printed
+    found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert (found["left_out"], found["budget"]) == (result.left_out, 1e-9)
+
+
+@needs_torch
+def test_a_training_that_the_time_ends_is_said_to_be_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count()
+    monkeypatch.setattr("yoso_core.demo.clock.time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))  # every look takes 10 ms
+    text = tmp_path / "text.txt"
+    text.write_text(made_text(2000))
+    result = run(text, tmp_path / "out.png", sizes=replace(SMALL, language=replace(TINY, steps=1000)), budget=3)
+    assert result.language is not None
+    steps = len(result.language.losses)
+    assert 20 < steps < 200
+    assert 1.5 < result.elapsed < 3
+    assert result.left_out[-1:] == [f"training: {steps} of 1,000 steps in {result.language.seconds:.0f} s"]
+    assert f"{steps} training steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "nan"])
+def test_a_budget_is_positive(budget: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "out.png"), "--budget", budget])
+    assert result.exit_code == 2
+    assert "--budget: need a positive number of seconds" in result.output
+
+
+def test_the_second_process_is_waited_for_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with compiling_ahead(False) as process:
+        assert process is None
+        assert compiled(process, 0.0)
+    popen = subprocess.Popen
+    for program, done in (("import time; time.sleep(600)", False), ("raise SystemExit(1)", True)):
+        monkeypatch.setattr(subprocess, "Popen", lambda _, program=program, **rest: popen([sys.executable, "-c", program], **rest))
+        with compiling_ahead(True) as process:
+            assert process is not None
+            assert compiled(process, 0.1 if not done else math.inf) == done
+        assert process.returncode == (1 if done else -9)
+
+
 def test_everything_is_there_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(made_text(2000))
-    result = run(text, tmp_path / "out.png", show=False, sizes=SMALL)
+    result = run(text, tmp_path / "out.png", show=False)
     assert capsys.readouterr().out == ""
     found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert set(found) == {*asdict(replace(result, agreement=[], language=None)), "agrees"}
+    assert (found["left_out"], found["budget"]) == ([], None)
     assert found["sizes"]["language"]["steps"] == TINY.steps
     assert found["words"][0]["lift"][SAMPLED] == result.words[0].lift[SAMPLED].tolist()
     assert [row["op"] for row in found["agreement"]] == [comparison.op for comparison in result.agreement]
@@ -488,7 +758,7 @@ def test_everything_is_there_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("options", [[], ["--no-training"]], ids=["training", "no-training"])
 def test_the_command_prints_json_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
-    monkeypatch.setattr(demo, "run", partial(run, sizes=SMALL))
+    monkeypatch.setattr(demo, "run", lambda **options: run(**options | {"budget": math.inf}))
     text = tmp_path / "text.txt"
     text.write_text(made_text(2000))
     result = CliRunner().invoke(app, ["demo", "--text", str(text), "--output", str(tmp_path / "out.png"), "--json", *options])
@@ -505,13 +775,13 @@ def test_a_text_shorter_than_the_passage_is_used_whole(tmp_path: Path, capsys: p
         text, tmp_path / "out.png", sizes=Sizes(dim=32, words=1, nums_hash=(1, 4), hashes=4, repeats=1, agreement=16), training=False
     )
     assert result.passage_tokens == result.text_tokens < 1501
-    assert result.lengths == [512, 1024]
+    assert result.times.lengths == [512, 1024]
     assert "shorter than 4,096" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(made_text(3000))
-    first, second, other = (run(text, tmp_path / "out.png", seed=seed, training=False, sizes=SMALL) for seed in (1, 1, 2))
+    first, second, other = (run(text, tmp_path / "out.png", seed=seed, training=False) for seed in (1, 1, 2))
     assert first.error == second.error != other.error
     assert first.words[0].strongest(SAMPLED, 5) == second.words[0].strongest(SAMPLED, 5)

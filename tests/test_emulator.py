@@ -19,9 +19,10 @@ from support import Case, as_dtype, build, poisoned_allocations
 
 import yoso_core
 from yoso_core import reference, registry
+from yoso_core.gpu import KernelText
 from yoso_core.gpu.cupy_kernels import hashing, source
 from yoso_core.gpu.device import CudaKernel, launches
-from yoso_core.gpu.emulator import Emulator, KernelFault, KernelText, Traffic, checked, count_traffic, missing, order
+from yoso_core.gpu.emulator import Emulator, KernelFault, Traffic, checked, count_traffic, missing, order
 from yoso_core.gpu.emulator import build as building
 from yoso_core.reference.arrays import Array
 
@@ -512,7 +513,8 @@ def test_the_emulator_goes_on_after_a_fault() -> None:
 def test_crashes_outside_a_kernel_are_left_alone() -> None:
     code = """
         import ctypes, numpy as np
-        from yoso_core.gpu.emulator import Emulator, KernelText
+        from yoso_core.gpu import KernelText
+        from yoso_core.gpu.emulator import Emulator
         Emulator().launch(KernelText('extern "C" __global__ void k(int* x) { *x = 1; }', "k"), (1,), (1,), (np.zeros(1, np.int32),))
         ctypes.string_at(0)
     """
@@ -636,6 +638,17 @@ def test_kernels_that_are_not_there() -> None:
 
 
 @needs_compiler
+def test_arguments_go_by_the_names_of_the_parameters() -> None:
+    kernel = KernelText(f"{HEAD}(int* x, int y) {{ *x = y; }}", "k")
+    x = np.zeros(1, np.int32)
+    Emulator().launch(kernel, grid=(1,), block=(1,), args={"x": x, "y": np.int32(7)})
+    assert x[0] == 7
+    for wrong, got in (({"y": np.int32(7), "x": x}, "y, x"), ({"x": x}, "x"), ({"x": x, "z": np.int32(7)}, "x, z")):
+        with pytest.raises(TypeError, match=f"^args: k has the parameters x, y, got {got}$"):
+            Emulator().launch(kernel, grid=(1,), block=(1,), args=wrong)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -646,8 +659,12 @@ def test_kernels_that_are_not_there() -> None:
             f"{HEAD}(int* x) {{\n  __shared__ int (*f)(int);\n}}",
             "line 2: the emulator does not understand this declaration of shared memory",
         ),
+        (
+            f'#include "common.cuh"\n{HEAD}(int* x) {{\n  __shared__ int (*f)(int);\n}}',
+            "line 3: the emulator does not understand this declaration of shared memory",
+        ),
     ],
-    ids=["undeclared", "activemask", "atomic", "shared"],
+    ids=["undeclared", "activemask", "atomic", "shared", "shared-after-a-header"],
 )
 def test_kernels_that_do_not_compile(text: str, message: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=f"(?s){message}"):
@@ -722,7 +739,8 @@ def test_a_spoiled_library_is_made_again(fresh_cache: Path) -> None:
 def test_processes_that_compile_at_once(fresh_cache: Path) -> None:
     code = f"""
         import numpy as np
-        from yoso_core.gpu.emulator import Emulator, KernelText
+        from yoso_core.gpu import KernelText
+        from yoso_core.gpu.emulator import Emulator
         rank = np.zeros(64, np.int32)
         Emulator().launch(KernelText({RANK!r}, "k"), (1,), (64,), (np.zeros(1, np.int32), rank))
         assert (rank == np.arange(64)).all()

@@ -16,8 +16,6 @@ from yoso_core.model import YosoForMaskedLM
 from yoso_core.model.filling import fill_mask, load_masked_lm
 from yoso_core.model.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ONE = "Paris is the [MASK] of France."
 
 
@@ -126,8 +124,8 @@ def error(*args: object) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["Paris is it."], "TEXT: need [MASK] (or <mask>) where a word is to be guessed, got 'Paris is it.'"),
-        (["[MASK]" + " of" * 60], "TEXT: 63 tokens are too many, the model has positions for 40"),
+        (["Paris is it."], "TEXT: need [MASK] (or <mask>) in place of a word, got 'Paris is it.'"),
+        (["[MASK]" + " of" * 60], "TEXT: need at most 40 tokens, one for each position of the model, got 63"),
         ([ONE, "--top", "0"], "--top: need an integer at least 1, got 0"),
         ([ONE, "--num-hash", "8"], "--num-hash: the expectation has no hashes; add --sampled"),
         ([ONE, "--seed", "8"], "--seed: the expectation has no hashes; add --sampled"),
@@ -150,7 +148,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 def test_a_model_that_predicts_no_words(tmp_path: Path) -> None:
     message = error(ONE, "--model", write_checkpoint(tmp_path, "YosoForTokenClassification"))
-    assert "has no masked-LM head or lacks a part of it: cls.predictions" in message
+    assert "lacks cls.predictions" in message
 
 
 def test_a_model_without_weights(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ That every variant is right there is in test_registry.py, with the others.
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ import torch
 from support import Case, as_dtype, as_float64, as_tuple, build, check_values
 
 import yoso_core
-from yoso_core import gpu, places, registry
+from yoso_core import backends, gpu, registry
 from yoso_core.arrays import Caller
 
 pytestmark = pytest.mark.gpu
 
 CASE = Case(137, 63, 64, 48, 7, 8, mask="masked", leading=(2, 3))
-KERNELS = [kernel for kernel in registry.KERNELS if kernel.place.device == "cuda"]
+KERNELS = [kernel for kernel in registry.KERNELS if kernel.backend.device == "cuda"]
 DETERMINISTIC = [kernel for kernel in KERNELS if kernel.deterministic]
 
 
@@ -33,7 +34,7 @@ def each(kernels: list[registry.Kernel]) -> Any:
 @pytest.fixture(autouse=True)
 def needs_a_gpu(request: pytest.FixtureRequest) -> None:
     kernel = request.node.callspec.params.get("kernel") if hasattr(request.node, "callspec") else None
-    if reason := places.missing(kernel.where if kernel else "cupy"):
+    if reason := backends.missing(kernel.where if kernel else "cupy"):
         pytest.skip(reason)
     if not torch.cuda.is_available():
         pytest.skip("this build of torch has no CUDA")
@@ -45,11 +46,11 @@ def on_gpu(op: str, case: Case = CASE, dtype: str = "float32") -> dict[str, Any]
         return torch.as_tensor(x).cuda() if isinstance(x, np.ndarray | torch.Tensor) else x
 
     unchecked = {"validate": False} if op.startswith("lsh_") else {}
-    return {name: tensor(x) for name, x in build(op, case).items()} | unchecked
+    return {name: tensor(x) for name, x in build(op, replace(case, dtype=dtype)).items()} | unchecked
 
 
 def check(op: str, out: Any, case: Case = CASE, dtype: str = "float32") -> None:
-    check_values(op, [as_float64(x.cpu()) for x in as_tuple(out)], {name: as_dtype(x, dtype) for name, x in build(op, case).items()}, case)
+    check_values(op, [as_float64(x.cpu()) for x in as_tuple(out)], replace(case, dtype=dtype))
 
 
 @each(KERNELS)
@@ -85,9 +86,9 @@ def test_numpy_arrays_are_copied_there_and_back(kernel: registry.Kernel) -> None
 def test_dlpack_shares_memory_both_ways(dtype: str) -> None:
     x = torch.ones(3, 4, dtype=getattr(torch, dtype), device="cuda")
     caller = Caller("torch", str(x.device))
-    view = places._cupy_view(caller)(x)
+    view = backends._cupy_view(caller)(x)
     assert view.data.ptr == x.data_ptr()
-    assert places._back_from_cupy(caller, view, None).data_ptr() == x.data_ptr()
+    assert backends._back_from_cupy(caller, view, None).data_ptr() == x.data_ptr()
 
 
 @each(DETERMINISTIC)
@@ -155,6 +156,18 @@ def test_a_launch_error_is_raised_at_the_call() -> None:
     device = CupyDevice(0, 0)
     with pytest.raises(Exception, match=r"INVALID_VALUE|invalid argument"):
         device.launch(gpu.CudaKernel("sort.cu", "sort_codes"), (1,), (4096,), (None, None, None, None, np.int32(0), np.int32(0)))
+
+
+def test_a_text_of_ones_own_runs() -> None:
+    import cupy
+
+    from yoso_core.gpu.cupy_kernels.cuda import CupyDevice
+
+    text = "__global__ void scale(float* x) { x[threadIdx.x] *= FACTOR; }"
+    for linkage in ("", 'extern "C" '):
+        x = cupy.arange(32, dtype=np.float32)
+        CupyDevice(0, 0).launch(gpu.KernelText(linkage + text, "scale", (("FACTOR", 3),)), (1,), (32,), (x,))
+        np.testing.assert_array_equal(x.get(), 3 * np.arange(32))
 
 
 def test_devices_do_not_mix() -> None:

@@ -21,8 +21,6 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from yoso_core import model as ours
 from yoso_core.model import YosoForMaskedLM, YosoForSequenceClassification
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -434,8 +432,10 @@ def test_inductor_compiles_the_model() -> None:
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.parametrize("head", ["YosoForMaskedLM", "YosoForSequenceClassification"])
 def test_an_exported_model_gives_the_same(head: str, way: str) -> None:
-    """For every batch and length, after a way through a file."""
-    model = lively(head, conv_window=3, num_labels=2, **WAYS[way])
+    """For every batch and length, after a way through a file. In float64, since the exported graph
+    was traced with gradients and so scales rows in another order of additions.
+    """
+    model = lively(head, conv_window=3, num_labels=2, **WAYS[way]).double()
     batch, n = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("n", min=2, max=24)
     shapes = {name: {0: batch, 1: n} for name in ("input_ids", "attention_mask")}
     inputs = {"input_ids": ids(2, 12), "attention_mask": MASK.long()}
@@ -445,7 +445,7 @@ def test_an_exported_model_gives_the_same(head: str, way: str) -> None:
     with torch.no_grad():
         for shape in ((2, 12), (3, 7), (1, 24)):
             other = {"input_ids": ids(*shape), "attention_mask": (torch.arange(shape[1]) < torch.arange(4, 4 + shape[0])[:, None]).long()}
-            close(exported(**other).logits, model(**other).logits, 1e-6)
+            close(exported(**other).logits, model(**other).logits, 1e-12)
 
 
 # Bad input
@@ -482,7 +482,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any], str]] = {
     "additive_mask": (
         "YosoModel",
         {"input_ids": FLAT, "attention_mask": torch.where(torch.arange(6) < 4, 0.0, -torch.inf).expand(2, 6)},
-        r"attention_mask: need 1 for a token and 0 for padding, got other numbers; additive masks are not taken",
+        r"attention_mask: need 1 for a token and 0 for padding, got other numbers; an additive mask means the opposite",
     ),
     "additive_mask_of_integers": (
         "YosoModel",

@@ -19,8 +19,6 @@ from yoso_core.cli import app
 from yoso_core.model import YosoConfig, YosoForMaskedLM, YosoForPreTraining, YosoModel
 from yoso_core.model.original import convert_original_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS, POSITIONS, TYPES, DIM, HIDDEN, HEADS, TAU, WINDOW = 50, 18, 2, 24, 40, 2, 5, 3
 
 # The keys that convert_weight_keys of the authors' code lists (mlpen/Nystromformer, code/utils.py),
@@ -261,7 +259,7 @@ def without(shapes: dict[str, tuple[int, ...]], *keys: str) -> dict[str, tuple[i
         (ROBERTA, {"vocab_size": 51}, "vocab_size: 51 was given, but the shapes of the file say 50"),
         (SHARED, {"num_attention_heads": HEADS}, "num_hidden_layers: the layers of this file share one block"),
         (without(ROBERTA, "model.transformer_1.norm1.bias"), {"num_attention_heads": HEADS}, r"lacks .*layer\.1\.attention\.output"),
-        (without(ROBERTA, "model.embeddings.word_embeddings.weight"), {}, "no checkpoint of the authors' YOSO"),
+        (without(ROBERTA, "model.embeddings.word_embeddings.weight"), {}, "need a checkpoint of the authors' YOSO"),
         (EMBEDDINGS, {}, "no layers"),
         (ROBERTA | {"model.transformer_1.mha.W_q.weight": (DIM, DIM + 1)}, {"num_attention_heads": HEADS}, r"shape \(24, 25\), need"),
         (ROBERTA, {"num_attention_heads": HEADS, "first_position": 3}, "first_position: need an integer between 0 and 2"),
@@ -300,7 +298,7 @@ class Trap:
 
 def test_a_file_cannot_run_code(tmp_path: Path) -> None:
     path = written(tmp_path / "a.cp", {"model_state_dict": state_dict(ROBERTA), "scheduler": Trap(tmp_path / "sprung")})
-    with pytest.raises(ValueError, match=r"cannot be read as weights .* a \.model file"):
+    with pytest.raises(ValueError, match=r"cannot be read as weights .* the \.model file"):
         convert_original_checkpoint(path)
     assert not (tmp_path / "sprung").exists()
 
@@ -340,7 +338,11 @@ def test_other_configurations(tmp_path: Path) -> None:
     assert convert_original_checkpoint(path, tmp_path / "hf" / "config.json").config.num_hash == 5
     with pytest.raises(ValueError, match="max_position_embeddings: 4096 was given, but the shapes of the file say 16"):
         convert_original_checkpoint(path, YosoConfig(**fields, type_vocab_size=TYPES))
-    for text, message in (("{}", "is none"), ('{"model": {"attn_type": "softmax"}}', "attention 'softmax'"), ("[", "is none")):
+    for text, message in (
+        ("{}", "need a config.json of the authors"),
+        ('{"model": {"attn_type": "softmax"}}', "attention 'softmax'"),
+        ("[", "need a config.json of the authors"),
+    ):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             convert_original_checkpoint(path, tmp_path / "wrong.json")

@@ -83,7 +83,8 @@ FAULTS: dict[str, tuple[sanitizers.Kind, str, str, set[int], str]] = {
 
 PLANTED = """
 import numpy as np
-from yoso_core.gpu.emulator import Emulator, KernelText
+from yoso_core.gpu import KernelText
+from yoso_core.gpu.emulator import Emulator
 parameters = "const float* x, float* out"
 for name, body in kernels.items():
     memory = "extern __shared__ float dynamic[]; __shared__ float s[64];"
@@ -100,8 +101,8 @@ def planted(kind: sanitizers.Kind) -> list[Report]:
 
 EMULATED = [kernel for kernel in registry.KERNELS if kernel.where == "emulated"]
 CASES = (
-    Case(33, 137, 48, 20, 7, 8, mask="masked"),
-    Case(65, 137, 64, 40, 1, 1, leading=()),  # so many to a bucket that every loop over tiles goes round again
+    Case(17, 137, 40, 20, 3, 8, mask="masked"),
+    Case(65, 137, 40, 40, 1, 1, leading=()),  # so many to a bucket that every loop over tiles goes round again
     Case(7, 33, 7, 33, 5, 13, "float16", mask="fully", kind="repeated"),
 )
 
@@ -153,8 +154,8 @@ def test_planted_fault_is_found(name: str, runs: dict[str, Runs]) -> None:
     kind, _, what, lines, _ = FAULTS[name]
     reports = [report for report in runs[kind].planted.result() if report.kernel == name]
     assert {report.kind for report in reports} == {what}
-    assert {place for report in reports for place in report.places} == {(f"{name}.cu", line) for line in lines}
-    assert all((report.file, report.line) == report.places[0] for report in reports)
+    assert {line for report in reports for line in report.source_lines} == {(f"{name}.cu", line) for line in lines}
+    assert all((report.file, report.line) == report.source_lines[0] for report in reports)
     assert f"{name} {name}.cu:{min(lines)}" in "".join(report.text for report in reports)
 
 

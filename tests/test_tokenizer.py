@@ -179,4 +179,4 @@ def test_a_tokenizer_that_knows_no_word(bpe: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_not_at_hand(tmp_path: Path) -> None:
     code = "from yoso_core.model.tokenizer import load_tokenizer\ntry:\n    load_tokenizer('uw-madison/none')\n"
     code += "except FileNotFoundError as error:\n    print(error)"
-    assert "offline only what was fetched before is found" in in_new_process(code, tmp_path)
+    assert "without a network only downloaded files are found" in in_new_process(code, tmp_path)

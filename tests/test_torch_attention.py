@@ -2,6 +2,7 @@
 and in a layer that learns.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -643,6 +644,17 @@ def test_drawn_signs_are_fair() -> None:
 # The face
 
 
+def test_the_signature_is_that_of_the_face_and_says_besides_which_gradient_it_is() -> None:
+    ours, face = (list(inspect.signature(f).parameters.values()) for f in (yoso_attention, yoso_core.yoso_attention))
+    besides = [p for p in ours if p.name in ("grad", "backward", "generator")]
+    assert [(p.name, p.kind, p.default) for p in ours if p not in besides] == [(p.name, p.kind, p.default) for p in face]
+    assert [(p.name, p.kind, p.default) for p in besides] == [
+        ("grad", inspect.Parameter.KEYWORD_ONLY, "lower_bound"),
+        ("backward", inspect.Parameter.KEYWORD_ONLY, "lsh"),
+        ("generator", inspect.Parameter.KEYWORD_ONLY, None),
+    ]
+
+
 @pytest.mark.parametrize("use_expectation", [False, True])
 def test_the_faces_function_is_differentiable_on_tensors(use_expectation: bool) -> None:
     *tensors, grad_out = problem(2, 3)
@@ -671,21 +683,21 @@ def test_gradients_of_some_inputs_alone() -> None:
 
 @pytest.mark.parametrize(("variant", "hashed_by"), [(None, "cpu:tiles"), ("cpu:fused", "cpu:tiles"), ("numpy:formula", "numpy:formula")])
 def test_planes_give_gradients_too(variant: str | None, hashed_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass hashes by planes where the forward pass did: the sums of two places may
-    fall on two sides of a plane.
+    """The backward pass hashes by planes on the backend of the forward pass: the sums of two
+    backends may fall on two sides of a plane.
     """
     *tensors, grad_out = problem(2, 3)
     planes = torch.from_numpy(yoso_core.sample_planes(M, TAU, 6, batch_shape=(3,), rng=0))
     codes = [yoso_core.hyperplane_hash(x.detach(), planes, M, TAU) for x in tensors[:2]]
     expected = yoso_core.lsh_attention_backward(grad_out, *(x.detach() for x in tensors), *codes, TAU)
     ran: list[tuple[str, str]] = []
-    run = registry.Kernel.run
+    call_kernel = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any) -> Any:
         ran.append((kernel.op, kernel.name))
-        return run(kernel, *args)
+        return call_kernel(kernel, *args)
 
-    monkeypatch.setattr(registry.Kernel, "run", recording)
+    monkeypatch.setattr(registry.Kernel, "call", recording)
     got = gradients(lambda *x: attention(*x, planes=planes, normalize_output=False, variant=variant), tensors, grad_out)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
@@ -816,7 +828,6 @@ def accuracy_after_training(model: Retriever) -> float:
 
 
 @every_mode
-@pytest.mark.usefixtures("one_thread")
 def test_a_layer_learns_to_retrieve(mode: dict[str, Any]) -> None:
     """Chance is 0.25, with a deviation of 0.014. Without its context the model stays there; with
     queries and keys as drawn it gets half.

@@ -72,11 +72,11 @@ def test_they_are_numbered_from_one():
     assert [tutorial.number for tutorial in ALL] == list(range(1, len(ALL) + 1))
 
 
-@pytest.mark.parametrize(("readme", "folder"), [("tutorials/README.md", ""), ("README.md", "tutorials/")])
-def test_the_index_is_that_of_the_tutorials(readme, folder):
+@pytest.mark.parametrize(("readme", "index"), [("tutorials/README.md", tutorials.index), ("README.md", tutorials.short_index)])
+def test_the_index_is_that_of_the_tutorials(readme, index):
     text = (tutorials.FOLDER.parent / readme).read_text()
     before, after = build.MARKS
-    assert text.partition(before)[2].partition(after)[0] == tutorials.index(folder) + "\n", "make tutorials"
+    assert text.partition(before)[2].partition(after)[0] == index() + "\n", "make tutorials"
 
 
 # ---------------------------------------------------------------- a small tutorial, right and with

@@ -17,7 +17,7 @@ import support
 from support import Case, build, check_values
 
 import yoso_core
-from yoso_core import gpu, places, registry
+from yoso_core import backends, gpu, registry
 from yoso_core.gpu import emulator
 from yoso_core.gpu.cupy_kernels import cuda
 
@@ -39,7 +39,7 @@ class Function:
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes, "more shared memory than was opted in to"
         assert all(isinstance(x, OnDevice | np.generic) for x in args), "CuPy takes arrays and NumPy scalars"
-        text = emulator.KernelText(self.module.code, self.name, self.module.defines)
+        text = gpu.KernelText(self.module.code, self.name, self.module.defines)
         device = emulator.Emulator()
         device.launch(text, grid, block, [None if isinstance(x, np.uint64) else x for x in args], shared_mem)
 
@@ -47,13 +47,16 @@ class Function:
 class RawModule:
     made: list["RawModule"] = []  # noqa: RUF012
 
-    def __init__(self, code: str, options: tuple[str, ...], backend: str) -> None:
+    def __init__(self, code: str, options: tuple[str, ...], backend: str, name_expressions: tuple[str, ...] | None) -> None:
         assert backend == "nvrtc"
+        assert "#include" not in code, "NVRTC finds no header"
         assert options[0] == "--std=c++17"
+        self.names = name_expressions
         self.code, self.defines = code, tuple(tuple(flag[2:].split("=")) for flag in options[1:])
         RawModule.made.append(self)
 
     def get_function(self, name: str) -> Function:
+        assert 'extern "C"' in self.code or name in (self.names or ()), "C++ has mangled the name"
         return Function(self, name)
 
 
@@ -82,8 +85,8 @@ def stand_in() -> ModuleType:
 @pytest.fixture(autouse=True)
 def with_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     support.need("emulated")
-    found = {where: places.missing(where) for where in places.PLACES} | {"cupy": None, "numba_cuda": "not in this test"}
-    monkeypatch.setattr(places, "missing", found.get)
+    found = {where: backends.missing(where) for where in backends.BACKENDS} | {"cupy": None, "numba_cuda": "not in this test"}
+    monkeypatch.setattr(backends, "missing", found.get)
     monkeypatch.setitem(sys.modules, "cupy", stand_in())
     RawModule.made.clear()
     caches = (cuda._limits, cuda._module, cuda._function)
@@ -100,7 +103,7 @@ def test_numpy_arrays_go_there_and_back(kernel: registry.Kernel) -> None:
     with gpu.launches() as made:
         outs = support.as_tuple(getattr(yoso_core, kernel.op)(**given, variant=kernel.name))
     assert all(type(out) is np.ndarray for out in outs)
-    check_values(kernel.op, [support.as_float64(out) for out in outs], given, CASE)
+    check_values(kernel.op, [support.as_float64(out) for out in outs], CASE)
     assert {launch.where for launch in made if launch.where != "emulated"} == {"cupy"}
     assert {launch.kernel for launch in made} <= set(kernel.kernels)
 
@@ -126,3 +129,30 @@ def test_unnamed_numpy_arrays_stay_on_the_cpu() -> None:
     with gpu.launches() as made:
         yoso_core.fast_hash(**build("fast_hash", CASE))
     assert made == []
+
+
+SCALED = """
+#include "common.cuh"
+__global__ void scaled(const VALUE* x, VALUE* y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = narrow<VALUE>(widen(x[i]) * ACC(FACTOR));
+}
+"""
+
+
+@pytest.mark.parametrize("linkage", ["", 'extern "C" '], ids=["mangled", "extern-C"])
+def test_a_text_is_launched_beside_the_files(linkage: str) -> None:
+    device = cuda.CupyDevice(0, 0)
+    x, y = device.xp.asarray(np.arange(5, dtype=np.float32)), device.empty((5,), np.float32)
+    text = SCALED.replace("__global__", linkage + "__global__")
+    for factor in (3, 3, -2):
+        kernel = gpu.KernelText(text, "scaled", (("VALUE", "float"), ("FACTOR", factor)))
+        with gpu.launches() as made:
+            device.launch(kernel, (1,), (32,), (x, y, np.int32(5)), 64)
+        np.testing.assert_array_equal(y, factor * x)
+        assert gpu.Launch("cupy", "scaled", (1,), (32,), 64) in made
+    assert len(RawModule.made) == 2, "one for each set of macros"
+    named = {"x": x, "y": y, "n": np.int32(5)}
+    device.launch(kernel, (1,), (32,), named)
+    with pytest.raises(TypeError, match=r"^args: scaled has the parameters x, y, n, got n, y, x$"):
+        device.launch(kernel, (1,), (32,), dict(reversed(named.items())))

@@ -22,6 +22,7 @@ from numba import cuda, float32
 
 import yoso_core
 from yoso_core import draw
+from yoso_core.gpu import NumbaCudaVariant
 from yoso_core.gpu.emulator import KernelFault, order
 from yoso_core.gpu.emulator.stepper import Stepper, missing
 
@@ -553,11 +554,36 @@ print(inspect.getsource(cumulation.add_keys_to_table.py_func))
 assert "cuda.shared.array(0, vectors.dtype)" in inspect.getsource(hashing.hash_vectors.py_func)
 assert np.array_equal(yoso_core.fast_hash(key, signs, m, tau, variant="stepped:shared_memory"), key_hash_code)
 
-names = ["numpy:pairs", "cpu:tables", "stepped:global_table", "stepped:shared_table"]
-compared = yoso_core.compare("lsh_cumulation", query_hash_code, key_hash_code, value, 2**tau, names=names, emulate=True, repeats=1)
-for row in compared.rows:
-    print(f"{row.variant:22} {row.verdict}, largest error {row.max_error:.1e}")
+# %% [markdown]
+# And yours? `compare` puts a kernel of your own beside the library's. It asks for a *launcher*: a
+# function that is given the device and the arguments of `yoso_core.lsh_cumulation`, makes room,
+# launches the kernels, and returns the result. `NumbaCudaVariant` says what kind of kernel it is.
+
+
+# %%
+def own_cumulation(device, query_hash_code, key_hash_code, value, hashtable_capacity):
+    n, value_dim = value.shape
+    grid, block = (ceil_div(n, 4),), (value_dim, 4)
+    table = device.zeros((key_hash_code.shape[1], hashtable_capacity, value_dim), value.dtype)
+    out = device.empty((query_hash_code.shape[0], value_dim), value.dtype)
+    device.launch(scatter, grid, block, (key_hash_code, value, table))
+    device.launch(gather, grid, block, (query_hash_code, table, out))
+    return out
+
+
+def compared_with_ours(launcher, **masks):
+    """A launcher's kernels as ``stepped:yours``, beside four variants of the library."""
+    names = ["numpy:pairs", "cpu:tables", "stepped:global_table", "stepped:shared_table"]
+    own = {"yours": NumbaCudaVariant(launcher)}
+    return yoso_core.compare(
+        "lsh_cumulation", query_hash_code, key_hash_code, value, 2**tau, variants=names, also=own, emulate=True, repeats=1, **masks
+    )
+
+
+compared = compared_with_ours(own_cumulation)
+print(compared)
 assert compared.agrees
+assert {row.variant: row.verdict for row in compared.rows}["stepped:yours"] == "agrees"
 
 # %% [markdown]
 # If there is a GPU in your machine, this cell runs your own kernels on it.
@@ -667,7 +693,8 @@ print("Exercise 2: right.")
 #
 # Write the scatter of this tutorial with a mask: key `j` takes part where `keep[j]` is not 0. The
 # block is `(dims, keys)` as above. The table in the checker remembers who writes into it: an
-# addition that is not atomic is refused, though the stepper alone would let it pass.
+# addition that is not atomic is refused, though the stepper alone would let it pass. At last it
+# puts your scatter, with the gather from above, into the table of `compare`.
 
 
 # %% tags=["exercise-3"]
@@ -705,6 +732,21 @@ for n, dims, rows in ((18, 4, 4), (5, 3, 2), (7, 4, 8)):
         except KernelFault as fault:
             raise AssertionError(f"n = {n}, {dims} dims, order {chosen}: {fault}") from fault
         assert np.array_equal(table, wanted), f"n = {n}, {dims} dims, order {chosen}: the sums differ in {np.sum(table != wanted)} places"
+
+
+def masked_cumulation(device, query_hash_code, key_hash_code, value, hashtable_capacity, *, key_mask):
+    n, value_dim = value.shape
+    grid, block = (ceil_div(n, 4),), (value_dim, 4)
+    table = device.zeros((key_hash_code.shape[1], hashtable_capacity, value_dim), value.dtype)
+    out = device.empty((query_hash_code.shape[0], value_dim), value.dtype)
+    device.launch(masked_scatter, grid, block, (key_hash_code, value, key_mask.astype(np.uint8), table))
+    device.launch(gather, grid, block, (query_hash_code, table, out))
+    return out
+
+
+compared = compared_with_ours(masked_cumulation, key_mask=np.arange(value.shape[0]) % 3 > 0)
+assert compared.agrees, f"beside the library's kernels:\n{compared}"
+print(compared)
 print("Exercise 3: right.")
 
 # %% [markdown]

@@ -21,8 +21,9 @@ from matplotlib.patches import Rectangle
 
 import yoso_core
 from yoso_core import draw
+from yoso_core.gpu import CudaVariant, KernelText
 from yoso_core.gpu.catalog import CUDA_FOLDER, catalog
-from yoso_core.gpu.emulator import Emulator, KernelText, checked, count_traffic, order
+from yoso_core.gpu.emulator import Emulator, checked, count_traffic, order
 from yoso_core.gpu.emulator.build import missing_for_counting
 
 if missing_for_counting():
@@ -515,6 +516,27 @@ assert (columns.global_atomics, columns.shared_atomics, columns.bank_conflicts, 
 # `checked()` watched every access of that launch: an access outside an array, a race between two
 # threads, or a read of memory that nobody has written would have been a fault, whatever the order.
 #
+# Is it as exact as the library's? `compare` takes it beside them. A *launcher* is given the device
+# and the arguments of `yoso_core.lsh_cumulation`; it makes room, launches, and returns the result.
+
+
+# %%
+def half_a_page(device, query_code, key_code, value, buckets):
+    n, d = value.shape
+    out = device.empty((n, d), value.dtype)
+    sizes = (np.int32(n), np.int32(d), np.int32(buckets))
+    device.launch(KernelText(COLUMNS, "a_column_each"), (d,), (32,), (query_code, key_code, value, out, *sizes), buckets * 32 * 4)
+    return out
+
+
+names = ["numpy:pairs", "cpu:tables", *(f"emulated:{name}" for name in ("shared_table", "sorted_buckets", "global_table"))]
+own = {"half_a_page": CudaVariant(half_a_page)}
+compared = yoso_core.compare("lsh_cumulation", query_code, key_code, value, 2**tau, variants=names, also=own, emulate=True, repeats=1)
+print(compared)
+assert compared.agrees
+assert {row.variant: row.verdict for row in compared.rows}["emulated:half_a_page"] == "agrees"
+
+# %% [markdown]
 # **3. Sorted buckets** do without a table. Sort the keys by their codes, and a bucket is a *run* of
 # neighbors. Its sum needs no atomic, and a query finds its run by bisection. Below, for one hash:
 # the keys as they come, and sorted.
@@ -711,7 +733,7 @@ if gpu_missing is None:
     query_code, key_code = rng.integers(0, 256, size=(2, 8, 4096, 32)).astype(np.int32)
     value = rng.standard_normal((8, 4096, 64), dtype=np.float32)
     names = [f"cupy:{name}" for name in VARIANTS]
-    measured = yoso_core.compare("lsh_cumulation", query_code, key_code, value, 256, names=names)
+    measured = yoso_core.compare("lsh_cumulation", query_code, key_code, value, 256, variants=names)
     assert measured.agrees
     print(measured)
 else:
@@ -786,6 +808,9 @@ print("Exercise 1: right.")
 # Count the keys in each of 16 buckets. A block of 64 threads counts its keys in *shared* memory
 # first, by `atomicAdd(&counts[code], 1)`, and then adds its counts to those in global memory: at
 # most 16 atomics for each block there, however many keys it has.
+#
+# Such counts are a cumulation, too: with one hash and values that are all 1, a query gets the
+# number of keys in its bucket. At last the checker puts your kernel into the table of `compare`.
 
 # %% tags=["exercise-2"]
 BUCKET_COUNTS = """
@@ -806,6 +831,19 @@ for n in (64, 300, 10):
     ):
         assert np.array_equal(count, np.bincount(code, minlength=16)), f"n = {n}, order {chosen}: got {count}"
         assert moved.global_atomics <= 16 * blocks, f"{moved.global_atomics} atomics in global memory, {16 * blocks} are enough"
+
+
+def cumulation_of_ones(device, query_code, key_code, ones, buckets):
+    count, n = device.zeros((buckets,), np.int32), key_code.shape[0]
+    device.launch(KernelText(BUCKET_COUNTS, "bucket_counts"), (-(-n // 64),), (64,), (key_code, count, np.int32(n)))
+    return count[query_code].astype(ones.dtype)
+
+
+codes = rng.integers(0, 16, size=(2, 300, 1)).astype(np.int32)
+names, own = ["numpy:pairs", "cpu:tables", "emulated:shared_table"], {"yours": CudaVariant(cumulation_of_ones)}
+compared = yoso_core.compare("lsh_cumulation", *codes, np.ones((300, 1), np.float32), 16, variants=names, also=own, emulate=True, repeats=1)
+assert compared.agrees, f"beside the library's kernels:\n{compared}"
+print(compared)
 print("Exercise 2: right.")
 
 # %% [markdown]

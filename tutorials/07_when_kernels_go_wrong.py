@@ -21,7 +21,8 @@ from numba import cuda
 
 import yoso_core
 from yoso_core import draw
-from yoso_core.gpu.emulator import Emulator, KernelFault, KernelText, checked, missing, order, sanitized, sanitizers
+from yoso_core.gpu import KernelText
+from yoso_core.gpu.emulator import Emulator, KernelFault, checked, missing, order, sanitized, sanitizers
 from yoso_core.gpu.emulator.stepper import Stepper
 
 draw.use_look()
@@ -627,7 +628,7 @@ promise = {variant.name: variant.kernel.deterministic for variant in yoso_core.v
 bits = {name: set() for name in wanted}
 for chosen in ORDERS:
     with order(chosen):
-        comparison = yoso_core.compare("lsh_cumulation", queries, keys, values, capacity, names=wanted, repeats=1, emulate=True)
+        comparison = yoso_core.compare("lsh_cumulation", queries, keys, values, capacity, variants=wanted, repeats=1, emulate=True)
         assert comparison.agrees, "right in every order"
         for name in wanted:
             bits[name].add(yoso_core.lsh_cumulation(queries, keys, values, capacity, variant=name).tobytes())
@@ -702,7 +703,8 @@ planted = {
 
 # %%
 IN_A_CHILD = """
-from yoso_core.gpu.emulator import Emulator, KernelText
+from yoso_core.gpu import KernelText
+from yoso_core.gpu.emulator import Emulator
 for fault, text, name, grid, block, args in launches:
     Emulator().launch(KernelText(text, name, file=fault), (grid,), (block,), args)
 """

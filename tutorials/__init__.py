@@ -6,10 +6,11 @@ it is built from it, with outputs. Listing and copying need nothing but the stan
 
 import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 
 HEADER = re.compile(
     r"""\#\ %%\ \[markdown\]\n
@@ -60,12 +61,16 @@ def tutorials() -> list[Tutorial]:
     return [describe(path) for path in sorted(FOLDER.glob("[0-9][0-9]_*.py"))]
 
 
-def index(folder: str = "") -> str:
-    """The table of tutorials/README.md, or of a README from which ``folder`` leads to the
-    notebooks.
-    """
-    rows = [f"| {t.number} | [{t.title}]({folder}{t.notebook.name}) | {t.promise} | {t.time} | {t.needs} |" for t in tutorials()]
+def index() -> str:
+    """The table of tutorials/README.md."""
+    rows = [f"| {t.number} | [{t.title}]({t.notebook.name}) | {t.promise} | {t.time} | {t.needs} |" for t in tutorials()]
     return "\n".join(["| | tutorial | you will be able to | time | you need |", "|---|---|---|---|---|", *rows])
+
+
+def short_index() -> str:
+    """The paragraph of README.md: number, title, and minutes to read and for the exercises."""
+    told = [f"**{t.number}** {t.title} ({'+'.join(re.findall('[0-9]+', t.time))})" for t in tutorials()]
+    return textwrap.fill(", ".join(told) + ".", width=99, break_long_words=False, break_on_hyphens=False)
 
 
 def copy(number: int, folder: Path, *, text: bool = False, overwrite: bool = False) -> Path:

@@ -16,7 +16,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-from yoso_core.tutorials import FOLDER, index, tutorials
+from yoso_core.tutorials import FOLDER, index, short_index, tutorials
 
 LARGEST = 400_000
 """Bytes of a built notebook."""
@@ -79,13 +79,11 @@ def build(path: Path) -> Path:
     return target
 
 
-def write_index(readme: Path, folder: str = "") -> None:
-    """Put the table of tutorials between the marks of the README; ``folder`` leads from there to
-    the notebooks.
-    """
+def write_index(readme: Path, text: str) -> None:
+    """Put the index of tutorials between the marks of a README."""
     before, after = MARKS
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(re.sub(f"(?s){before}.*{after}", lambda _: f"{before}{index(folder)}\n{after}", text), encoding="utf-8")
+    old = readme.read_text(encoding="utf-8")
+    readme.write_text(re.sub(f"(?s){before}.*{after}", lambda _: f"{before}{text}\n{after}", old), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -95,5 +93,5 @@ if __name__ == "__main__":
             start = time.perf_counter()
             target = build(tutorial.path)
             print(f"{target.name}: {time.perf_counter() - start:.0f} s, {target.stat().st_size / 1000:.0f} kB", flush=True)
-    write_index(FOLDER / "README.md")
-    write_index(FOLDER.parent / "README.md", "tutorials/")
+    write_index(FOLDER / "README.md", index())
+    write_index(FOLDER.parent / "README.md", short_index())

@@ -19,6 +19,7 @@ Hugging Face.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from yoso_core.attend import yoso_attention
 from yoso_core.ops import (
     expectation_attention,
     expectation_attention_backward,
@@ -30,9 +31,8 @@ from yoso_core.ops import (
     lsh_weighted_cumulation,
     sample_planes,
     sample_signs,
-    yoso_attention,
 )
-from yoso_core.registry import Variant, variants
+from yoso_core.registry import Registration, Variant, register, variants
 
 if TYPE_CHECKING:
     from yoso_core.comparison import Comparison, compare
@@ -52,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "Registration",
     "Variant",
     "YosoConfig",
     "YosoForMaskedLM",
@@ -72,6 +73,7 @@ __all__ = [
     "lsh_attention_backward",
     "lsh_cumulation",
     "lsh_weighted_cumulation",
+    "register",
     "sample_planes",
     "sample_signs",
     "variants",
@@ -93,7 +95,13 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"yoso_core.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'yoso_core' has no attribute {name!r}")
+if not TYPE_CHECKING:  # hidden from type checkers, which would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(import_module(f"yoso_core.{_LAZY[name]}"), name)
+        raise AttributeError(f"module 'yoso_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,8 +32,25 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     return number
 
 
+def generator(name: str, rng: object) -> np.random.Generator:
+    """A generator from a generator, an int seed, or ``None`` for fresh entropy."""
+    if rng is None or isinstance(rng, np.random.Generator):
+        return np.random.default_rng(rng)
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        return np.random.default_rng(integer(name, rng, 0))
+    raise TypeError(f"{name}: need a numpy.random.Generator, an int seed or None, got {type(rng).__name__}")
+
+
 def hash_numbers(num_hash: object, hash_code_len: object) -> tuple[int, int]:
     return integer("num_hash", num_hash, 1), integer("hash_code_len", hash_code_len, 1, MAX_CODE_LEN)
+
+
+def draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
+    """The sizes of a draw of signs or planes."""
+    if not isinstance(batch_shape, tuple):
+        raise TypeError(f"batch_shape: need a tuple of integers, got {type(batch_shape).__name__}")
+    numbers = *hash_numbers(num_hash, hash_code_len), integer("dim", dim, 1)
+    return *numbers, tuple(integer("batch_shape", size, 0) for size in batch_shape)
 
 
 def floating(name: str, x: Array, *, ndim: int = 2, same_as: tuple[str, Array] | None = None) -> None:

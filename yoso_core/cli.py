@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -32,6 +33,9 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # where the locale has no such letter, a question mark stands for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="yoso")
 
 
@@ -90,7 +94,7 @@ def info(
     with _one_line_errors(context):
         found: dict[str, Any] = {
             "environment": _environment(),
-            "places": _places(),
+            "backends": _backends(),
             "operations": _operations(),
             "hash": _hash_layout(dim, num_hash, hash_code_len),
         }
@@ -110,20 +114,21 @@ def _environment() -> dict[str, Any]:
         from yoso_core.cpu.threads import default_threads
 
         found["numba_threads"] = default_threads()
-    from yoso_core.places import gpu_report
+    from yoso_core.backends import gpu_report
 
     found["gpu"] = gpu_report()
     return found
 
 
-def _places() -> list[dict[str, Any]]:
-    from yoso_core import places
+def _backends() -> list[dict[str, Any]]:
+    from yoso_core.backends import BACKENDS, missing
 
-    return [{"name": place.name, "about": place.about, "reason": places.missing(place.name)} for place in places.PLACES.values()]
+    return [{"name": backend.name, "about": backend.about, "reason": missing(backend.name)} for backend in BACKENDS.values()]
 
 
 def _operations() -> list[dict[str, Any]]:
-    from yoso_core.registry import OPERATIONS, automatic, variants
+    from yoso_core.operations import OPERATIONS
+    from yoso_core.registry import automatic, variants
 
     rows = []
     for op in OPERATIONS:
@@ -160,7 +165,9 @@ def _bytes(count: int) -> str:
     return f"{count / (1 << 10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
-def _print_info(environment: dict[str, Any], places: list[dict[str, Any]], operations: list[dict[str, Any]], hash: dict[str, Any]) -> None:
+def _print_info(
+    environment: dict[str, Any], backends: list[dict[str, Any]], operations: list[dict[str, Any]], hash: dict[str, Any]
+) -> None:
     from rich.table import Table
 
     console = _console()
@@ -170,8 +177,8 @@ def _print_info(environment: dict[str, Any], places: list[dict[str, Any]], opera
     console.print("; ".join(f"{name}: {what}" for name, what in environment["gpu"].items()) + "\n")
 
     about = Table("where", "here", "what it is", title="Where kernels run", title_justify="left")
-    for place in places:
-        about.add_row(place["name"], "yes" if place["reason"] is None else f"no: {place['reason']}", place["about"])
+    for backend in backends:
+        about.add_row(backend["name"], "yes" if backend["reason"] is None else f"no: {backend['reason']}", backend["about"])
     console.print(about)
 
     title = "Variants (* chosen when none is named, by device; = the definition)"
@@ -223,15 +230,17 @@ def compare(
     masked: Annotated[bool, typer.Option("--masked", help="Mask about one of four queries and keys.")] = False,
     seed: Seed = 0,
     emulate: Annotated[bool, typer.Option("--emulate", help="The CUDA kernels too, run on the CPU: slow, and no GPU's times.")] = False,
-    names: Annotated[str | None, typer.Option("--variants", help="Only these, separated by commas.", show_default="all")] = None,
+    variants: Annotated[str | None, typer.Option(help="Only these, separated by commas.", show_default="all")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py:NAME", help="A kernel of your own: a function, or a CudaVariant. Repeatable.", show_default=False),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant, after one that does not count.")] = 5,
     json_output: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of errors and times to this file.", show_default=False)] = None,
 ) -> None:
-    """Run every variant of an operation on the same input: errors, repeatability, time.
-
-    = marks the definition; the limit is the error that rounding allows; the range of the times is
-    in the unit of their median.
+    """Run every variant of an operation on the same input, kernels of your own among them: errors,
+    repeatability, time.
 
     Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits
     that it promises to.
@@ -253,22 +262,54 @@ def compare(
             dtype=dtype,
             masked=masked,
             seed=seed,
-            library=library,  # type: ignore[arg-type]  # a wrong name is its to refuse
+            library=library,  # type: ignore[arg-type]  # example_inputs refuses a wrong name
         )
         progress = not json_output and sys.stderr.isatty()
-        wanted = None if names is None else [name.strip() for name in names.split(",")]
-        found = comparison.compare(op, *args, repeats=repeats, names=wanted, emulate=emulate, progress=progress, **kwargs)
+        found = comparison.compare(
+            op,
+            *args,
+            repeats=repeats,
+            variants=None if variants is None else [name.strip() for name in variants.split(",")],
+            also=_own_kernels(also or []),
+            emulate=emulate,
+            progress=progress,
+            **kwargs,
+        )
         if plot is not None:
             found.plot(plot)
     if json_output:
         typer.echo(found.to_json())
     else:
         console = _console()
-        console.print(found.table())
+        console.print(found.table(console.width))
         for note in found.notes:
             console.print(note)
     if not found.agrees:
         raise typer.Exit(1)
+
+
+def _own_kernels(wanted: list[str]) -> dict[str, Any]:
+    """The objects that ``--also FILE.py:NAME`` names, by NAME."""
+    found: dict[str, Any] = {}
+    for one in wanted:
+        file, _, name = one.rpartition(":")
+        path = Path(file)
+        if not file or not name.isidentifier():
+            raise ValueError(f"also: need FILE.py:NAME, got {one!r}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise ValueError(f"also: {path} is not a Python file that can be read")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the reader's own code: whatever it raises
+            raise ValueError(f"also: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        if not hasattr(module, name):
+            raise ValueError(f"also: {path} has no {name!r}")
+        if name in found:
+            raise ValueError(f"also: {name!r} stands twice")
+        found[name] = getattr(module, name)
+    return found
 
 
 @app.command()
@@ -317,6 +358,7 @@ def demo(
     training: Annotated[
         bool, typer.Option("--training/--no-training", help="Train a small masked language model on the text too; needs PyTorch.")
     ] = True,
+    budget: Annotated[float, typer.Option(help="About how many seconds it may take; most of what is over goes to the training.")] = 60.0,
     json_output: Json = False,
 ) -> None:
     """Self-attention over a real text: softmax, the exact expectation, and sampling, side by side;
@@ -328,7 +370,7 @@ def demo(
         _check_picture("output", output)
         from yoso_core import demo as job
 
-        result = job.run(text=text, output=output, seed=seed, training=training, show=not json_output)
+        result = job.run(text=text, output=output, seed=seed, training=training, show=not json_output, budget=budget)
     if json_output:
         typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
     if not result.agrees:
@@ -380,13 +422,15 @@ def fill_mask(
     from rich.table import Table
 
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
-    table = Table("score", "token", "token_str", "sequence", title=f"{path_or_name}: {said}", title_justify="left")
+    table = Table("score", "token", "token_str", "sequence")
     for i, mask in enumerate(masks):
         if i:
             table.add_section()
         for proposal in mask:
             table.add_row(f"{proposal.score:.4f}", str(proposal.token), repr(proposal.token_str), proposal.sequence)
-    _console().print(table)
+    console = _console()
+    console.print(f"{path_or_name}: {said}", soft_wrap=True)  # a path stays in one piece, however narrow the table is
+    console.print(table)
 
 
 def _progress_bars_on_terminals_alone() -> None:

@@ -1,5 +1,5 @@
 """Every variant of an operation on the same inputs: how far from the truth, whether repeatable, how
-fast.
+fast. `yoso_core.comparison_view` shows what is found here.
 """
 
 import hashlib
@@ -7,29 +7,36 @@ import json
 import os
 import platform
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from yoso_core import checks
+from yoso_core import checks, registry
 from yoso_core.arrays import device_of, library_of, one_caller
+from yoso_core.backends import BACKENDS, Backend, wait
 from yoso_core.gpu.device import DoesNotFit
 from yoso_core.inputs import example_inputs
-from yoso_core.places import Place, wait
-from yoso_core.registry import Variant, op_name, variants
-from yoso_core.truth import HASHES, Arrays, bind, call, definition_of, errors_of, outputs_of, tolerance, truth
+from yoso_core.operations import Arrays, Operation, operation_of
+from yoso_core.own_kernel import BACKENDS_OF, WrongResult
+from yoso_core.registry import Variant, definition_of
+from yoso_core.truth import bind, call, errors_of, outputs_of, tolerance, truth
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
+
+SETTLED = 0.1
+"""Times are settled when the middle half of them lies within this share of their median."""
+MOST_RUNS, MOST_SECONDS = 50, 0.2
+"""A variant whose times do not settle is not run more often, or no longer, on top of
+``repeats``.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,20 @@ class Row:
 
     variant: str
     definition: bool
+    automatic: bool
+    """The one that the library takes by itself for these inputs."""
+    emulated: bool
+    """A CUDA kernel that ran on the CPU: its time says nothing about a GPU."""
     deterministic: bool
     """It promises the same bits for the same input."""
     reason: str | None = None
     """Why it cannot run here."""
     failure: str | None = None
-    """The error that it raised."""
+    """What it did wrong, where there is no result to compare: the error that it raised, for one."""
     agrees: bool = False
     """Within the tolerance in every run."""
+    content: str = ""
+    """What makes a comparison say little: ``"all zero"``, ``"all NaN"``, ``"12 of 6,400 NaN"``."""
     max_error: float | None = None
     """Largest absolute error, over all entries, outputs and runs."""
     rms_error: float | None = None
@@ -58,6 +71,8 @@ class Row:
     codes_share: float | None = None
     repeatable: bool | None = None
     """All runs gave the same bits."""
+    runs: int = 0
+    """Timed runs."""
     median_seconds: float | None = None
     min_seconds: float | None = None
     max_seconds: float | None = None
@@ -78,6 +93,7 @@ class _Trial:
     """A variant while it is being compared."""
 
     variant: Variant
+    automatic: bool
     arguments: Mapping[str, Any]
     """On the variant's own device."""
     results: dict[bytes, Arrays] = field(default_factory=dict)
@@ -90,18 +106,32 @@ class _Trial:
     def alive(self) -> bool:
         return self.reason is None and self.failure is None
 
-    def run(self, op: str, shapes: Sequence[tuple[int, ...]], *, timed: bool) -> None:
+    @property
+    def settled(self) -> bool:
+        """Timed often enough: its times agree, or it has had its share."""
+        if not self.alive or sum(self.seconds) >= MOST_SECONDS or len(self.seconds) >= MOST_RUNS:
+            return True
+        if len(self.seconds) < 5:
+            return False
+        low, middle, high = quantiles(self.seconds, n=4)
+        return high - low <= SETTLED * middle
+
+    def run(self, operation: Operation, shapes: Sequence[tuple[int, ...]], *, timed: bool) -> None:
         caller = one_caller({name: x for name, x in self.arguments.items() if library_of(x)})
         try:
             wait(caller, self.variant.where)
-            start = time.perf_counter()
-            result = call(op, self.arguments, self.variant.name)
-            wait(caller, self.variant.where)
-            seconds = time.perf_counter() - start
+            with np.errstate(over="ignore", invalid="ignore"):  # what does not fit the output's dtype is infinite, and is compared
+                start = time.perf_counter()
+                result = call(operation.name, self.arguments, self.variant.name)
+                wait(caller, self.variant.where)
+                seconds = time.perf_counter() - start
         except DoesNotFit as error:
             self.reason = str(error)
             return
-        except Exception as error:  # whatever a variant raises is its result, and belongs into the table
+        except WrongResult as error:
+            self.failure = str(error)
+            return
+        except (Exception, SystemExit) as error:  # whatever a variant raises is its result, and belongs into the table
             self.failure = f"{type(error).__name__}: {error}"
             return
         outputs = outputs_of(result)
@@ -113,17 +143,27 @@ class _Trial:
         bits = hashlib.blake2b(b"".join(x.tobytes() for x in outputs)).digest()
         self.results.setdefault(bits, tuple(x.copy() for x in outputs))
 
-    def row(self, op: str, true: Arrays, allowed: Arrays) -> Row:
+    def row(self, operation: Operation, true: Arrays, allowed: Arrays) -> Row:
         variant = self.variant
-        about = (variant.name, variant.definition, variant.deterministic, self.reason, self.failure)
+        about = Row(
+            variant=variant.name,
+            definition=variant.definition,
+            automatic=self.automatic,
+            emulated=not variant.kernel.backend.automatic,
+            deterministic=variant.deterministic,
+            reason=self.reason,
+            failure=self.failure,
+        )
         if not self.alive:
-            return Row(*about)
-        measured = [_measure(op, result, true, allowed) for result in self.results.values()]
+            return about
+        measured = [_measure(operation, result, true, allowed) for result in self.results.values()]
         worst: dict[str, Any] = {name: max(m[name] for m in measured) for name in measured[0]}
-        return Row(
-            *about,
+        return replace(
+            about,
             agrees=worst["tolerance_used"] <= 1,
+            content=_content(operation, next(iter(self.results.values()))),
             repeatable=len(self.results) == 1,
+            runs=len(self.seconds),
             median_seconds=median(self.seconds),
             min_seconds=min(self.seconds),
             max_seconds=max(self.seconds),
@@ -131,9 +171,24 @@ class _Trial:
         )
 
 
-def _measure(op: str, result: Arrays, true: Arrays, allowed: Arrays) -> dict[str, float]:
+def _content(operation: Operation, result: Arrays) -> str:
+    """What `Row` says of a result in which there is little to compare."""
+    size = sum(x.size for x in result)
+    if operation.is_hash or not size:
+        return ""
+    counts = {
+        "zero": sum(int(np.sum(x == 0)) for x in result),
+        "NaN": sum(int(np.sum(np.isnan(x))) for x in result),
+        "infinite": sum(int(np.sum(np.isinf(x))) for x in result),
+    }
+    whole = [f"all {what}" for what, count in counts.items() if count == size]
+    some = [f"{count:,} of {size:,} {what}" for what, count in counts.items() if count and what != "zero"]
+    return ", ".join(whole or some)
+
+
+def _measure(operation: Operation, result: Arrays, true: Arrays, allowed: Arrays) -> dict[str, float]:
     """The errors of one result, the worst over its outputs, as fields of `Row`."""
-    if op in HASHES:
+    if operation.is_hash:
         differing, share = int(np.sum(result[0] != true[0])), float(np.mean(result[0] != true[0])) if true[0].size else 0.0
         used = share / float(allowed[0]) if allowed[0] else np.inf
         return {"codes_differing": differing, "codes_share": share, "tolerance_used": used if differing else 0.0}
@@ -160,6 +215,7 @@ class Comparison:
     inputs: dict[str, str]
     """Every argument: dtype and shape of an array, the value of anything else."""
     repeats: int
+    """Timed runs of each variant, at least."""
     rows: tuple[Row, ...]
     environment: dict[str, Any]
     """Versions and machine, as `environment` gives them."""
@@ -170,62 +226,26 @@ class Comparison:
         return all(row.verdict in ("agrees", "cannot run") for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [self._columns, *(self._cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([self._title, *table, *self.notes])
+        from yoso_core import comparison_view
 
-    def table(self) -> "Table":
-        """As a table for `rich.print`, the definition marked ``=``. What a variant failed with is
-        in `notes`.
+        return comparison_view.text(self)
+
+    def table(self, width: int | None = None) -> "Table":
+        """The rows as a table for `rich.print`; fewer columns where ``width`` is too narrow. What
+        stands below it is in `notes`.
         """
-        from rich.table import Table
-        from rich.text import Text
+        from yoso_core import comparison_view
 
-        table = Table(title=Text(self._title), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
-        for i, column in enumerate(self._columns):
-            table.add_column(column.replace(" ", "\n"), justify="right" if i > 1 else "left", no_wrap=True)
-        style = {"disagrees": "bold red", "failed": "bold red", "not repeatable": "bold red", "cannot run": "dim"}
-        for row in self.rows:
-            table.add_row(*self._cells(row), style=style.get(row.verdict))
-        return table
+        return comparison_view.table(self, width)
 
     @property
     def notes(self) -> list[str]:
-        """What each variant that failed or cannot run said; those that said the same share a
-        line.
+        """What stands below the table: what its signs mean, what failed and why, what cannot run
+        here, and at last which variant is the fastest of those that agree.
         """
-        said: dict[tuple[str, str], list[str]] = {}
-        for row in self.rows:
-            if text := row.reason or row.failure:
-                said.setdefault((row.verdict, text), []).append(row.variant)
-        return [f"{', '.join(names)} {verdict}: {text}" for (verdict, text), names in said.items()]
+        from yoso_core import comparison_view
 
-    @property
-    def _title(self) -> str:
-        return f"{self.op}({', '.join(f'{name}: {what}' for name, what in self.inputs.items())})"
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        errors = ("codes that differ", "share") if self.op in HASHES else ("largest error", "RMS error", "of limit")
-        return ("variant", "verdict", *errors, "same bits", "median", "range")
-
-    def _cells(self, row: Row) -> tuple[str, ...]:
-        name = f"{row.variant} =" if row.definition else row.variant
-        numbers: tuple[float | None, ...] = (row.codes_differing, row.codes_share)
-        if self.op not in HASHES:
-            numbers = (row.max_error, row.rms_error, row.tolerance_used)
-        if row.median_seconds is None or row.min_seconds is None or row.max_seconds is None:
-            return (name, row.verdict, *("-" for _ in self._columns[2:]))
-        scale, _ = _unit(row.median_seconds)
-        return (
-            name,
-            row.verdict,
-            *("-" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:.2g}" for number in numbers),
-            "yes" if row.repeatable else "no",
-            duration(row.median_seconds),
-            f"{row.min_seconds / scale:.3g}-{row.max_seconds / scale:.3g}",
-        )
+        return comparison_view.notes(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers. A number that is not finite is the string
@@ -246,106 +266,28 @@ class Comparison:
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Error and time of every variant that can run here, side by side; written to ``path`` if
-        one is given.
+        one is given. Kernels that were emulated have no time in it.
 
         Needs matplotlib; raises ``ImportError`` without it, and ``ValueError`` for a file name
         whose ending it does not know.
         """
-        try:
-            from yoso_core import draw
-        except ImportError as error:
-            raise ImportError("plot: matplotlib is not installed: pip install 'yoso-core[plots]'") from error
-        from matplotlib import rc_context
+        from yoso_core import comparison_view
 
-        rows = [row for row in self.rows if row.verdict != "cannot run"]
-        with rc_context(draw.STYLE):
-            figure = draw.Picture(figsize=(11, 1.9 + 0.55 * max(len(rows), 2)), layout="constrained")
-            errors, times = figure.subplots(1, 2, sharey=True)
-            if self.op in HASHES:
-                _plot_errors(errors, {"share of codes that differ": [row.codes_share for row in rows]})
-            else:
-                series = {"largest absolute": [row.max_error for row in rows], "RMS, relative": [row.rms_error for row in rows]}
-                _plot_errors(errors, series)
-            _plot_times(times, rows)
-            labels = [row.variant + ("" if row.verdict == "agrees" else f"\n({row.verdict})") for row in rows]
-            errors.set_yticks(range(len(labels)), labels)
-            errors.set_ylim(len(labels) - 0.5, -0.5)
-            inputs = ", ".join(f"{name}: {what}".replace(" ", "\N{NO-BREAK SPACE}") for name, what in self.inputs.items())
-            figure.suptitle(textwrap.fill(f"{self.op}({inputs})", 120), fontsize=10)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
-
-
-def _plot_errors(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> None:
-    """Dots on a log scale. Zero and infinity have no place on one: they stand at its edges, and say
-    so.
-    """
-    from yoso_core.draw import BLUE, ORANGE
-
-    finite = [x for values in series.values() for x in values if x and np.isfinite(x)]
-    left, right = (min(finite) / 10, max(finite) * 10) if finite else (1e-9, 1e-6)
-    lifts = (-0.13, 0.13) if len(series) > 1 else (0.0,)
-    for (label, values), color, marker, lift in zip(series.items(), (BLUE, ORANGE), "os", lifts, strict=False):
-        shown = [(y + lift, value) for y, value in enumerate(values) if value is not None]
-        edged = [left if value == 0 else min(value, right) for _, value in shown]
-        axes.plot(edged, [y for y, _ in shown], marker, color=color, markersize=8, label=label, clip_on=False, zorder=3)
-        for y, value in shown:
-            if value == 0:
-                axes.annotate("exact", (left, y), (8, 0), textcoords="offset points", ha="left", va="center", fontsize=8)
-            elif not np.isfinite(value):
-                axes.annotate("not finite", (right, y), (-8, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
-    axes.set_xlabel("error against the definition in float64" if len(series) > 1 else next(iter(series)))
-    axes.grid(axis="x")
-    if len(series) > 1:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-
-
-def _plot_times(axes: "Axes", rows: Sequence[Row]) -> None:
-    from yoso_core.draw import BLUE
-
-    axes.set_xscale("log")
-    seconds: list[float] = []
-    for y, row in enumerate(rows):
-        if row.median_seconds is not None and row.min_seconds is not None and row.max_seconds is not None:
-            whiskers = [[row.median_seconds - row.min_seconds], [row.max_seconds - row.median_seconds]]
-            axes.errorbar(row.median_seconds, y, xerr=whiskers, fmt="o", color=BLUE, markersize=8, capsize=5)
-            axes.annotate(
-                duration(row.median_seconds), (row.median_seconds, y), (0, 9), textcoords="offset points", ha="center", fontsize=8
-            )
-            seconds += row.min_seconds, row.max_seconds
-    if seconds:  # whole decades, with room for a label at either end
-        axes.set_xlim(10 ** np.floor(np.log10(min(seconds) / 1.5)), 10 ** np.ceil(np.log10(max(seconds) * 1.5)))
-    axes.xaxis.set_major_formatter(lambda x, _: duration(x))
-    axes.set_xlabel("time: median, smallest to largest")
-    axes.grid(axis="x")
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    return next(((scale, unit) for scale, unit in ((1.0, "s"), (1e-3, "ms")) if seconds >= scale), (1e-6, "µs"))
-
-
-def duration(seconds: float) -> str:
-    """``"12.3 ms"``: three digits in the unit that suits."""
-    scale, unit = _unit(seconds)
-    return f"{seconds / scale:.3g} {unit}"
+        return comparison_view.plot(self, path)
 
 
 def compare(
     op: str | Callable[..., Any],
     *args: Any,
     repeats: int = 5,
-    names: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    also: Mapping[str, Any] | None = None,
     emulate: bool = False,
     progress: bool = False,
     **kwargs: Any,
 ) -> Comparison:
     """Run every variant of an operation on the same inputs: errors against the definition, bits,
     times.
-
-    >>> print(yoso_core.compare("fast_hash"))  # doctest: +SKIP
 
     Parameters
     ----------
@@ -354,7 +296,10 @@ def compare(
         sampled attention is given neither signs nor planes, signs are drawn once, and every variant
         gets them.
     repeats : timed runs of each, in turns, after one that is not timed (the first may compile).
-    names : only these variants.
+        Short calls are timed more often, until their times agree.
+    variants : only these variants.
+    also : kernels of your own by name, as `register` takes them: functions, `CudaVariant` or
+        `NumbaCudaVariant`. The row of a CUDA kernel is called ``<where>:<name>``.
     emulate : the CUDA kernels too, run on the CPU: ``emulated:...`` and ``stepped:...``. They are
         slow, and their times are not a GPU's.
     progress : a bar on stderr, if it takes longer than a second or two.
@@ -362,49 +307,108 @@ def compare(
     Returns
     -------
     A `Comparison`: a row for every variant, those that fail or cannot run among them. The errors
-    are against `truth`; a variant agrees
-    where they are within `tolerance` in every run. Variants on another device than the inputs get
+    are against the truth, which is the definition in float64; a variant agrees where they are
+    within what rounding allows, in every run. Variants on another device than the inputs get
     copies, made before the clock starts.
 
     Raises
     ------
-    ValueError, TypeError : no such operation or variant, or inputs that the function refuses.
+    ValueError, TypeError : no such operation or variant, or inputs that the function refuses. What
+        a variant raises, or a kernel of yours gets wrong, is a row of the table.
+
+    >>> import numpy as np, yoso_core
+    >>> def mine(query_hash_code, key_hash_code, value, hashtable_capacity):
+    ...     meet = query_hash_code[..., :, None, :] == key_hash_code[..., None, :, :]
+    ...     return (meet.mean(-1, dtype=value.dtype) @ value).astype(value.dtype)
+    >>> found = yoso_core.compare("lsh_cumulation", also={"mine": mine})
+    >>> [row.verdict for row in found.rows if row.variant == "mine"]
+    ['agrees']
     """
-    name = op_name(op)
+    operation = operation_of(op)
+    name = operation.name
     checks.integer("repeats", repeats, 1)
-    chosen = variants(name)
-    if names is not None:
-        known = [variant.name for variant in chosen]
-        if isinstance(names, str) or not names:
-            raise TypeError(f"names: need a list of variants of {name}, such as {known}, got {names!r}")
-        for wanted in names:
-            if wanted not in known:
-                raise ValueError(f"names: {name} has no variant {wanted!r}; it has {', '.join(known)}")
-        chosen = [variant for variant in chosen if variant.name in names]
-    elif not emulate:
-        chosen = [variant for variant in chosen if variant.kernel.place.automatic]
-    if not args and not kwargs:
-        args, kwargs = example_inputs(name)
-    arguments = bind(name, args, kwargs)
-    trials = [
-        _Trial(variant, _on_device(arguments, variant.kernel.place) if variant.available else {}, reason=variant.reason)
-        for variant in chosen
-    ]
-    with _progress(3 + len(trials) * (repeats + 1), name, progress) as advance:
-        definition = call(name, _on_device(arguments, definition_of(name).place), definition_of(name).name)  # refuses wrong inputs
-        shapes = [x.shape for x in outputs_of(definition)]
-        advance()
-        true = truth(name, (), arguments)
-        advance()
-        allowed = tolerance(name, (), arguments, true=true)
-        advance()
-        for turn in range(repeats + 1):
-            for trial in trials:
-                if trial.alive:
-                    trial.run(name, shapes, timed=turn > 0)
-                advance()
-    rows = tuple(trial.row(name, true, allowed) for trial in trials)
+    with ExitStack() as registrations:
+        own = _registered(name, {} if also is None else also, emulate, registrations)
+        chosen = _chosen(name, variants, own, emulate)
+        if not args and not kwargs:
+            args, kwargs = example_inputs(name)
+        arguments = bind(name, args, kwargs)
+        with _progress(3 + len(chosen) * (repeats + 1), name, progress) as advance:
+            true, allowed, shapes = _right(operation, arguments, advance)
+            taken = registry.automatic(name, one_caller({argument: x for argument, x in arguments.items() if library_of(x)}).kind)
+            trials = [
+                _Trial(
+                    variant,
+                    automatic=taken is not None and variant.name == taken.name,
+                    arguments=_on_device(arguments, variant.kernel.backend) if variant.available else {},
+                    reason=variant.reason,
+                )
+                for variant in chosen
+            ]
+            for turn in range(repeats + 1):
+                for trial in trials:
+                    if trial.alive:
+                        trial.run(operation, shapes, timed=turn > 0)
+                    advance()
+        while unsettled := [trial for trial in trials if not trial.settled]:
+            for trial in unsettled:
+                trial.run(operation, shapes, timed=True)
+    rows = tuple(trial.row(operation, true, allowed) for trial in trials)
     return Comparison(name, _describe(arguments), repeats, rows, environment())
+
+
+def _registered(op: str, also: Mapping[str, Any], emulate: bool, registrations: ExitStack) -> list[str]:
+    """The names of the reader's kernels, in the registry for as long as ``registrations`` is
+    open.
+    """
+    if not isinstance(also, Mapping):
+        raise TypeError(f"also: need a dict of kernels by name, got {type(also).__name__}")
+    taken = {variant.name for variant in registry.variants(op)}
+    own = []
+    for name, target in also.items():
+        wheres = next((wheres for wrapper, wheres in BACKENDS_OF.items() if isinstance(target, wrapper)), ())
+        for where in wheres or ("numpy",):
+            called = f"{where}:{name}" if wheres else name
+            if wheres and not (emulate or BACKENDS[where].automatic):
+                continue
+            if called in taken:
+                raise ValueError(f"also: {op} has a variant {called!r} already; take another name")
+            try:
+                registrations.enter_context(registry.register(op, called, target, where=where))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"also: {error}") from None
+            own.append(called)
+    return own
+
+
+def _chosen(op: str, wanted: Sequence[str] | None, own: Sequence[str], emulate: bool) -> list[Variant]:
+    listed = registry.variants(op)
+    if wanted is None:
+        return [variant for variant in listed if emulate or variant.kernel.backend.automatic or variant.name in own]
+    known = [variant.name for variant in listed]
+    if isinstance(wanted, str) or not wanted:
+        raise TypeError(f"variants: need a list of variants of {op}, such as {known}, got {wanted!r}")
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"variants: {op} has no variant {name!r}; it has {', '.join(known)}")
+    return [variant for variant in listed if variant.name in wanted or variant.name in own]
+
+
+def _right(
+    operation: Operation, arguments: Mapping[str, Any], advance: Callable[[], object]
+) -> tuple[Arrays, Arrays, list[tuple[int, ...]]]:
+    """What is right, how far from it a result may be, and the shapes of a result. The definition
+    runs first, since it refuses wrong inputs.
+    """
+    definition = definition_of(operation.name)
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = call(operation.name, _on_device(arguments, definition.backend), definition.name)
+        advance()
+        true = truth(operation.name, (), arguments)
+        advance()
+        allowed = tolerance(operation.name, (), arguments, true=true)
+        advance()
+    return true, allowed, [x.shape for x in outputs_of(result)]
 
 
 @contextmanager
@@ -418,17 +422,17 @@ def _progress(total: int, label: str, wanted: bool) -> Iterator[Callable[[], obj
         yield bar.update
 
 
-def _on_device(arguments: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The arguments where a place can have them: torch tensors and CuPy arrays are copied to its
+def _on_device(arguments: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
+    """The arguments where a backend can have them: torch tensors and CuPy arrays are copied to its
     device if they are on another.
     """
 
     def moved(x: Any) -> Any:
         library = library_of(x)
-        if library is None or device_of(x, library).partition(":")[0] == place.device:
+        if library is None or device_of(x, library).partition(":")[0] == backend.device:
             return x
         if library == "torch":
-            return x.to(place.device)
+            return x.to(backend.device)
         return x.get() if library == "cupy" else x  # NumPy arrays: the face copies them itself
 
     return {name: moved(x) for name, x in arguments.items()}
@@ -451,7 +455,16 @@ def environment() -> dict[str, Any]:
     loaded = {name: sys.modules[name].__version__ for name in ("yoso_core", "numpy", "numba", "torch", "cupy") if name in sys.modules}
     return {
         "processor": processor,
+        "instruction_set": instruction_set(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **loaded},
     }
+
+
+def instruction_set() -> str:
+    """The widest vectors that this processor has, as far as Linux tells: ``"AVX-512, AMX"``."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON")) if flag in flags), "unknown")
+    return f"{widest}, AMX" if "amx_tile" in flags else widest

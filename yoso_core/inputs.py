@@ -2,16 +2,15 @@
 from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yoso_core import checks, ops, reference
-from yoso_core.arrays import Array
-from yoso_core.registry import op_name
-from yoso_core.truth import HASHES
+from yoso_core.operations import operation_of
 
 
 def example_inputs(
@@ -50,8 +49,12 @@ def example_inputs(
     ------
     ValueError : a size is out of range, the dtype is none of these, or the operation takes no
         masks.
+
+    >>> args, kwargs = example_inputs("fast_hash", n=5, dim=16)
+    >>> [getattr(x, "shape", x) for x in args]
+    [(1, 2, 5, 16), (2, 3, 16, 16), 32, 8]
     """
-    name = op_name(op)
+    operation = operation_of(op)
     n_key, value_dim = n if n_key is None else n_key, dim if value_dim is None else value_dim
     for size, number, low in (
         ("batch", batch, 0),
@@ -71,8 +74,10 @@ def example_inputs(
         except ImportError as error:
             raise ImportError("library: torch is not installed: pip install 'yoso-core[model]'") from error
     checks.one_of("dtype", dtype, ("float16", "float32", "float64", *(["bfloat16"] if library == "torch" else [])))
-    if name == "hadamard_transform" and dim & (dim - 1):
-        raise ValueError(f"dim: hadamard_transform needs a power of two, got {dim}")
+    if operation.power_of_two and dim & (dim - 1):
+        raise ValueError(f"dim: {operation.name} needs a power of two, got {dim}")
+    if masked and not operation.takes_masks:
+        raise ValueError(f"masked: {operation.name} takes no masks")
 
     rng = np.random.default_rng(seed)
     leading = (batch, heads)
@@ -85,34 +90,49 @@ def example_inputs(
     signs = ops.sample_signs(num_hash, hash_code_len, dim, batch_shape=(heads,), rng=rng)
     planes = ops.sample_planes(num_hash, hash_code_len, dim, batch_shape=(heads,), rng=rng)
     masks = {"query_mask": rng.random((batch, 1, n)) < 0.75, "key_mask": rng.random((batch, 1, n_key)) < 0.75} if masked else {}
+    arguments = operation.example_inputs(_Drawn(num_hash, hash_code_len, query, key, value, grad_out, signs, planes, masks))
 
-    def drawn(x: NDArray[Any]) -> Array:
+    def drawn(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
         if library == "numpy":
             return x.astype(dtype) if x.dtype == np.float64 else x
         tensor = torch.from_numpy(x)
         return tensor.to(getattr(torch, dtype)) if x.dtype == np.float64 else tensor
 
-    q, k, v, g = (drawn(x) for x in (query, key, value, grad_out))
-    m, tau = num_hash, hash_code_len
-    if name in ("hadamard_transform", *HASHES):
-        if masked:
-            raise ValueError(f"masked: {name} takes no masks")
-        args: dict[str, tuple[Any, ...]] = {
-            "hadamard_transform": (q,),
-            "fast_hash": (q, drawn(signs), m, tau),
-            "hyperplane_hash": (q, drawn(planes), m, tau),
-        }
-        return args[name], {}
-    query_code, key_code = (drawn(reference.fast_hash(x.astype(np.float32), signs, m, tau)) for x in (query, key))
-    args = {
-        "lsh_cumulation": (query_code, key_code, v, 1 << tau),
-        "lsh_weighted_cumulation": (query_code, q, key_code, k, v, 1 << tau),
-        "expectation_attention": (q, k, v, tau),
-        "expectation_attention_backward": (g, q, k, v, tau),
-        "lsh_attention_backward": (g, q, k, v, query_code, key_code, tau),
-        "yoso_attention": (q, k, v),
-    }
-    options = {mask: drawn(kept) for mask, kept in masks.items()}
-    if name == "yoso_attention":
-        options |= {"num_hash": m, "hash_code_len": tau, "signs": drawn(signs)}
-    return args[name], options
+    given = {name: drawn(x) for name, x in arguments.items()}
+    return tuple(given.pop(name) for name in operation.positional), given
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """`yoso_core.operations.Ingredients`, where codes are real ones: those of query and key."""
+
+    num_hash: int
+    hash_code_len: int
+    query: NDArray[Any]
+    key: NDArray[Any]
+    value: NDArray[Any]
+    grad_out: NDArray[Any]
+    signs: NDArray[Any]
+    planes: NDArray[Any]
+    masks: Mapping[str, NDArray[Any]]
+
+    @property
+    def vectors(self) -> NDArray[Any]:
+        return self.query
+
+    @property
+    def draw(self) -> Mapping[str, Any]:
+        return {"signs": self.signs}
+
+    @property
+    def query_hash_code(self) -> NDArray[Any]:
+        return self._codes(self.query)
+
+    @property
+    def key_hash_code(self) -> NDArray[Any]:
+        return self._codes(self.key)
+
+    def _codes(self, vectors: NDArray[Any]) -> NDArray[Any]:
+        return reference.fast_hash(vectors.astype(np.float32), self.signs, self.num_hash, self.hash_code_len)

@@ -4,13 +4,23 @@ caller's kind of array.
 The mathematics stands in `yoso_core.reference`, whose docstrings give the equations.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 
 from yoso_core import checks
 from yoso_core.arrays import Array, Caller, one_caller
+from yoso_core.operations import (
+    EXPECTATION_ATTENTION,
+    EXPECTATION_ATTENTION_BACKWARD,
+    FAST_HASH,
+    HADAMARD_TRANSFORM,
+    HYPERPLANE_HASH,
+    LSH_ATTENTION_BACKWARD,
+    LSH_CUMULATION,
+    LSH_WEIGHTED_CUMULATION,
+    YOSO_ATTENTION,
+)
 from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import Seed, hash_layout
 from yoso_core.reference.hashing import sample_planes as _draw_planes
@@ -18,61 +28,53 @@ from yoso_core.reference.hashing import sample_signs as _draw_signs
 from yoso_core.registry import run
 
 
-def _check_draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
-    if not isinstance(batch_shape, tuple):
-        raise TypeError(f"batch_shape: need a tuple of integers, got {type(batch_shape).__name__}")
-    return (
-        *checks.hash_numbers(num_hash, hash_code_len),
-        checks.integer("dim", dim, 1),
-        tuple(checks.integer("batch_shape", size, 0) for size in batch_shape),
-    )
-
-
 def sample_signs(
     num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
 ) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """Draw the random diagonals D1, D2, D3 of the fast projection: independent fair signs.
+    """Draw the random diagonals of the fast rotations, independent fair signs.
+
+    Each part of a hash is a rotation ``H D3 H D2 H D1 x`` with three diagonals ``D`` of its own.
 
     Parameters
     ----------
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    dim : the vectors' dimension ``d``; ``D`` is the next power of two.
-    batch_shape : leading dims, broadcast against those of the vectors: ``()`` serves a whole batch
-        with one draw.
-    rng : `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy.
+    dim : the dimension ``d`` of the vectors. ``D`` is ``d`` rounded up to a power of two.
+    batch_shape : leading dims. They broadcast against those of the vectors: ``()`` serves a whole
+        batch with one draw, ``(heads,)`` draws for each head.
+    rng : a `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy.
 
     Returns
     -------
-    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1; ``[..., 0, :, :]`` is D1, which is applied
-    first.
+    int8 ``(*batch_shape, 3, parts, D)`` of +1 and -1. ``[..., 0, :, :]`` is D1, the first to be
+    applied.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2.
 
     >>> sample_signs(32, 8, 64, rng=0).shape
     (3, 4, 64)
     """
-    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
-    return _draw_signs(m, tau, d, batch_shape=shape, rng=_generator(rng))
+    m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
+    return _draw_signs(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
 def sample_planes(
     num_hash: int, hash_code_len: int, dim: int, *, batch_shape: tuple[int, ...] = (), rng: Seed = None
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes: independent standard
+    """Draw the normals of ``num_hash * hash_code_len`` random hyperplanes, independent standard
     normal entries.
 
-    Parameters are those of `sample_signs`. Returns float32
-    ``(*batch_shape, dim, num_hash * hash_code_len)``; bit ``b`` of code ``h`` is column
-    ``h * hash_code_len + b``.
+    Parameters are those of `sample_signs`.
+
+    Returns
+    -------
+    float32 ``(*batch_shape, dim, num_hash * hash_code_len)``. Bit ``b`` of code ``h`` is the side
+    of column ``h * hash_code_len + b``.
+
+    >>> sample_planes(32, 8, 64, rng=0).shape
+    (64, 256)
     """
-    m, tau, d, shape = _check_draw(num_hash, hash_code_len, dim, batch_shape)
-    return _draw_planes(m, tau, d, batch_shape=shape, rng=_generator(rng))
-
-
-def _generator(rng: object) -> np.random.Generator:
-    if rng is None or isinstance(rng, np.random.Generator):
-        return np.random.default_rng(rng)
-    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
-        return np.random.default_rng(checks.integer("rng", rng, 0))
-    raise TypeError(f"rng: need a numpy.random.Generator, an int seed or None, got {type(rng).__name__}")
+    m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
+    return _draw_planes(m, tau, d, batch_shape=shape, rng=checks.generator("rng", rng))
 
 
 def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
@@ -98,39 +100,44 @@ def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
     dim = x.shape[-1]
     if dim < 1 or dim & (dim - 1):
         raise ValueError(f"x: need a power of two as last dimension, got shape {tuple(x.shape)}")
-    return run("hadamard_transform", variant, caller, (x,), (x,), {})
+    return run(HADAMARD_TRANSFORM, variant, caller, {"x": x})
 
 
 def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
-    """Bucket numbers by the fast random rotation: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a
-    code.
+    """Hash codes by fast random rotations: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code.
 
     With ``per = D // tau``, bit ``b`` of code ``h`` is
-    ``projection[h // per][(h % per) * tau + b] > 0``, worth ``2**b``; for ``tau > D`` the
-    projections of all parts form one stream, cut every ``tau`` bits. Codes are the same bits in
-    every variant.
+    ``projection[h // per][(h % per) * tau + b] > 0`` and is worth ``2**b``. For ``tau > D`` the
+    projections of all parts form one stream, cut every ``tau`` bits. Every variant returns the same
+    bits.
 
     Parameters
     ----------
-    vectors : float ``(..., n, d)``. Hashed in float32 (float64 if given in it); their positive
-        scale does not matter.
-    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`; ``batch`` broadcasts against the
+    vectors : float ``(..., n, d)``. float64 is hashed in float64, all others in float32. The
+        positive scale of a vector does not matter.
+    signs : int8 ``(*batch, 3, parts, D)`` from `sample_signs`. ``batch`` broadcasts against the
         leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
 
     Returns
     -------
-    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector has code 0; so
-    has, by and large, one that is not
-    finite, and it is for the caller to know.
+    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``. A zero vector hashes to 0.
+    Non-finite vectors usually hash to 0; check for them yourself.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2.
+
+    >>> x = np.random.default_rng(0).standard_normal((5, 64))
+    >>> signs = sample_signs(4, 8, 64, rng=0)
+    >>> codes = fast_hash(x, signs, 4, 8)
+    >>> codes.shape, np.array_equal(codes, fast_hash(10 * x, signs, 4, 8))
+    ((5, 4), True)
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller({"vectors": vectors, "signs": signs})
     checks.vectors("vectors", vectors)
     _check_signs(signs, vectors, "vectors", m, tau, caller)
-    return run("fast_hash", variant, caller, (None,), (vectors, signs, m, tau), {})
+    arguments = {"vectors": vectors, "signs": signs, "num_hash": m, "hash_code_len": tau}
+    return run(FAST_HASH, variant, caller, arguments)
 
 
 def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_code_len: int, caller: Caller) -> None:
@@ -143,29 +150,38 @@ def _check_signs(signs: Array, vectors: Array, name: str, num_hash: int, hash_co
 
 
 def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, variant: str | None = None) -> Array:
-    """Bucket numbers by Gaussian hyperplanes: bit ``b`` of code ``h`` is
-    ``x . planes[:, h * tau + b] > 0``, worth ``2**b``.
+    """Hash codes by Gaussian hyperplanes: bit ``b`` of code ``h`` is
+    ``x . planes[:, h * tau + b] > 0`` and is worth ``2**b``.
 
     Codes of two vectors at angle ``theta`` collide with probability ``(1 - theta / pi)**tau``,
-    exactly, for any dimension; the cost is ``n d m tau``. Codes are the same within one variant
-    only, since a dot product has no one order.
+    exactly, in any dimension. The cost is ``n d m tau`` multiply-adds. Codes are the same within
+    one variant only, since the order of a dot product is free.
 
     Parameters
     ----------
     vectors : float ``(..., n, d)``.
-    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`;
+    planes : float32 or float64 ``(*batch, d, num_hash * hash_code_len)`` from `sample_planes`.
         ``batch`` broadcasts against the leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
 
     Returns
     -------
-    int32 ``(..., n, num_hash)``.
+    int32 ``(..., n, num_hash)``, each in ``[0, 2**hash_code_len)``.
+
+    Source: Charikar 2002, "Similarity estimation techniques from rounding algorithms", section 3.
+
+    >>> x = np.random.default_rng(0).standard_normal((5, 64))
+    >>> planes = sample_planes(4, 8, 64, rng=0)
+    >>> opposite = hyperplane_hash(x, planes, 4, 8) ^ hyperplane_hash(-x, planes, 4, 8)
+    >>> bool((opposite == 255).all())
+    True
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller({"vectors": vectors, "planes": planes})
     checks.vectors("vectors", vectors)
     _check_planes(planes, vectors, m, tau)
-    return run("hyperplane_hash", variant, caller, (None,), (vectors, planes, m, tau), {})
+    arguments = {"vectors": vectors, "planes": planes, "num_hash": m, "hash_code_len": tau}
+    return run(HYPERPLANE_HASH, variant, caller, arguments)
 
 
 def _check_planes(planes: Array, vectors: Array, num_hash: int, hash_code_len: int) -> None:
@@ -210,20 +226,19 @@ def lsh_cumulation(
     ----------
     query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in
         ``[0, hashtable_capacity)``.
-    value : float ``(..., n_k, d_v)``; float16 and bfloat16 are added up in float32 and rounded
+    value : float ``(..., n_k, d_v)``. float16 and bfloat16 are added up in float32 and rounded
         once.
     hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the
         buckets that are occupied.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
-        nonzero = keep. Masked entries are skipped, so they may hold NaN; masked queries get zeros.
-    validate : check that the codes are in range (one pass over them, and on a GPU a wait for it);
-        pass ``False`` for codes known to be right. What a code out of range meets is then not
+        nonzero = keep. Masked entries are skipped, so they may hold NaN. Masked queries get zeros.
+    validate : check that the codes are in range: one pass over them, and on a GPU a wait for it.
+        Pass ``False`` for codes known to be right. What a code out of range meets is then not
         promised, only that nothing crashes.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is
-    NaN.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a non-finite value is NaN.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), algorithm 1.
 
@@ -248,8 +263,15 @@ def lsh_cumulation(
     checks.size("value", value, -2, key_hash_code.shape[-2], "n of key_hash_code")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    args = (query_hash_code, key_hash_code, value, capacity)
-    return run("lsh_cumulation", variant, caller, (value,), args, {"query_mask": query_mask, "key_mask": key_mask})
+    arguments = {
+        "query_hash_code": query_hash_code,
+        "key_hash_code": key_hash_code,
+        "value": value,
+        "hashtable_capacity": capacity,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(LSH_CUMULATION, variant, caller, arguments)
 
 
 def lsh_weighted_cumulation(
@@ -265,10 +287,10 @@ def lsh_weighted_cumulation(
     validate: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """As `lsh_cumulation`, every term times a product of weights:
+    """`lsh_cumulation` with a product of weights in every term:
     ``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j``.
 
-    It is the shape of every gradient of sampled attention.
+    Every gradient of sampled attention has this form.
 
     Parameters
     ----------
@@ -278,10 +300,16 @@ def lsh_weighted_cumulation(
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in
-    its row.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A query with a non-finite weight gives NaN in its
+    row.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+
+    >>> codes, weight = np.array([[0], [1], [0]], np.int32), np.array([[1.0], [2.0], [3.0]])
+    >>> lsh_weighted_cumulation(codes, weight, codes, weight, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[13.],
+           [ 8.],
+           [39.]])
     """
     caller = one_caller(
         {
@@ -307,8 +335,17 @@ def lsh_weighted_cumulation(
     checks.size("key_weight", key_weight, -1, query_weight.shape[-1], "d_w of query_weight")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    args = (query_hash_code, query_weight, key_hash_code, key_weight, value, capacity)
-    return run("lsh_weighted_cumulation", variant, caller, (value,), args, {"query_mask": query_mask, "key_mask": key_mask})
+    arguments = {
+        "query_hash_code": query_hash_code,
+        "query_weight": query_weight,
+        "key_hash_code": key_hash_code,
+        "key_weight": key_weight,
+        "value": value,
+        "hashtable_capacity": capacity,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(LSH_WEIGHTED_CUMULATION, variant, caller, arguments)
 
 
 def _check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
@@ -334,13 +371,13 @@ def expectation_attention(
     key_mask: Array | None = None,
     variant: str | None = None,
 ) -> Array:
-    """YOSO-E, what sampling estimates: ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for
-    unit ``q`` and ``k``.
+    """YOSO-E, the expected value of sampled attention:
+    ``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``.
 
     Parameters
     ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalized here, in float32 at
-        least, whatever their scale. A zero vector has cosine 0 with all.
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``. They are normalized here, in float32
+        at least. A zero vector has cosine 0 with all others.
     value : float ``(..., n_k, d_v)``.
     hash_code_len : ``tau`` (1 to 30).
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
@@ -348,18 +385,29 @@ def expectation_attention(
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. Time ``n_q n_k (d + d_v)``,
-    memory linear. A query that is not
-    finite gives NaN in its row, a kept key or value that is not finite gives NaN in every row of
-    its head.
+    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. Time is ``n_q n_k (d + d_v)``,
+    memory linear. A non-finite query gives NaN in its row. A non-finite key or value that is kept
+    gives NaN in every row of its head.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
+
+    >>> x = np.eye(2)
+    >>> expectation_attention(x, x, np.eye(2), 3)
+    array([[1.   , 0.125],
+           [0.125, 1.   ]])
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
-    masks = {"query_mask": query_mask, "key_mask": key_mask}
-    return run("expectation_attention", variant, caller, (value,), (query, key, value, tau), masks)
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "hash_code_len": tau,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(EXPECTATION_ATTENTION, variant, caller, arguments)
 
 
 def expectation_attention_backward(
@@ -377,31 +425,50 @@ def expectation_attention_backward(
     """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))`` by query, key
     and value.
 
-    For unit vectors ``dq_i = sum_j E_ij w_ij (g_i . v_j) k_j``,
-    ``dk_j = sum_i E_ij w_ij (g_i . v_j) q_i``, ``dv_j = sum_i E_ij g_i``; the chain through the
-    normalization of query and key follows. ``grad="lower_bound"``: ``w = tau / 2``, the paper's,
-    which is *not* the derivative. ``grad="exact"``: ``w = tau / ((pi - theta) sin theta)``, both
-    factors held at 1e-3 at least.
+    For unit vectors, with ``E_ij`` the expected weight::
+
+        dq_i = sum_j E_ij w_ij (g_i . v_j) k_j
+        dk_j = sum_i E_ij w_ij (g_i . v_j) q_i
+        dv_j = sum_i E_ij g_i
+
+    The chain through the normalization of query and key follows. ``grad="lower_bound"`` is the
+    paper's: ``w = tau / 2``, *not* the derivative. ``grad="exact"`` is the derivative:
+    ``w = tau / ((pi - theta) sin theta)``, with both factors held at 1e-3 at least.
 
     Parameters
     ----------
-    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``. The others are those of
-        `expectation_attention`.
+    grad_out : float ``(..., n_q, d_v)`` in the dtype of ``value``.
+    grad : ``"lower_bound"`` or ``"exact"``.
+    The others are those of `expectation_attention`.
 
     Returns
     -------
     ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+
+    >>> x, ones = np.eye(2), np.ones((2, 2))
+    >>> grad_query, grad_key, grad_value = expectation_attention_backward(ones, x, x, x, 3)
+    >>> grad_value
+    array([[1.125, 1.125],
+           [1.125, 1.125]])
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
     _check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
-    args = (grad_out, query, key, value, tau)
-    options = {"grad": grad, "query_mask": query_mask, "key_mask": key_mask}
-    return run("expectation_attention_backward", variant, caller, (query, key, value), args, options)
+    arguments = {
+        "grad_out": grad_out,
+        "query": query,
+        "key": key,
+        "value": value,
+        "hash_code_len": tau,
+        "grad": grad,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(EXPECTATION_ATTENTION_BACKWARD, variant, caller, arguments)
 
 
 def _check_grad_out(grad_out: Array, query: Array, value: Array) -> None:
@@ -426,12 +493,11 @@ def lsh_attention_backward(
     validate: bool = True,
     variant: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of sampled attention for the codes of its forward pass: as
-    `expectation_attention_backward`, with the share of hashes in which query and key collide,
-    ``C_ij``, in place of the expectation ``E_ij``.
+    """Gradients of sampled attention for the codes of its forward pass.
 
-    With ``grad="lower_bound"`` the cost can be linear in ``n``; with ``grad="exact"`` it never is,
-    since the factor depends on the pair.
+    They are those of `expectation_attention_backward` with ``C_ij``, the share of hashes in which
+    query and key collide, in place of ``E_ij``. With ``grad="lower_bound"`` the cost can be linear
+    in ``n``. With ``grad="exact"`` it is quadratic, since the factor depends on the pair.
 
     Parameters
     ----------
@@ -439,7 +505,17 @@ def lsh_attention_backward(
         ``[0, 2**hash_code_len)``.
     The others are those of `expectation_attention_backward` and `lsh_cumulation`.
 
+    Returns
+    -------
+    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input.
+
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.3.
+
+    >>> x, ones, codes = np.eye(2), np.ones((2, 2)), np.array([[0, 1], [0, 3]], np.int32)
+    >>> grad_query, grad_key, grad_value = lsh_attention_backward(ones, x, x, x, codes, codes, 2)
+    >>> grad_value
+    array([[1.5, 1.5],
+           [1.5, 1.5]])
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))
@@ -466,9 +542,19 @@ def lsh_attention_backward(
         checks.size(name, codes, -2, x.shape[-2], f"n of {side}")
     if validate:
         _check_code_range(caller, capacity, query_hash_code=query_hash_code, key_hash_code=key_hash_code)
-    args = (grad_out, query, key, value, query_hash_code, key_hash_code, tau)
-    options = {"grad": grad, "query_mask": query_mask, "key_mask": key_mask}
-    return run("lsh_attention_backward", variant, caller, (query, key, value), args, options)
+    arguments = {
+        "grad_out": grad_out,
+        "query": query,
+        "key": key,
+        "value": value,
+        "query_hash_code": query_hash_code,
+        "key_hash_code": key_hash_code,
+        "hash_code_len": tau,
+        "grad": grad,
+        "query_mask": query_mask,
+        "key_mask": key_mask,
+    }
+    return run(LSH_ATTENTION_BACKWARD, variant, caller, arguments)
 
 
 def yoso_attention(
@@ -487,59 +573,9 @@ def yoso_attention(
     normalize_output: bool = True,
     variant: str | None = None,
 ) -> Array:
-    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``; differentiable on
-    torch tensors.
-
-    ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into
-    one bucket, which costs time linear in ``n``; or, with ``use_expectation``, its expected value
-    ``(1 - arccos(q_i . k_j) / pi)**tau``.
-
-    Parameters
-    ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; only their directions matter.
-    value : float ``(..., n_k, d_v)``.
-    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    signs : the draw to use, from `sample_signs`; or planes : Gaussian planes, from `sample_planes`,
-        dense and exactly unbiased. The expectation needs neither, and does not look at them.
-    rng : where neither is given, signs are drawn from this generator or seed (``None``: fresh
-        entropy), one draw for each index of the last leading dim (the heads) and shared over the
-        dims before it, so that a result does not depend on its neighbors in a batch.
-    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
-        nonzero = keep. Masked entries are skipped; masked queries get zeros.
-    normalize_output : scale every row to unit length, in float32 at least; a row shorter than
-        1e-12, such as that of a query that met no key, becomes zeros.
-
-    Returns
-    -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row,
-    a kept key that is not finite
-    gives NaN in every row of its head, a kept value that is not finite in every row that meets it.
-
-    Torch tensors that require gradients, while gradients are enabled, go to
-    `yoso_core.model.yoso_attention`, which draws from torch's own
-    generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which gradient
-    it is.
-
-    Source: Zeng et al. 2021 (arXiv 2111.09714).
+    """YOSO attention without gradients: see `yoso_core.yoso_attention`, whose arguments these
+    are.
     """
-    if _wants_gradients(query, key, value):
-        from yoso_core.model import yoso_attention as differentiable
-
-        return differentiable(
-            query,
-            key,
-            value,
-            num_hash=num_hash,
-            hash_code_len=hash_code_len,
-            use_expectation=use_expectation,
-            signs=signs,
-            planes=planes,
-            rng=rng,
-            query_mask=query_mask,
-            key_mask=key_mask,
-            normalize_output=normalize_output,
-            variant=variant,
-        )
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller(
         {
@@ -559,22 +595,18 @@ def yoso_attention(
         _check_signs(signs, query, "query", m, tau, caller)
     elif planes is not None:
         _check_planes(planes, query, m, tau)
-    elif not use_expectation:
-        drawn = _draw_signs(m, tau, query.shape[-1], batch_shape=tuple(query.shape[-3:-2]), rng=_generator(rng))
-        signs = caller.from_numpy(drawn)
-    options = {
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
         "num_hash": m,
         "hash_code_len": tau,
         "use_expectation": bool(use_expectation),
         "signs": signs,
         "planes": planes,
+        "rng": rng,
         "query_mask": query_mask,
         "key_mask": key_mask,
         "normalize_output": bool(normalize_output),
     }
-    return run("yoso_attention", variant, caller, (value,), (query, key, value), options)
-
-
-def _wants_gradients(*arrays: Array) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arrays)
+    return run(YOSO_ATTENTION, variant, caller, YOSO_ATTENTION.complete(arguments))

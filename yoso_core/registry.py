@@ -6,15 +6,16 @@ against the reference.
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from yoso_core import places
-from yoso_core.arrays import Array, Caller
-from yoso_core.gpu.device import DoesNotFit
-from yoso_core.places import PLACES, Place
+from yoso_core import backends, checks, own_kernel
+from yoso_core.arrays import Caller
+from yoso_core.backends import BACKENDS, Backend
+from yoso_core.gpu.device import CudaVariant, DoesNotFit, NumbaCudaVariant
+from yoso_core.operations import OPERATIONS, Operation, operation_of
 
 log = logging.getLogger("yoso_core")
 
@@ -27,38 +28,54 @@ class Kernel:
 
     op: str
     name: str
-    """``<where>:<algorithm>``."""
-    target: str
-    """``module:function``."""
+    """``<where>:<algorithm>``; any name for a reader's own."""
+    target: str | Callable[..., Any]
+    """``module:function``, or the function itself."""
     summary: str
     deterministic: bool = True
     kernels: tuple[str, ...] = ()
     """The CUDA kernels that it launches, by name."""
-    definition: bool = False
-    """The one that says what is right; `compare` and the tests measure the others against it, in
-    float64.
-    """
+    registered_on: str | None = None
+    """The backend of a reader's own kernel; ``None`` for the library's."""
 
     @property
     def where(self) -> str:
-        return self.name.partition(":")[0]
-
-    def load(self) -> Callable[..., Any]:
-        module, function = self.target.split(":")
-        return getattr(importlib.import_module(module), function)
+        return self.registered_on or self.name.partition(":")[0]
 
     @property
-    def place(self) -> Place:
-        return PLACES[self.where]
+    def backend(self) -> Backend:
+        return BACKENDS[self.where]
 
-    def run(self, caller: Caller, likes: Sequence[Array | None], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Call it with the caller's arrays. One result for each of ``likes``, in its dtype, as the
-        caller's kind of array.
+    @property
+    def definition(self) -> bool:
+        """The one that says what is right."""
+        return self.name == OPERATIONS[self.op].definition
+
+    @property
+    def automatic(self) -> bool:
+        """May be chosen where the caller names no variant; a reader's own never is."""
+        return self.registered_on is None and self.backend.automatic
+
+    def load(self) -> Callable[..., Any]:
+        if not isinstance(self.target, str):
+            return self.target
+        module, function = self.target.split(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+    def call(self, caller: Caller, arguments: Mapping[str, Any]) -> Any:
+        """Call it with the caller's arrays, by name; each output in its dtype and as the caller's
+        kind of array, in a tuple where there are several.
         """
-        found = self.place.run(self.load(), caller, args, options)
-        if len(likes) == 1:
-            return self.place.back(caller, found, likes[0])
-        return tuple(self.place.back(caller, x, like) for x, like in zip(found, likes, strict=True))
+        function = self.load()
+        if self.registered_on is not None:
+            function = own_kernel.adapted(OPERATIONS[self.op], function)
+        outputs = OPERATIONS[self.op].outputs
+        likes = [None if output.dtype_of is None else arguments[output.dtype_of] for output in outputs]
+        found = self.backend.call(function, caller, arguments)
+        if len(outputs) == 1:
+            return self.backend.back(caller, found, likes[0])
+        return tuple(self.backend.back(caller, x, like) for x, like in zip(found, likes, strict=True))
 
 
 def _cuda(op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True) -> list[Kernel]:
@@ -75,25 +92,25 @@ def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str
     return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("numba_cuda", "stepped")]
 
 
-_AROUND = "warp_per_vector thread_per_code normalize_rows expectation spoil_heads finish_attention"
+_AROUND = "warp_per_vector thread_per_code normalize_rows expectation mark_nonfinite_heads finish_attention"
 """Kernels of every attention: both hashes, the expectation, and what comes before and after."""
 
 # In order of preference on each device: the first that can run on the caller's device, and has
 # room, is the automatic choice.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("hadamard_transform", "cpu:tiles", "yoso_core.cpu:hadamard_transform", "16 vectors to a tile, radix-8 butterflies"),
-    Kernel("hadamard_transform", "numpy:butterflies", "yoso_core.reference:hadamard_transform", "one stage at a time", definition=True),
+    Kernel("hadamard_transform", "numpy:butterflies", "yoso_core.reference:hadamard_transform", "one stage at a time"),
     Kernel("fast_hash", "cpu:tiles", "yoso_core.cpu:fast_hash", "16 vectors to a tile, signs and butterflies in cache"),
-    Kernel("fast_hash", "numpy:formula", "yoso_core.reference:fast_hash", "sign bits of H D3 H D2 H D1 x", definition=True),
+    Kernel("fast_hash", "numpy:formula", "yoso_core.reference:fast_hash", "sign bits of H D3 H D2 H D1 x"),
     *_cuda("fast_hash", "warp_per_vector", "a warp for each vector, butterflies between registers and by shuffle", "warp_per_vector"),
     *_cuda("fast_hash", "block_per_part", "a block for each vector and part, butterflies through shared memory", "block_per_part"),
     *_numba_cuda("hashing", "fast_hash", "shared_memory", "a block for each vector, butterflies in shared memory", "hash_vectors"),
     Kernel("hyperplane_hash", "cpu:tiles", "yoso_core.cpu:hyperplane_hash", "16 vectors to a tile against every plane"),
-    Kernel("hyperplane_hash", "numpy:formula", "yoso_core.reference:hyperplane_hash", "one matrix product", definition=True),
+    Kernel("hyperplane_hash", "numpy:formula", "yoso_core.reference:hyperplane_hash", "one matrix product"),
     *_cuda("hyperplane_hash", "thread_per_code", "a thread for each code, its projections in registers", "thread_per_code"),
     Kernel("lsh_cumulation", "cpu:tables", "yoso_core.cpu:lsh_cumulation", "a table per hash, in cache"),
     Kernel("lsh_cumulation", "numpy:tables", "yoso_core.reference:lsh_cumulation_tables", "np.add.at into a table per hash"),
-    Kernel("lsh_cumulation", "numpy:pairs", "yoso_core.reference:lsh_cumulation_pairs", "every pair of codes", definition=True),
+    Kernel("lsh_cumulation", "numpy:pairs", "yoso_core.reference:lsh_cumulation_pairs", "every pair of codes"),
     *_cuda("lsh_cumulation", "shared_table", "tables in shared memory, a column to a thread: no atomics", "shared_table"),
     *_cuda(
         "lsh_cumulation",
@@ -136,7 +153,6 @@ KERNELS: tuple[Kernel, ...] = (
         "numpy:pairs",
         "yoso_core.reference:lsh_weighted_cumulation_pairs",
         "every pair of codes",
-        definition=True,
     ),
     *_cuda(
         "lsh_weighted_cumulation",
@@ -176,7 +192,6 @@ KERNELS: tuple[Kernel, ...] = (
         "numpy:formula",
         "yoso_core.reference:expectation_attention",
         "one query at a time",
-        definition=True,
     ),
     *_cuda("expectation_attention", "blocked", "tiles of queries by tiles of keys, nothing stored", "normalize_rows expectation"),
     Kernel(
@@ -190,13 +205,12 @@ KERNELS: tuple[Kernel, ...] = (
         "numpy:formula",
         "yoso_core.reference:expectation_attention_backward",
         "one query at a time",
-        definition=True,
     ),
     *_cuda(
         "expectation_attention_backward",
         "blocked",
         "tiles of rows by tiles of others, once by query and once by key",
-        "normalize_rows pull_rows through_normalization",
+        "normalize_rows gradient_rows l2_normalize_backward",
     ),
     Kernel(
         "lsh_attention_backward",
@@ -209,17 +223,16 @@ KERNELS: tuple[Kernel, ...] = (
         "numpy:pairs",
         "yoso_core.reference:lsh_attention_backward",
         "every pair of codes",
-        definition=True,
     ),
     *_cuda(
         "lsh_attention_backward",
         "outer_products",
         "lower bound: cumulations by outer products; exact: all pairs, blocked",
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
-        "note_spoiled_heads pull_rows through_normalization",
+        "scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
     Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize tile by tile, codes never stored"),
-    Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize", definition=True),
+    Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
     *_cuda(
         "yoso_attention",
         "shared_table",
@@ -233,8 +246,6 @@ KERNELS: tuple[Kernel, ...] = (
         f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
     ),
 )
-
-OPERATIONS: tuple[str, ...] = tuple(dict.fromkeys(kernel.op for kernel in KERNELS))
 
 
 @dataclass(frozen=True)
@@ -257,41 +268,128 @@ class Variant:
         return self.kernel.where
 
 
-def op_name(op: str | Callable[..., Any]) -> str:
-    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    if name not in OPERATIONS:
-        raise ValueError(f"op: no operation {name!r}; there are {', '.join(OPERATIONS)}")
-    return name
-
-
 def variants(op: str | Callable[..., Any]) -> list[Variant]:
     """Every implementation of an operation, the automatic choice first, with the reason where one
-    cannot run here.
+    cannot run here. A reader's own stand last.
 
     ``op`` is the function or its name. Raises ``ValueError`` for an operation that does not exist.
 
     >>> [v.name for v in variants("fast_hash") if v.definition]
     ['numpy:formula']
     """
-    return list(_listed(op_name(op)))
+    return list(_listed(operation_of(op).name))
 
 
-# Every call of an operation asks, so the answer is kept, for as long as the table is the same.
+_registered: tuple[Kernel, ...] = ()
+"""What readers have added, in order."""
+
+# Every call of an operation asks, so the answer is kept, for as long as the rows are the same.
 _kept: dict[str, tuple[object, object, tuple[Variant, ...]]] = {}
 
 
 def _listed(op: str) -> tuple[Variant, ...]:
     kept = _kept.get(op)
-    if kept is None or kept[0] is not KERNELS or kept[1] is not places.missing:
+    if kept is None or kept[0] is not _registered or kept[1] is not backends.missing:
         found = []
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, *_registered):
             if kernel.op == op:
-                reason = places.missing(kernel.where)
+                reason = backends.missing(kernel.where)
                 found.append(
                     Variant(op, kernel.name, reason is None, reason, kernel.summary, kernel.deterministic, kernel.definition, kernel)
                 )
-        kept = _kept[op] = KERNELS, places.missing, tuple(found)
+        kept = _kept[op] = _registered, backends.missing, tuple(found)
     return kept[2]
+
+
+class Registration:
+    """A reader's kernel in the registry. Leave its ``with`` block, or call `unregister`, to take it
+    out again.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def unregister(self) -> None:
+        """Take the kernel out; nothing happens where it is out already."""
+        global _registered
+        _registered = tuple(row for row in _registered if row is not self.kernel)
+
+    def __enter__(self) -> "Registration":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.unregister()
+
+    def __repr__(self) -> str:
+        return f"<{self.kernel.op} {self.name!r} on {self.kernel.where}>"
+
+
+def register(
+    op: str | Callable[..., Any],
+    name: str,
+    target: str | Callable[..., Any] | CudaVariant | NumbaCudaVariant,
+    *,
+    where: str = "numpy",
+    deterministic: bool = True,
+) -> Registration:
+    """Add a kernel of your own to an operation: `variants` lists it, ``variant=name`` runs it,
+    `compare` measures it. It is never chosen where the caller names no variant.
+
+    Parameters
+    ----------
+    op : the operation, by its function or its name.
+    name : any name that no variant of the library has. A kernel of yours with that name is
+        replaced.
+    target : a function, or its place as ``"module:function"``. It is called like the public
+        function: the same arguments by position, the others by keyword and only where they are
+        given, never ``variant``, ``validate`` or ``rng`` (sampled attention gets its ``signs``).
+        Arrays are fresh, writable, C-contiguous NumPy copies; half-precision tensors arrive as
+        float32. It returns one array, or a tuple of them, in shape and dtype as the definition.
+        A CUDA kernel is a `yoso_core.gpu.CudaVariant` or a `yoso_core.gpu.NumbaCudaVariant`.
+    where : the backend it runs on. ``"numpy"`` or ``"cpu"`` for a function; ``"cupy"`` or
+        ``"emulated"`` for a `CudaVariant`; ``"numba_cuda"`` or ``"stepped"`` for a
+        `NumbaCudaVariant`.
+    deterministic : the same input gives the same bits. `compare` checks the promise.
+
+    Returns
+    -------
+    A `Registration`: a context manager that takes the kernel out again.
+
+    Raises
+    ------
+    ValueError, TypeError : no such operation or backend, a name that is taken, or a target that
+        does not run on that backend. When it is called: a result of wrong shape or dtype, or an
+        argument that was overwritten.
+
+    >>> import numpy as np, yoso_core
+    >>> def negated(x):
+    ...     return -yoso_core.reference.hadamard_transform(-x)
+    >>> with yoso_core.register("hadamard_transform", "negated", negated):
+    ...     yoso_core.hadamard_transform(np.array([1.0, 2.0]), variant="negated")
+    array([ 3., -1.])
+    """
+    global _registered
+    kernel = own_row(operation_of(op).name, name, target, where=where, deterministic=deterministic)
+    _registered = (*(row for row in _registered if (row.op, row.name) != (kernel.op, kernel.name)), kernel)
+    return Registration(kernel)
+
+
+def own_row(op: str, name: object, target: object, *, where: str, deterministic: bool) -> Kernel:
+    """The row of a reader's kernel, its arguments checked as `register` says."""
+    if not isinstance(name, str) or not name.strip():
+        raise TypeError(f"name: need a name for the kernel, got {name!r}")
+    if any((row.op, row.name) == (op, name) for row in KERNELS):
+        raise ValueError(f"name: {op} has a variant {name!r} of its own; take another name")
+    checks.one_of("where", where, tuple(BACKENDS))
+    if isinstance(target, str):
+        target = Kernel(op, name, target, "").load()
+    own_kernel.check_target(target, where)
+    summary = (getattr(target, "__doc__", None) or "").strip().partition("\n")[0] if callable(target) else ""
+    return Kernel(op, name, target, summary or "your own", deterministic=deterministic, registered_on=where)  # type: ignore[arg-type]
 
 
 @cache
@@ -299,9 +397,7 @@ def _announce(op: str, name: str) -> None:
     log.info("%s: %s was chosen (pin another with variant=...; yoso_core.variants lists them)", op, name)
 
 
-def run(
-    op: str, variant: str | None, caller: Caller, likes: Sequence[Array | None], args: Sequence[Any], options: Mapping[str, Any]
-) -> Any:
+def run(operation: Operation, variant: str | None, caller: Caller, arguments: Mapping[str, Any]) -> Any:
     """Call the variant named, or the best that can run on the caller's device and has room for
     these sizes.
 
@@ -310,18 +406,19 @@ def run(
     ValueError : no variant has that name, it cannot run here (with the reason), it does not fit, or
         none runs on the caller's device.
     """
+    op = operation.name
     if variant is not None:
-        return _named(op, variant, caller).run(caller, likes, args, options)
+        return _named(op, variant, caller).call(caller, arguments)
     refused: list[str] = []
     for candidate in _listed(op):
-        place = candidate.kernel.place
-        if not place.automatic or place.device != caller.kind:
+        kernel = candidate.kernel
+        if not kernel.automatic or kernel.backend.device != caller.kind:
             continue
         if not candidate.available:
             refused.append(f"{candidate.name}: {candidate.reason}")
         else:
             try:
-                result = candidate.kernel.run(caller, likes, args, options)
+                result = kernel.call(caller, arguments)
             except DoesNotFit as error:
                 refused.append(f"{candidate.name}: {error}")
                 continue
@@ -339,15 +436,20 @@ def _named(op: str, name: str, caller: Caller) -> Kernel:
         if variant.name == name:
             if not variant.available:
                 raise ValueError(f"variant: {name} of {op} cannot run here: {variant.reason}")
-            if not variant.kernel.place.takes(caller):
-                raise ValueError(f"variant: {name} of {op} runs on the {variant.kernel.place.device}, the arrays are on {caller.device}")
+            if not variant.kernel.backend.takes(caller):
+                raise ValueError(f"variant: {name} of {op} runs on the {variant.kernel.backend.device}, the arrays are on {caller.device}")
             return variant.kernel
     raise ValueError(f"variant: {op} has no variant {name!r}; it has {', '.join(v.name for v in listed)}")
+
+
+def definition_of(op: str | Callable[..., Any]) -> Kernel:
+    """The row that says what is right."""
+    return next(variant.kernel for variant in variants(op) if variant.definition)
 
 
 def automatic(op: str | Callable[..., Any], device: str) -> Variant | None:
     """The first choice on a device (``"cpu"`` or ``"cuda"``) where the caller names none; ``None``
     where nothing runs.
     """
-    found = (v for v in variants(op) if v.available and v.kernel.place.automatic and v.kernel.place.device == device)
+    found = (v for v in variants(op) if v.available and v.kernel.automatic and v.kernel.backend.device == device)
     return next(found, None)

@@ -1,4 +1,4 @@
-"""The real device: the `.cu` files compiled by NVRTC on first use and launched through CuPy on the
+"""The real device: CUDA C++ compiled by NVRTC on first use and launched through CuPy on the
 caller's stream.
 """
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels.source import options, source
-from yoso_core.gpu.device import Array, CudaKernel, Launch, Shape, record
+from yoso_core.gpu.cupy_kernels.source import options, parameter_names, source_of
+from yoso_core.gpu.device import Arguments, Array, CudaKernel, KernelText, Launch, Shape, in_order, record
 
 _NO_POINTER = np.uint64(0)
 _WITHOUT_OPT_IN = 48 << 10
-"""Bytes of shared memory that any block may have; more must be asked for."""
+"""Bytes of shared memory that any block may have; a kernel must opt in to more."""
 
 
 @cache
@@ -26,22 +26,32 @@ def _limits(index: int) -> tuple[int, int]:
 
 
 @cache
-def _module(kernel_file: str, flags: tuple[str, ...], index: int) -> Any:
+def _module(text: str, flags: tuple[str, ...], names: tuple[str, ...] | None, index: int) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(kernel_file), options=flags, backend="nvrtc")
+    return cupy.RawModule(code=text, options=flags, backend="nvrtc", name_expressions=names)
 
 
 @cache
-def _function(kernel: CudaKernel, index: int) -> Any:
-    return _module(kernel.file, options(kernel), index).get_function(kernel.name)
+def _function(kernel: CudaKernel | KernelText, index: int) -> tuple[Any, tuple[str, ...]]:
+    """The kernel as CuPy calls it, and the names of its parameters."""
+    # A text of the reader's own may hold a template, or a kernel that is not extern "C": the
+    # compiler must then be asked for its name.
+    names = (kernel.name,) if isinstance(kernel, KernelText) and 'extern "C"' not in kernel.text else None
+    text = source_of(kernel)
+    return _module(text, options(kernel), names, index).get_function(kernel.name), parameter_names(text, kernel.name)
 
 
 class CupyDevice:
-    """A GPU, with CuPy's current device and stream already set to the caller's.
+    """A GPU. CuPy's current device and stream must already be the caller's.
 
-    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk), and
-    nothing here ever waits for the GPU.
+    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk). Nothing
+    here waits for the GPU.
+
+    Parameters
+    ----------
+    index : the number of the GPU.
+    stream : the address of the CUDA stream to launch on.
     """
 
     def __init__(self, index: int, stream: int) -> None:
@@ -58,9 +68,11 @@ class CupyDevice:
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         return self.xp.zeros(shape, dtype)
 
-    def launch(self, kernel: CudaKernel, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
-        function = _function(kernel, self.index)
+    def launch(self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
+        """Launch a kernel on the current stream: see `Device.launch`."""
+        function, names = _function(kernel, self.index)
+        passed = tuple(_NO_POINTER if x is None else x for x in in_order(args, names, kernel.name))
         if shared > _WITHOUT_OPT_IN and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
-        function(tuple(grid), tuple(block), tuple(_NO_POINTER if x is None else x for x in args), shared_mem=shared)
+        function(tuple(grid), tuple(block), passed, shared_mem=shared)
         record(Launch("cupy", kernel.name, tuple(grid), tuple(block), shared))

@@ -1,4 +1,4 @@
-"""YOSO attention on a real text, end to end, in about a minute: what ``yoso demo`` runs.
+"""YOSO attention on a real text, end to end, in a minute: what ``yoso demo`` runs.
 
 1. `words`: a text becomes token vectors, by counting alone.
 2. `measure`: self-attention over a passage by softmax, by YOSO's exact expectation, and by sampling
@@ -7,33 +7,45 @@
    held out (needs PyTorch).
 4. `tables` and `figure`: what came out, on the terminal and as one picture.
 
+Each part watches a `clock` and does less where the machine is slow or busy; the tables, the picture
+and the result say what was left out.
+
 In 2, queries, keys and values are all the token vectors of `words.token_vectors`: one head, nothing
 learned. So tokens attend to tokens of similar meaning. Softmax gets the scale at which it is as
 sharp as YOSO on average (equal entropy), which makes them comparable.
 """
 
 import importlib.util
-import time
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from yoso_core.demo.ahead import compiled, compiling_ahead
+from yoso_core.demo.clock import Clock
 from yoso_core.demo.words import embed, read_text
 
 if TYPE_CHECKING:
     from yoso_core.comparison import Comparison
     from yoso_core.demo.language import Language
-    from yoso_core.demo.measure import SamplingError, WordAttention
+    from yoso_core.demo.measure import AttentionTimes, SamplingError, WordAttention
 
-T = TypeVar("T")
+BUDGET = 60.0
+"""Seconds that a run may take."""
+
+WORDS, ERROR, COMPILING, AGREEMENT, TIMES = 0.3, 0.1, 0.4, 0.1, 0.2
+"""What each part may use of the time that the ones before it have left."""
+
+ENOUGH_TO_TRAIN = 0.2
+"""Without so much of the budget the language model is left out."""
 
 
 @dataclass(frozen=True)
 class LanguageSizes:
-    """The masked language model and its training: about half a minute on two cores."""
+    """The masked language model and its training."""
 
     hidden: int = 128
     layers: int = 2
@@ -50,9 +62,8 @@ class LanguageSizes:
     """Share of the bytes."""
     batch: int = 8
     steps: int = 1000
+    """At most: training lasts as long as there is time."""
     learning_rate: float = 3e-3
-    checks: int = 8
-    """How often the loss on the text held out is taken in training."""
     windows: int = 64
     """Passages held out for the scores."""
     nums_hash: tuple[int, ...] = (1, 4, 16, 64)
@@ -73,7 +84,7 @@ class Sizes:
     """Hashes where one number stands for the sampled method."""
     nums_hash: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     hashes: int = 512
-    """Hashes spent on the error at each ``m``, in ``hashes / m`` draws."""
+    """Hashes for the error at each ``m``, in ``hashes / m`` draws."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     repeats: int = 5
     agreement: int = 512
@@ -82,11 +93,9 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """Everything that was measured, in the order of the tables."""
+class Measured:
+    """What was measured of attention, in the order of the tables."""
 
-    sizes: Sizes
-    source: str
     text_tokens: int
     """Tokens of the text that are used."""
     passage_tokens: int
@@ -95,37 +104,49 @@ class DemoResult:
     words: "list[WordAttention]"
     """The word with the strongest preference for another comes first."""
     error: "SamplingError"
-    lengths: list[int]
-    seconds: dict[str, list[float]]
-    """For each method, the median time at each of ``lengths``."""
+    times: "AttentionTimes"
     agreement: "list[Comparison]"
-    language: "Language | None"
-    """The trained model; ``None`` where it was not asked for, or ``not_trained`` says what is
-    missing.
-    """
-    not_trained: str | None
-    elapsed: float
-    output: Path
 
     @property
     def agrees(self) -> bool:
         """Every variant that can run here agrees with the definition."""
         return all(comparison.agrees for comparison in self.agreement)
 
+
+@dataclass(frozen=True)
+class DemoResult(Measured):
+    """Everything that came out."""
+
+    sizes: Sizes
+    source: str
+    language: "Language | None"
+    """The trained model; ``None`` where it was not asked for, or ``not_trained`` says what is
+    missing, or ``left_out`` that there was no time.
+    """
+    not_trained: str | None
+    budget: float
+    """The seconds that were allowed."""
+    left_out: list[str]
+    """What was not done, to stay within them."""
+    elapsed: float
+    output: Path
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         return {
-            **{name: getattr(self, name) for name in ("source", "text_tokens", "passage_tokens", "softmax_scale", "lengths", "seconds")},
-            "agrees": self.agrees,
+            **{name: getattr(self, name) for name in ("source", "text_tokens", "passage_tokens", "softmax_scale", "agrees")},
             "sizes": asdict(self.sizes),
             "words": [
                 {"word": word.word, "others": word.others, "lift": {name: lift.tolist() for name, lift in word.lift.items()}}
                 for word in self.words
             ],
             "error": asdict(self.error),
+            "times": asdict(self.times),
             "agreement": [comparison.to_dict() for comparison in self.agreement],
             "language": None if self.language is None else self.language.to_dict(),
             "not_trained": self.not_trained,
+            "budget": self.budget if math.isfinite(self.budget) else None,
+            "left_out": self.left_out,
             "elapsed": self.elapsed,
             "output": str(self.output),
         }
@@ -144,7 +165,9 @@ def run(
     *,
     training: bool = True,
     show: bool = True,
+    budget: float = BUDGET,
     sizes: Sizes | None = None,
+    ahead: bool = True,
 ) -> DemoResult:
     """Run the demo: print its tables, write its picture to ``output``, return the numbers.
 
@@ -152,77 +175,102 @@ def run(
     ----------
     text : a UTF-8 text file, or ``None`` for the help topics that come with Python.
     output : the picture to write; its folder must exist.
-    seed : of every random draw.
+    seed : of every random draw. How much is drawn depends on the time; the result of a given
+        number of draws and of training steps does not.
     training : train the language model too, where PyTorch and transformers are installed; the
         tables say so where they are not.
-    show : print the tables, and progress bars on a terminal.
+    show : print the tables, and a progress bar if stderr is a terminal.
+    budget : the seconds that the run may take, ``math.inf`` for no limit. What it cannot shorten,
+        such as compiling on a slow machine, may exceed it.
     sizes : how much to measure.
+    ahead : let a second process compile what the training needs, in the meantime.
 
     Raises
     ------
     ValueError : the text cannot be read, is no text or is too short; the output's folder does not
-        exist.
+        exist; the budget is not positive.
     ImportError : matplotlib is not installed.
     """
     if not output.parent.is_dir():
         raise ValueError(f"output: the folder {output.parent} does not exist")
-    from tqdm import tqdm
-
-    from yoso_core.demo import measure
+    if not budget > 0:
+        raise ValueError(f"budget: need a positive number of seconds, got {budget:g}")
     from yoso_core.demo.figure import save_figure
     from yoso_core.demo.tables import print_tables
 
-    sizes, start = sizes or Sizes(), time.perf_counter()
-    m, tau = sizes.num_hash, sizes.hash_code_len
-    source, content = read_text(text)
-    with tqdm(total=5, bar_format="{desc:<28}{bar:30} {n}/{total}", leave=False, disable=None if show else True) as progress:
-
-        def stage(title: str, work: Callable[[], T]) -> T:
-            progress.set_description_str(title)
-            done = work()
-            progress.update()
-            return done
-
-        whole = stage("counting words", lambda: embed(content, sizes.dim, np.random.default_rng(seed)))
-        passage = whole.middle(sizes.passage)
-        x = passage.vectors
-        scale = measure.softmax_scale(x, tau)
-
-        def attention_of(word: int) -> "WordAttention":
-            return measure.attention_by_word(passage, word, num_hash=m, hash_code_len=tau, scale=scale, seed=seed)
-
-        words = stage("who attends to whom", lambda: list(map(attention_of, measure.prominent_words(passage, sizes.words))))
-        words.sort(key=lambda attention: -attention.lift[measure.EXPECTATION][0])
-        rng = np.random.default_rng(seed)
-        error = stage("error against hashes", lambda: measure.sampling_error(x, list(sizes.nums_hash), tau, sizes.hashes, rng))
-        lengths = [n for n in sizes.lengths if n <= len(whole)]
-        methods = measure.attention_methods(m, tau, scale, seed)
-        seconds = stage("time against tokens", lambda: measure.attention_times(whole, lengths, methods, sizes.repeats))
-        part = passage.middle(sizes.agreement).vectors
-        agreement = stage("agreement of the variants", lambda: measure.variant_agreement(part, m, tau, seed))
+    sizes, clock = sizes or Sizes(), Clock(budget, show=show)
     not_trained = missing_for_training() if training else None
-    language = None
-    if training and not_trained is None:
-        from yoso_core.demo.language import learn
+    training = training and not_trained is None
+    with clock, compiling_ahead(training and ahead) as helper:
+        source, content = read_text(text)
+        measured = _measure(content, sizes, seed, clock, lambda: compiled(helper, clock.share(COMPILING)()))
+        language = None
+        if training and clock.left() > (ENOUGH_TO_TRAIN * budget if math.isfinite(budget) else 0):
+            from yoso_core.demo.language import learn
 
-        language = learn(content, sizes.language, seed, show=show)
-    result = DemoResult(
-        sizes=sizes,
-        source=source,
-        text_tokens=len(whole),
-        passage_tokens=len(passage),
-        softmax_scale=scale,
-        words=words,
-        error=error,
-        lengths=lengths,
-        seconds=seconds,
-        agreement=agreement,
-        language=language,
-        not_trained=not_trained,
-        elapsed=time.perf_counter() - start,
-        output=output,
-    )
-    save_figure(result, output)
+            language = learn(content, sizes.language, seed, clock)
+        elif training:
+            clock.left_out.append("the language model: no time was left to train it")
+        clock.doing("drawing the picture")
+        result = DemoResult(
+            **vars(measured),
+            sizes=sizes,
+            source=source,
+            language=language,
+            not_trained=not_trained,
+            budget=budget,
+            left_out=clock.left_out,
+            elapsed=clock.elapsed,
+            output=output,
+        )
+        save_figure(result, output)
+        result = replace(result, elapsed=clock.elapsed)
     if show:
         print_tables(result)
     return result
+
+
+def _measure(content: str, sizes: Sizes, seed: int, clock: Clock, ready: Callable[[], object]) -> Measured:
+    """Attention, measured. ``ready()`` waits until nothing else keeps the machine busy: times come
+    after it.
+    """
+    from yoso_core.demo import measure
+
+    m, tau = sizes.num_hash, sizes.hash_code_len
+    clock.doing("counting words")
+    whole = embed(content, sizes.dim, np.random.default_rng(seed))
+    passage = whole.middle(sizes.passage)
+    x = passage.vectors
+    scale = measure.softmax_scale(x, tau)
+
+    clock.doing("who attends to whom")
+    wanted, left = measure.prominent_words(passage, sizes.words), clock.share(WORDS)
+    words: list[WordAttention] = []
+    for word in wanted:
+        if not words or left() > 0:
+            words.append(measure.attention_by_word(passage, word, num_hash=m, hash_code_len=tau, scale=scale, seed=seed))
+    if len(words) < len(wanted):
+        clock.left_out.append(f"words: {len(words)} of {len(wanted)}")
+    words.sort(key=lambda attention: -attention.lift[measure.EXPECTATION][0])
+
+    clock.doing("error against hashes")
+    error = measure.sampling_error(x, list(sizes.nums_hash), tau, sizes.hashes, seed, clock.share(ERROR))
+    if sum(error.draws) < sum(max(1, sizes.hashes // hashes) for hashes in error.num_hash):
+        most = "one draw" if max(error.draws) == 1 else f"{max(error.draws)} draws"
+        clock.left_out.append(f"error against hashes: no more than {most} for each m")
+
+    ready()
+    clock.doing("agreement of the variants")
+    agreement = measure.variant_agreement(passage.middle(sizes.agreement).vectors, m, tau, seed, clock.share(AGREEMENT))
+    if len(agreement) < len(measure.COMPARED):
+        clock.left_out.append("agreement: " + ", ".join(measure.COMPARED[len(agreement) :]))
+
+    clock.doing("time against tokens")
+    lengths = [n for n in sizes.lengths if n <= len(whole)]
+    methods = measure.attention_methods(m, tau, scale, seed)
+    times = measure.attention_times(whole, lengths, methods, sizes.repeats, clock.share(TIMES))
+    if skipped := lengths[len(times.lengths) :]:
+        clock.left_out.append("time against tokens: n = " + " and ".join(f"{n:,}" for n in skipped))
+    if times.runs < sizes.repeats:
+        clock.left_out.append(f"time against tokens: {times.runs} of {sizes.repeats} runs")
+    return Measured(len(whole), len(passage), scale, words, error, times, agreement)

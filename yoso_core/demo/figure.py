@@ -4,15 +4,14 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX, SamplingError, WordAttention
-from yoso_core.demo.tables import LABELS
-from yoso_core.draw import BLUE, DASHES, FAINT, GRAY, INK, ORANGE, STYLE, legend_under_title
+from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX, AttentionTimes, SamplingError, WordAttention
+from yoso_core.demo.tables import LABELS, time_label
+from yoso_core.draw import BLUE, DASHES, FAINT, GRAY, INK, ORANGE, legend_under_title, look
 
 if TYPE_CHECKING:
     from yoso_core.demo import DemoResult
@@ -29,17 +28,17 @@ def save_figure(result: "DemoResult", path: Path) -> None:
     """
     sizes, language = result.sizes, result.language
     rows, columns, size, ratios = (1, 3, (12, 4.2), [1.05, 0.95, 1.1]) if language is None else (2, 2, (10.4, 8), [1, 1.05])
-    with mpl.rc_context(STYLE):
+    with look():
         figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03))
         panels = figure.subplots(rows, columns, width_ratios=ratios).flat
         draw_words(panels[0], result.words[0])
         draw_error(panels[1], result.error)
-        draw_times(panels[2], result.lengths, result.seconds)
+        draw_times(panels[2], result.times)
         if language is not None:
             draw_learning(panels[3], language, sizes.language.num_hash)
         caption = (
             f"Self-attention over {result.passage_tokens:,} words of {result.source}. d = {sizes.dim}, tau = {sizes.hash_code_len}, "
-            f"m = {sizes.num_hash} where no axis says otherwise; softmax in NumPy."
+            f"m = {sizes.num_hash} where no axis says otherwise."
         )
         if language is not None:
             caption += f" The model: {language.parameters:,} parameters, trained on {language.train_bytes:,} bytes of the same text."
@@ -82,24 +81,26 @@ def draw_error(axes: Axes, error: SamplingError) -> None:
     legend_under_title(axes)
 
 
-def draw_times(axes: Axes, lengths: list[int], seconds: dict[str, list[float]]) -> None:
+def draw_times(axes: Axes, times: AttentionTimes) -> None:
     """Log-log: time against the number of tokens, and how far apart softmax and sampling are at the
     last.
     """
+    lengths, seconds = times.lengths, times.seconds
     for name in METHODS:
-        axes.plot(lengths, np.array(seconds[name]) * 1e3, color=COLOR[name], marker=MARKER[name], label=LABELS[name], linewidth=2)
+        label = time_label(name, times.softmax_library)
+        axes.plot(lengths, np.array(seconds[name]) * 1e3, color=COLOR[name], marker=MARKER[name], label=label, linewidth=2)
     slow, fast = seconds[SOFTMAX][-1] * 1e3, seconds[SAMPLED][-1] * 1e3
     arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (lengths[-1] * 1.2, slow), (lengths[-1] * 1.2, fast), arrowprops=arrow)
-    axes.text(lengths[-1] * 1.3, np.sqrt(slow * fast), f"{slow / fast:,.0f}×", va="center", fontweight="bold")
+    axes.text(lengths[-1] * 1.3, np.sqrt(slow * fast), f"{slow / fast:,.3g}×", va="center", fontweight="bold")
     axes.set(xscale="log", yscale="log")
     axes.set_xlim(right=lengths[-1] * 2.6)
-    axes.set_xticks(lengths, [f"{n:,}" if (len(lengths) - i) % 2 else "" for i, n in enumerate(lengths)])
+    axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.minorticks_off()
     axes.grid(color=FAINT, linewidth=0.7)
-    axes.set_title("Quadratic against linear")
-    axes.set_xlabel("tokens n")
+    axes.set_title("Time against tokens")
+    axes.set_xlabel("tokens n (1K = 1,024)")
     axes.set_ylabel("time of one head, milliseconds")
     legend_under_title(axes)
 
@@ -112,7 +113,7 @@ def draw_learning(axes: Axes, language: "Language", num_hash: int, window: int =
     window = min(window, len(losses))
     smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
     steps, held_out = zip(*language.held_out, strict=True)
-    axes.plot(np.arange(window, len(losses) + 1), smooth, color=GRAY, linewidth=2, label="in training")
+    axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, color=GRAY, linewidth=2, label="in training")
     axes.plot(steps, held_out, MARKER[SAMPLED], color=ORANGE, markeredgecolor=INK, markersize=7, label="text held out", zorder=3)
     axes.axhline(language.frequencies.loss, color=INK, linewidth=0.9, linestyle=DASHES, label="byte frequencies")
     axes.annotate(
@@ -120,7 +121,7 @@ def draw_learning(axes: Axes, language: "Language", num_hash: int, window: int =
     )
     axes.margins(y=0.12)
     axes.grid(color=FAINT, linewidth=0.7)
-    axes.set_title("A masked language model learns")
+    axes.set_title(f"A masked language model, {len(losses):,} steps")
     axes.set_xlabel(f"training step, sampled with m = {num_hash}")
     axes.set_ylabel("loss, nats a masked byte")
     legend_under_title(axes)

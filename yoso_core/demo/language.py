@@ -4,11 +4,14 @@ out, asked to fill masks there.
 A token is a byte, so nothing has to be counted first, and every UTF-8 text will do. Some bytes are
 replaced by a mask, and the model has to say which they were. It trains with sampled attention, at
 linear cost, as the paper does; the same weights then run with the expectation and with fewer or
-more hashes. On the CPU always, so that a seed gives the same model everywhere.
+more hashes. The training lasts as long as its `Clock` allows.
+
+Training runs on one core: with matrices so small a second one brings little, and on a busy machine
+the two would mostly wait for each other.
 """
 
+import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from yoso_core.arrays import Array
+from yoso_core.demo.clock import Clock
 from yoso_core.demo.words import prose
 from yoso_core.model.configuration import YosoConfig
 from yoso_core.model.heads import IGNORED, YosoForMaskedLM
@@ -41,8 +44,16 @@ BLOCKS, HELD_OUT_EVERY, LONGEST_BLOCK = 20, 10, 4096
 out.
 """
 
+TRAINING, SCORES = 0.8, 0.7
+"""The shares of the time left for training, and after it for scores and fills."""
+
 CONTEXT_GAIN = 3.0
 """How much larger the weights that take the context in start than the others."""
+
+RISE, FEWEST_STEPS, FIRST_CHECK = 50, 8, 25
+"""The learning rate rises over so many steps. So many steps are always made. The loss on the text
+held out is taken after so many steps, after twice as many, and so on.
+"""
 
 WORD = re.compile(r"[^\W\d_]{2,}")
 SENTENCE_END = re.compile(r"(?<=[.!?:;]) |\n")
@@ -89,6 +100,10 @@ class Language:
     """Of the training."""
     losses: list[float]
     """On the masked bytes of each training step."""
+    falls_from: int
+    """The learning rate falls after this step. It follows from the number of steps, unless training
+    was stopped in the middle of the fall; together with the seed it makes the training repeatable.
+    """
     held_out: list[tuple[int, float]]
     """``(step, loss)`` on the text held out, with as many hashes as in training."""
     frequencies: Score
@@ -233,20 +248,34 @@ def train(
     sizes: "LanguageSizes",
     generator: torch.Generator,
     check: Callable[[], float],
-    progress: "tqdm[None]",
-) -> tuple[list[float], list[tuple[int, float]]]:
-    """AdamW; the learning rate rises over a tenth of the steps and falls to nothing along a cosine.
-    The hashes are new in every step.
+    spent: Callable[[], float],
+    report: Callable[[int, float, float], None],
+) -> tuple[list[float], list[tuple[int, float]], int]:
+    """AdamW. The learning rate rises over the first `RISE` steps, stays, and falls to zero over the
+    last quarter of the steps. The hashes are new in every step.
 
-    Returns the loss of every step, and ``(step, check())`` at a few of them.
+    ``spent()`` is the share of the time that is over. The fall begins after three quarters of
+    ``sizes.steps``, or of the time if that comes first, and takes a third of the steps before it:
+    so the number of steps alone says what each of them does. Training stops when the time is
+    exceeded by a fifth, in the middle of the fall if need be, but not before `FEWEST_STEPS`.
+
+    Returns the loss of every step; ``(step, check())`` at the start, at steps 25, 50, 100 and so
+    on, and at the end; and the step after which the rate falls. ``report(step, loss, loss held
+    out)`` is called after every step.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes.learning_rate, total_steps=sizes.steps, pct_start=0.1)
     length = model.config.max_position_embeddings
     losses: list[float] = []
     checks = [(0, check())]
     model.train()
+    falls_from, last = 3 * sizes.steps // 4, sizes.steps
     for step in range(1, sizes.steps + 1):
+        if step > last or (step > FEWEST_STEPS and spent() > 1.2):
+            break
+        if 3 * FEWEST_STEPS // 4 < step <= falls_from and spent() >= 0.75:
+            falls_from, last = step - 1, math.ceil((step - 1) * 4 / 3)
+        rate = min(step / RISE, 1.0, (last - step + 1) / max(1, last - falls_from))
+        optimizer.param_groups[0]["lr"] = rate * sizes.learning_rate
         starts = torch.randint(len(data) - length + 1, (sizes.batch,), generator=generator)
         input_ids, labels = masked_batch(windows_at(data, starts, length), sizes.masked, generator)
         loss = model(input_ids=input_ids, labels=labels).loss
@@ -254,17 +283,17 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         losses.append(float(loss.detach()))
-        if step * sizes.checks // sizes.steps > (step - 1) * sizes.checks // sizes.steps:
+        if step % FIRST_CHECK == 0 and (step // FIRST_CHECK).bit_count() == 1:
             checks.append((step, check()))
-        progress.set_postfix_str(f"loss {np.mean(losses[-20:]):.2f}, on text held out {checks[-1][1]:.2f}", refresh=False)
-        progress.update()
-    return losses, checks
+        report(step, float(np.mean(losses[-20:])), checks[-1][1])
+    if losses and checks[-1][0] != len(losses):
+        checks.append((len(losses), check()))
+    return losses, checks, falls_from
 
 
-def fill(model: YosoForMaskedLM, input_ids: Tensor, places: Sequence[int], num_hash: int | None, beams: int = 16) -> list[Fill]:
-    """The likeliest bytes for the masks at ``places`` of ``input_ids (n,)``, from left to right,
+def fill(model: YosoForMaskedLM, input_ids: Tensor, positions: Sequence[int], num_hash: int | None, beams: int = 16) -> list[Fill]:
+    """The likeliest bytes for the masks at ``positions`` of ``input_ids (n,)``, from left to right,
     the likeliest first.
 
     ``p(b_1 ... b_k) = prod_i p(b_i | the text, b_1 ... b_(i-1))``, each factor from the model's
@@ -273,13 +302,13 @@ def fill(model: YosoForMaskedLM, input_ids: Tensor, places: Sequence[int], num_h
     """
     rows, log_p = input_ids[None], torch.zeros(1)
     with attention_of(model, num_hash):
-        for place in places:
-            following = log_p[:, None] + model(input_ids=rows).logits[:, place].log_softmax(dim=-1)[:, :MASK]
+        for position in positions:
+            following = log_p[:, None] + model(input_ids=rows).logits[:, position].log_softmax(dim=-1)[:, :MASK]
             log_p, best = following.flatten().topk(beams)
             rows = rows[best // MASK]
-            rows[:, place] = best % MASK
+            rows[:, position] = best % MASK
     found = []
-    for row, p in zip(rows[:, list(places)].tolist(), log_p.exp().tolist(), strict=True):
+    for row, p in zip(rows[:, list(positions)].tolist(), log_p.exp().tolist(), strict=True):
         try:
             found.append(Fill(bytes(row).decode(), p))
         except UnicodeDecodeError:
@@ -320,14 +349,35 @@ def fill_passage(
 ) -> FilledMask:
     first, length = len(before.encode()), len(masked.encode())
     input_ids = torch.tensor([*before.encode(), *[MASK] * length, *after.encode()])
-    places = range(first, first + length)
-    return FilledMask(before, masked, after, {m: fill(model, input_ids, places, m)[:number] for m in nums_hash})
+    positions = range(first, first + length)
+    return FilledMask(before, masked, after, {m: fill(model, input_ids, positions, m)[:number] for m in nums_hash})
 
 
-def learn(text: str, sizes: "LanguageSizes", seed: int, *, show: bool = True) -> Language:
-    """Train on nine tenths of the text, then score and fill masks on the rest. Random numbers of
-    others are left as they are.
+def compile_kernels(sizes: "LanguageSizes") -> None:
+    """Do once what training and evaluation do, so that Numba compiles it and keeps it."""
+    torch.set_num_threads(1)
+    model = new_model(sizes)
+    input_ids = torch.zeros(sizes.batch, sizes.length, dtype=torch.long)
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    for num_hash in (None, sizes.num_hash):
+        score(model, input_ids, input_ids, num_hash)
+
+
+def learn(text: str, sizes: "LanguageSizes", seed: int, clock: Clock | None = None) -> Language:
+    """Train on nine tenths of the text, then score and fill masks on the rest, within the time of
+    the clock. Random numbers of others, and PyTorch's number of threads, are left as they are.
     """
+    clock = clock or Clock()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _learn(text, sizes, seed, clock)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _learn(text: str, sizes: "LanguageSizes", seed: int, clock: Clock) -> Language:
     bytes_to_train, held_out_text = split(text)
     data, held_out = (torch.from_numpy(x.astype(np.int64)) for x in (bytes_to_train, as_bytes(held_out_text)))
     length = min(sizes.length, len(held_out))
@@ -335,29 +385,61 @@ def learn(text: str, sizes: "LanguageSizes", seed: int, *, show: bool = True) ->
     starts = torch.arange(0, len(held_out) - length + 1, length)
     starts = starts[torch.linspace(0, len(starts) - 1, min(sizes.windows, len(starts))).long()]
     input_ids, labels = masked_batch(windows_at(held_out, starts, length), sizes.masked, generator)
-    ways: tuple[int | None, ...] = (None, *sizes.nums_hash)
-    bar = "{desc:<28}{bar:30} {n}/{total} {elapsed}{postfix}"
-    with (
-        torch.random.fork_rng(devices=[]),
-        tqdm(total=sizes.steps, bar_format=bar, leave=False, disable=None if show else True) as progress,
-    ):
-        torch.manual_seed(seed)
-        progress.set_description_str("training a language model")
-        model = new_model(sizes)
-        untrained = score(model, input_ids, labels, sizes.num_hash)
-        start = time.perf_counter()
-        losses, checks = train(model, data, sizes, generator, lambda: score(model, input_ids, labels, sizes.num_hash).loss, progress)
-        seconds = time.perf_counter() - start
+    torch.manual_seed(seed)
+    clock.doing("training a language model")
+    model = new_model(sizes)
+    untrained = score(model, input_ids, labels, sizes.num_hash)
+    start, left = clock.elapsed, clock.share(TRAINING)
+    allowed = left()
+
+    def check() -> float:
+        return score(model, input_ids, labels, sizes.num_hash).loss
+
+    def spent() -> float:
+        return 0.0 if math.isinf(allowed) else 1 - left() / allowed
+
+    def report(step: int, loss: float, loss_held_out: float) -> None:
+        clock.doing(f"training a language model: step {step:,}, loss {loss:.2f}, on text held out {loss_held_out:.2f}")
+
+    losses, checks, falls_from = train(model, data, sizes, generator, check, spent, report)
+    seconds = clock.elapsed - start
+    if len(losses) < sizes.steps:
+        clock.left_out.append(f"training: {len(losses):,} of {sizes.steps:,} steps in {seconds:.0f} s")
     chosen = choose_masks(held_out_text, length, sizes.fills, np.random.default_rng(seed))
+    trained, masks = evaluate(model, input_ids, labels, sizes.nums_hash, chosen, clock)
     return Language(
         parameters=model.num_parameters(),
         train_bytes=len(data),
         held_out_bytes=len(held_out),
         seconds=seconds,
         losses=losses,
+        falls_from=falls_from,
         held_out=checks,
         frequencies=frequency_score(data, labels),
         untrained=untrained,
-        trained={m: score(model, input_ids, labels, m) for m in ways},
-        masks=[fill_passage(model, *passage, ways) for passage in chosen],
+        trained=trained,
+        masks=masks,
     )
+
+
+def evaluate(
+    model: YosoForMaskedLM, input_ids: Tensor, labels: Tensor, nums_hash: Sequence[int], chosen: list[tuple[str, str, str]], clock: Clock
+) -> tuple[dict[int | None, Score], list[FilledMask]]:
+    """The scores of the trained model with the expectation and with every number of hashes, and the
+    masks filled in the same ways; fewer where the time is short, but at least one of each.
+    """
+    clock.doing("filling masks")
+    left, ways = clock.share(SCORES), (None, *nums_hash)
+    trained: dict[int | None, Score] = {}
+    for m in ways:
+        if not trained or left() > 0:
+            trained[m] = score(model, input_ids, labels, m)
+    if len(trained) < len(ways):
+        clock.left_out.append("scores with " + " and ".join(f"m = {m}" for m in ways if m not in trained))
+    masks: list[FilledMask] = []
+    for passage in chosen:
+        if not masks or left() > 0:
+            masks.append(fill_passage(model, *passage, tuple(trained)))
+    if len(masks) < len(chosen):
+        clock.left_out.append(f"masks to fill: {len(masks)} of {len(chosen)}")
+    return trained, masks

@@ -1,9 +1,16 @@
-"""What the demo measures: who attends to whom, how the error falls, how the time grows."""
+"""What the demo measures: who attends to whom, how the error falls, how the time grows.
 
+A function that may have to stop early asks ``left()``, the seconds that remain. It always does the
+smallest amount of work that has a meaning, and its result says how much was done.
+"""
+
+import importlib.util
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +21,18 @@ from yoso_core.ops import expectation_attention, fast_hash, lsh_cumulation, samp
 
 SOFTMAX, EXPECTATION, SAMPLED = METHODS = ("softmax", "expectation", "sampled")
 
+COMPARED = ("fast_hash", "lsh_cumulation", "expectation_attention", "yoso_attention")
+"""The operations that the demo rests on."""
+
 Attention = Callable[[Array, Array, Array], Array]
 """``(query, key, value) -> out``, one head."""
+
+Left = Callable[[], float]
+"""The seconds that remain."""
+
+
+def no_limit() -> float:
+    return math.inf
 
 
 def softmax_attention(query: Array, key: Array, value: Array, scale: float, block: int = 256) -> Array:
@@ -52,10 +69,29 @@ def softmax_scale(vectors: Array, hash_code_len: int, queries: int = 256) -> flo
     return (low + high) / 2
 
 
+def softmax_of_torch(query: Array, key: Array, value: Array, scale: float) -> Array:
+    """`softmax_attention` by PyTorch's ``scaled_dot_product_attention``: compiled, on all cores. It
+    is the softmax that a user would otherwise take.
+    """
+    import torch
+
+    q, k, v = (torch.from_numpy(x)[None, None] for x in (query, key, value))
+    with torch.no_grad():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)[0, 0].numpy()
+
+
+def softmax_library() -> str:
+    """Whose softmax is timed: ``"PyTorch"`` where it is installed, else ``"NumPy"``."""
+    return "PyTorch" if importlib.util.find_spec("torch") is not None else "NumPy"
+
+
 def attention_methods(num_hash: int, hash_code_len: int, scale: float, seed: int) -> dict[str, Attention]:
-    """The three ways to attend, by name; YOSO's outputs are normalized as in a model."""
+    """The three ways to attend that are timed, by name; YOSO's outputs are normalized as in a
+    model. Softmax is that of `softmax_library`.
+    """
+    softmax = softmax_of_torch if softmax_library() == "PyTorch" else softmax_attention
     return {
-        SOFTMAX: lambda q, k, v: softmax_attention(q, k, v, scale),
+        SOFTMAX: lambda q, k, v: softmax(q, k, v, scale),
         EXPECTATION: lambda q, k, v: yoso_attention(q, k, v, hash_code_len=hash_code_len, use_expectation=True),
         SAMPLED: lambda q, k, v: yoso_attention(q, k, v, num_hash=num_hash, hash_code_len=hash_code_len, rng=seed),
     }
@@ -130,57 +166,102 @@ class SamplingError:
     num_hash: list[int]
     rms: list[float]
     """``sqrt(mean |sampled - expected|^2 / mean |expected|^2)``."""
+    draws: list[int]
+    """How many independent draws of ``m`` hashes each error is the mean of."""
     slope: float
     """Of ``log rms`` against ``log m``: -1/2 for an average of independent, unbiased hashes."""
 
 
-def sampling_error(x: Array, nums_hash: list[int], hash_code_len: int, hashes: int, rng: np.random.Generator) -> SamplingError:
+def sampling_error(x: Array, nums_hash: list[int], hash_code_len: int, hashes: int, seed: int, left: Left = no_limit) -> SamplingError:
     """RMS error of self-attention over ``x (n, d)`` relative to the expectation, for every number
     of hashes ``m``.
 
-    Each ``m`` is given ``hashes / m`` independent draws. The outputs are not normalized: it is the
-    plain sum that sampling estimates without bias, and whose error falls as ``1 / sqrt(m)``.
+    Each ``m`` gets ``hashes / m`` independent draws, or fewer where the time is short, but at least
+    one. A draw depends on ``seed``, ``m`` and its own number alone. The outputs are not normalized:
+    it is the plain sum that sampling estimates without bias, and whose error falls as
+    ``1 / sqrt(m)``.
     """
     exact = yoso_attention(x, x, x, hash_code_len=hash_code_len, use_expectation=True, normalize_output=False)
-    rms = []
-    for m in nums_hash:
-        squares = [
-            np.mean((yoso_attention(x, x, x, num_hash=m, hash_code_len=hash_code_len, rng=rng, normalize_output=False) - exact) ** 2)
-            for _ in range(max(1, hashes // m))
-        ]
-        rms.append(float(np.sqrt(np.mean(squares) / np.mean(exact**2))))
-    return SamplingError(nums_hash, rms, float(np.polyfit(np.log(nums_hash), np.log(rms), 1)[0]))
+    wanted = [max(1, hashes // m) for m in nums_hash]
+    squares: list[list[float]] = [[] for _ in nums_hash]
+    for number in range(max(wanted)):
+        if number > 0 and left() <= 0:
+            break
+        for m, draws, found in zip(nums_hash, wanted, squares, strict=True):
+            if number < draws:
+                rng = np.random.default_rng((seed, m, number))
+                sampled = yoso_attention(x, x, x, num_hash=m, hash_code_len=hash_code_len, rng=rng, normalize_output=False)
+                found.append(float(np.mean((sampled - exact) ** 2)))
+    rms = [float(np.sqrt(np.mean(found) / np.mean(exact**2))) for found in squares]
+    slope = float(np.polyfit(np.log(nums_hash), np.log(rms), 1)[0])
+    return SamplingError(nums_hash, rms, list(map(len, squares)), slope)
 
 
-def attention_times(passage: Passage, lengths: list[int], methods: dict[str, Attention], repeats: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class AttentionTimes:
+    """How long each method takes, by number of tokens."""
+
+    lengths: list[int]
+    seconds: dict[str, list[float]]
+    """For each method, the median time at each of ``lengths``."""
+    runs: int
+    """What the medians are taken over, at the least."""
+    softmax_library: str
+    """Whose softmax it is, see `softmax_library`."""
+
+
+def attention_times(
+    passage: Passage, lengths: list[int], methods: dict[str, Attention], repeats: int, left: Left = no_limit, always: int = 3
+) -> AttentionTimes:
     """Median seconds of self-attention over the ``n`` tokens in the middle, for each method and
     each length.
 
     One call of each warms up, then all take turns, so that a busy moment of the machine does not
-    fall on one alone.
+    fall on one alone. The first ``always`` lengths are always measured; a longer one is measured
+    where the time suffices for the square of what the one before took. After that all lengths are
+    repeated while there is time.
     """
-    samples: dict[str, list[list[float]]] = {name: [[] for _ in lengths] for name in methods}
     inputs = [passage.middle(n).vectors for n in lengths]
+    samples: dict[str, list[list[float]]] = {name: [[] for _ in lengths] for name in methods}
+
+    def measure(i: int) -> float:
+        for name, attend in methods.items():
+            start = time.perf_counter()
+            attend(inputs[i], inputs[i], inputs[i])
+            samples[name][i].append(time.perf_counter() - start)
+        return sum(rows[i][-1] for rows in samples.values())
+
     for attend in methods.values():
         attend(inputs[0], inputs[0], inputs[0])
-    for _ in range(repeats):
-        for i, x in enumerate(inputs):
-            for name, attend in methods.items():
-                start = time.perf_counter()
-                attend(x, x, x)
-                samples[name][i].append(time.perf_counter() - start)
-    return {name: [median(times) for times in rows] for name, rows in samples.items()}
+    last, round_seconds, used = 0.0, 0.0, 0
+    for i, n in enumerate(lengths):
+        if i >= always and last * (n / lengths[i - 1]) ** 2 > left():
+            break
+        last = measure(i)
+        round_seconds, used = round_seconds + last, i + 1
+    runs = 1
+    while runs < repeats and round_seconds <= left():
+        round_seconds, runs = sum(measure(i) for i in range(used)), runs + 1
+    seconds = {name: [median(times) for times in rows[:used]] for name, rows in samples.items()}
+    return AttentionTimes(lengths[:used], seconds, runs, softmax_library())
 
 
-def variant_agreement(x: Array, num_hash: int, hash_code_len: int, seed: int) -> list[Comparison]:
-    """Every variant of the operations that the demo rests on, against the definition in float64, on
-    the tokens ``x (n, d)``.
+def variant_agreement(x: Array, num_hash: int, hash_code_len: int, seed: int, left: Left = no_limit) -> list[Comparison]:
+    """Every variant of the operations `COMPARED`, against the definition in float64, on the tokens
+    ``x (n, d)``. The first operation is always compared, the others while there is time.
     """
     signs = sample_signs(num_hash, hash_code_len, x.shape[1], rng=seed)
     codes = fast_hash(x, signs, num_hash, hash_code_len)
-    return [
-        compare("fast_hash", x, signs, num_hash, hash_code_len),
-        compare("lsh_cumulation", codes, codes, x, 1 << hash_code_len),
-        compare("expectation_attention", x, x, x, hash_code_len),
-        compare("yoso_attention", x, x, x, num_hash=num_hash, hash_code_len=hash_code_len, signs=signs),
-    ]
+    inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "fast_hash": ((x, signs, num_hash, hash_code_len), {}),
+        "lsh_cumulation": ((codes, codes, x, 1 << hash_code_len), {}),
+        "expectation_attention": ((x, x, x, hash_code_len), {}),
+        "yoso_attention": ((x, x, x), {"num_hash": num_hash, "hash_code_len": hash_code_len, "signs": signs}),
+    }
+    found: list[Comparison] = []
+    for operation in COMPARED:
+        if found and left() <= 0:
+            break
+        args, options = inputs[operation]
+        found.append(compare(operation, *args, **options))
+    return found

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from yoso_core.comparison import duration
+from yoso_core.comparison_view import duration
 from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def print_tables(result: "DemoResult") -> None:
             console.print(fills_table(result.language))
     elif result.not_trained is not None:
         console.print(f"\nNot here: a masked language model trained on this text, which {result.not_trained}")
+    if result.left_out:
+        console.print(f"\nLeft out, to end in about {result.budget:.0f} s (--budget gives more): {'; '.join(result.left_out)}.")
     console.print(f"\nPicture: {result.output}    Time in all: {result.elapsed:.0f} s")
 
 
@@ -76,29 +78,37 @@ def error_table(result: "DemoResult") -> Table:
     return table
 
 
+def time_label(name: str, softmax_library: str) -> str:
+    """A method's name beside its time: softmax says whose it is."""
+    return f"{LABELS[name]}, {softmax_library}" if name == SOFTMAX else LABELS[name]
+
+
 def time_table(result: "DemoResult") -> Table:
-    n = result.lengths[-1]
-    m, buckets = result.sizes.num_hash, 1 << result.sizes.hash_code_len
-    ratio = result.seconds[SOFTMAX][-1] / result.seconds[SAMPLED][-1]
+    lengths, seconds, softmax = result.times.lengths, result.times.seconds, result.times.softmax_library
+    n, m, buckets, runs = lengths[-1], result.sizes.num_hash, 1 << result.sizes.hash_code_len, result.times.runs
+    ratio = seconds[SOFTMAX][-1] / seconds[SAMPLED][-1]
+    whose = {
+        "PyTorch": "PyTorch's scaled_dot_product_attention",
+        "NumPy": "Softmax in NumPy (PyTorch, whose softmax is compiled, is missing)",
+    }
     table = _table(
         "3. Time of one head against the number of tokens n",
         f"At n = {n:,} softmax and the expectation weigh {n * n / 1e6:,.0f} million pairs of tokens. Sampling weighs none: each token is "
-        f"added to one of {buckets} buckets and reads one, {m} times over. It is {ratio:,.0f} times as fast as softmax in NumPy here. "
-        "Medians of a few runs.",
+        f"added to one of {buckets} buckets and reads one, {m} times over. {whose[softmax]} takes {ratio:,.3g} times as long as sampling "
+        f"here. {'One run' if runs == 1 else f'Medians of {runs} runs'}.",
     )
     table.add_column("method", no_wrap=True)
-    for length in result.lengths:
+    for length in lengths:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     table.add_column("grows as", justify="right")
     for name in METHODS:
-        seconds = result.seconds[name]
-        table.add_row(LABELS[name], *map(duration, seconds), _growth(result.lengths, seconds))
+        table.add_row(time_label(name, softmax), *map(duration, seconds[name]), _growth(lengths, seconds[name], runs))
     return table
 
 
-def _growth(lengths: list[int], seconds: list[float]) -> str:
-    """The power of n that the last three times follow."""
-    if len(lengths) < 3:
+def _growth(lengths: list[int], seconds: list[float], runs: int) -> str:
+    """The power of n that the last three times follow; times of too few runs say none."""
+    if len(lengths) < 3 or runs < 3:
         return "-"
     return f"n^{np.polyfit(np.log(lengths[-3:]), np.log(seconds[-3:]), 1)[0]:.1f}"
 
@@ -132,12 +142,12 @@ def attention_label(num_hash: int | None) -> str:
 
 
 def learning_table(language: "Language", num_hash: int) -> Table:
-    end = language.trained[None].loss
+    steps, start, end = len(language.losses), language.untrained.loss, language.trained[None].loss
     table = _table(
-        f"5. A masked language model learns the text: {language.untrained.loss:.2f} nats at the start, {end:.2f} at the end",
-        f"YOSO with {language.parameters:,} parameters over bytes, trained on {language.train_bytes:,} of them for "
-        f"{len(language.losses):,} steps in {language.seconds:.0f} s, sampled with m = {num_hash}. Tested on masked bytes of "
-        f"{language.held_out_bytes:,} others. The rows at the end have the same weights. Beside the attention stands a convolution over "
+        f"5. A masked language model, {steps:,} training steps: {start:.2f} nats at the start, {end:.2f} at the end",
+        f"YOSO with {language.parameters:,} parameters over bytes, trained on {language.train_bytes:,} of them for {steps:,} steps in "
+        f"{language.seconds:.0f} s on one core, sampled with m = {num_hash}; how far it comes depends on the time. Tested on masked bytes "
+        f"of {language.held_out_bytes:,} others. The rows at the end have the same weights. Beside the attention stands a convolution over "
         "the neighbors (YOSO-C), which is the same whatever m.",
     )
     table.add_column("guessing by", no_wrap=True)

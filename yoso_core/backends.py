@@ -1,10 +1,10 @@
-"""Where a kernel can run: what it needs there, and how the caller's arrays get to it and back."""
+"""What a kernel can run on: what it needs there, and how the caller's arrays get to it and back."""
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -16,7 +16,7 @@ from yoso_core.arrays import Array, Caller
 
 
 @dataclass(frozen=True)
-class Place:
+class Backend:
     """One *where* of a variant's name ``<where>:<algorithm>``."""
 
     name: str
@@ -27,8 +27,8 @@ class Place:
     """May be chosen where the caller names no variant."""
     missing: Callable[[], str | None]
     """Why nothing runs here, with what to do about it; ``None`` where it does. Asked once."""
-    run: Callable[[Callable[..., Any], Caller, Sequence[Any], Mapping[str, Any]], Any]
-    """Call a kernel with the caller's arrays; its result as the kernel gave it."""
+    call: Callable[[Callable[..., Any], Caller, Mapping[str, Any]], Any]
+    """Call a kernel with the caller's arrays, by name; its result as the kernel gave it."""
     back: Callable[[Caller, Any, Array | None], Array]
     """One result as the caller's kind of array; the last argument is the one whose dtype it has, if
     any.
@@ -41,11 +41,8 @@ class Place:
         return self.device == caller.kind or (self.device == "cuda" and caller.library == "numpy")
 
 
-def _each(view: Callable[[Array], Any], values: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    def seen(x: Any) -> Any:
-        return view(x) if hasattr(x, "dtype") else x
-
-    return [seen(x) for x in values], {name: seen(x) for name, x in options.items()}
+def _each(view: Callable[[Array], Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: view(x) if hasattr(x, "dtype") else x for name, x in arguments.items()}
 
 
 # On the host, in NumPy and Numba.
@@ -57,13 +54,12 @@ def _not_installed(package: str, remedy: str) -> str | None:
     return None
 
 
-def _run_numpy(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    args, kwargs = _each(caller.to_numpy, values, options)
-    return function(*args, **kwargs)
+def _call_numpy(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
+    return function(**_each(caller.to_numpy, arguments))
 
 
-def _run_cpu(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    return _run_numpy(function, caller, values, {**options, "num_threads": caller.num_threads})
+def _call_cpu(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
+    return _call_numpy(function, caller, {**arguments, "num_threads": caller.num_threads})
 
 
 def _back_from_numpy(caller: Caller, result: Any, like: Array | None) -> Array:
@@ -97,18 +93,16 @@ def _back_from_bits(caller: Caller, result: Any, like: Array | None) -> Array:
     return torch.from_numpy(result)
 
 
-def _run_emulated(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _call_emulated(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
     from yoso_core.gpu.emulator import Emulator
 
-    args, kwargs = _each(_bits_numpy(caller), values, options)
-    return function(Emulator(), *args, **kwargs)
+    return function(Emulator(), **_each(_bits_numpy(caller), arguments))
 
 
-def _run_stepped(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _call_stepped(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
     from yoso_core.gpu.emulator.stepper import Stepper
 
-    args, kwargs = _each(_bits_numpy(caller), values, options)
-    return function(Stepper(), *args, **kwargs)
+    return function(Stepper(), **_each(_bits_numpy(caller), arguments))
 
 
 def _cupy_view(caller: Caller) -> Callable[[Array], Array]:
@@ -140,56 +134,21 @@ def _back_from_cupy(caller: Caller, result: Any, like: Array | None) -> Array:
     return torch.from_dlpack(result)
 
 
-class _TorchStream:
-    """torch's current stream, as any library takes one."""
+def _callers_stream(caller: Caller) -> AbstractContextManager[tuple[int, int]]:
+    from yoso_core.gpu.streams import callers_stream
 
-    def __init__(self, index: int) -> None:
-        self._pointer = int(sys.modules["torch"].cuda.current_stream(index).cuda_stream)
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
+    return callers_stream(caller.library, int(caller.device.partition(":")[2]) if caller.kind == "cuda" else None)
 
 
-def _torch_memory(index: int) -> Callable[[int], Any]:
-    """CuPy's memory out of torch's allocator: in the order of torch's stream, and safe in a CUDA
-    graph that torch captures.
-    """
-    import cupy
-
-    torch = sys.modules["torch"]
-
-    def allocate(size: int) -> Any:
-        memory = torch.empty(max(size, 1), dtype=torch.uint8, device=f"cuda:{index}")
-        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(memory.data_ptr(), max(size, 1), memory, index), 0)
-
-    return allocate
-
-
-@contextmanager
-def _callers_stream(caller: Caller) -> Iterator[tuple[int, int]]:
-    """The caller's device, current stream and allocator, made CuPy's own for the body:
-    ``(device, stream pointer)``.
-    """
-    import cupy
-
-    index = int(caller.device.partition(":")[2]) if caller.kind == "cuda" else cupy.cuda.Device().id
-    with cupy.cuda.Device(index):
-        if caller.library != "torch":
-            yield index, cupy.cuda.get_current_stream().ptr
-            return
-        with cupy.cuda.Stream.from_external(_TorchStream(index)) as stream, cupy.cuda.using_allocator(_torch_memory(index)):
-            yield index, stream.ptr
-
-
-def _run_on_cuda(make: str) -> Callable[[Callable[..., Any], Caller, Sequence[Any], Mapping[str, Any]], Any]:
+def _call_on_cuda(make: str) -> Callable[[Callable[..., Any], Caller, Mapping[str, Any]], Any]:
     module, device = make.split(":")
 
-    def run(function: Callable[..., Any], caller: Caller, values: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    def call(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
         with _callers_stream(caller) as (index, stream):
-            args, kwargs = _each(_cupy_view(caller), values, options)
-            return function(getattr(importlib.import_module(module), device)(index, stream), *args, **kwargs)
+            on_gpu = getattr(importlib.import_module(module), device)(index, stream)
+            return function(on_gpu, **_each(_cupy_view(caller), arguments))
 
-    return run
+    return call
 
 
 def _missing_cuda() -> str | None:
@@ -238,42 +197,42 @@ def _missing_stepper() -> str | None:
 
 
 _ALL = (
-    Place("numpy", "the reference", "cpu", True, lambda: None, _run_numpy, _back_from_numpy),
-    Place("cpu", "Numba", "cpu", True, lambda: _not_installed("numba", "pip install numba"), _run_cpu, _back_from_numpy),
-    Place(
+    Backend("numpy", "the reference", "cpu", True, lambda: None, _call_numpy, _back_from_numpy),
+    Backend("cpu", "Numba", "cpu", True, lambda: _not_installed("numba", "pip install numba"), _call_cpu, _back_from_numpy),
+    Backend(
         "cupy",
         "CUDA C++ on a GPU",
         "cuda",
         True,
         _missing_cuda,
-        _run_on_cuda("yoso_core.gpu.cupy_kernels.cuda:CupyDevice"),
+        _call_on_cuda("yoso_core.gpu.cupy_kernels.cuda:CupyDevice"),
         _back_from_cupy,
     ),
-    Place(
+    Backend(
         "numba_cuda",
         "Numba CUDA on a GPU",
         "cuda",
         True,
         _missing_numba_cuda,
-        _run_on_cuda("yoso_core.gpu.numba_kernels.cuda:NumbaCuda"),
+        _call_on_cuda("yoso_core.gpu.numba_kernels.cuda:NumbaCuda"),
         _back_from_cupy,
     ),
-    Place("emulated", "the same CUDA C++, run on the CPU", "cpu", False, _missing_emulator, _run_emulated, _back_from_bits),
-    Place("stepped", "the same Numba CUDA, stepped through on the CPU", "cpu", False, _missing_stepper, _run_stepped, _back_from_bits),
+    Backend("emulated", "the same CUDA C++, run on the CPU", "cpu", False, _missing_emulator, _call_emulated, _back_from_bits),
+    Backend("stepped", "the same Numba CUDA, stepped through on the CPU", "cpu", False, _missing_stepper, _call_stepped, _back_from_bits),
 )
 
-PLACES: dict[str, Place] = {place.name: place for place in _ALL}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 
 @cache
 def missing(where: str) -> str | None:
-    """Why nothing runs at a place, or ``None``."""
-    return PLACES[where].missing()
+    """Why nothing runs on a backend, or ``None``."""
+    return BACKENDS[where].missing()
 
 
 def wait(caller: Caller, where: str) -> None:
     """For timing: until the GPU has done what the caller's stream holds, if a GPU was involved."""
-    if caller.kind == "cuda" or PLACES[where].device == "cuda":
+    if caller.kind == "cuda" or BACKENDS[where].device == "cuda":
         import cupy
 
         with _callers_stream(caller):

@@ -1,0 +1,95 @@
+"""YOSO attention as people call it: any array, with gradients where they are wanted.
+
+The top of the house: it goes to `yoso_core.ops`, or to `yoso_core.model` for torch tensors that
+require gradients. Nothing below imports it.
+"""
+
+import sys
+
+from yoso_core import ops
+from yoso_core.arrays import Array
+from yoso_core.reference.hashing import Seed
+
+
+def yoso_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    num_hash: int = 32,
+    hash_code_len: int = 8,
+    use_expectation: bool = False,
+    signs: Array | None = None,
+    planes: Array | None = None,
+    rng: Seed = None,
+    query_mask: Array | None = None,
+    key_mask: Array | None = None,
+    normalize_output: bool = True,
+    variant: str | None = None,
+) -> Array:
+    """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``. Differentiable on
+    torch tensors.
+
+    ``C_ij`` is the share of ``num_hash`` random hashes in which query ``i`` and key ``j`` fall into
+    one bucket. The cost is linear in ``n``. With ``use_expectation``, ``C_ij`` is its expected
+    value ``(1 - arccos(q_i . k_j) / pi)**tau``, at quadratic cost.
+
+    Parameters
+    ----------
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``. Only their directions matter.
+    value : float ``(..., n_k, d_v)``.
+    num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
+    signs : the draw to use, from `sample_signs`.
+    planes : Gaussian planes to use instead, from `sample_planes`: dense, and exactly unbiased. The
+        expectation looks at neither.
+    rng : a `numpy.random.Generator`, an int seed, or ``None`` for fresh entropy. It draws the signs
+        where none are given: one draw for each index of the last leading dim (the heads), shared
+        over the dims before it, so that a result does not depend on its neighbors in a batch.
+    query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
+        nonzero = keep. Masked entries are skipped. Masked queries get zeros.
+    normalize_output : scale every row to unit length, in float32 at least. A row shorter than
+        1e-12, such as that of a query that met no key, becomes zeros.
+    variant : a name from `variants`, or ``None`` for the best that can run here.
+
+    Returns
+    -------
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite query gives NaN in its row, a
+    non-finite key that is kept in every row of its head, a non-finite value that is kept in every
+    row that meets it.
+
+    While gradients are enabled, torch tensors that require them go to
+    `yoso_core.model.yoso_attention`. It draws from torch's own generator where ``rng`` is ``None``,
+    and takes ``grad`` and ``backward`` besides: which gradient it is.
+
+    Source: Zeng et al. 2021 (arXiv 2111.09714).
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((512, 64), dtype=np.float32)
+    >>> exact = yoso_attention(x, x, x, use_expectation=True)
+    >>> sampled = yoso_attention(x, x, x, num_hash=64, rng=0)
+    >>> bool((exact * sampled).sum(-1).mean() > 0.9)
+    True
+    """
+    attend = ops.yoso_attention
+    if _wants_gradients(query, key, value):
+        from yoso_core.model import yoso_attention as attend
+    return attend(
+        query,
+        key,
+        value,
+        num_hash=num_hash,
+        hash_code_len=hash_code_len,
+        use_expectation=use_expectation,
+        signs=signs,
+        planes=planes,
+        rng=rng,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        normalize_output=normalize_output,
+        variant=variant,
+    )
+
+
+def _wants_gradients(*arrays: Array) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arrays)

@@ -1,0 +1,77 @@
+"""A reader's own kernel: called like the public function, on arrays of its own, its result checked.
+
+`yoso_core.register` and ``yoso_core.compare(..., also=...)`` take one; see `register` for what it
+is given and what it returns.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from yoso_core.gpu.device import CudaVariant, NumbaCudaVariant
+from yoso_core.operations import Operation
+
+BACKENDS_OF = {CudaVariant: ("cupy", "emulated"), NumbaCudaVariant: ("numba_cuda", "stepped")}
+"""Where the launcher of a CUDA kernel can run."""
+
+_PLAIN = ("numpy", "cpu")
+
+
+class WrongResult(ValueError):
+    """What the kernel returned, or did to its arguments, cannot be right."""
+
+
+def check_target(target: object, where: str) -> None:
+    """Raises where a target does not run on that backend."""
+    for wrapper, wheres in BACKENDS_OF.items():
+        if isinstance(target, wrapper) and where not in wheres:
+            raise ValueError(f"where: a {wrapper.__name__} runs on {' or '.join(map(repr, wheres))}, got {where!r}")
+        if where in wheres and not isinstance(target, wrapper):
+            raise TypeError(f"target: a kernel for {where!r} comes as {wrapper.__name__}(launcher), got {target!r}")
+    if where in _PLAIN and not callable(target):
+        raise TypeError(f"target: need a function, got {target!r}")
+
+
+def adapted(operation: Operation, target: Any) -> Callable[..., Any]:
+    """The kernel as the backends call one: arguments by name, behind the device where there is
+    one.
+    """
+    function = target.launcher if isinstance(target, CudaVariant | NumbaCudaVariant) else target
+
+    def call(*device: Any, num_threads: int | None = None, **arguments: Any) -> Any:
+        fresh = {name: _copied(x) for name, x in arguments.items() if x is not None}
+        shapes = [output.shape(fresh) for output in operation.outputs]
+        dtypes = [np.dtype(np.int32) if output.dtype_of is None else fresh[output.dtype_of].dtype for output in operation.outputs]
+        given = {name: _copied(x) for name, x in fresh.items()}
+        positional = [given[name] for name in operation.positional]
+        keywords = {name: x for name, x in given.items() if name not in operation.positional}
+        result = function(*device, *positional, **keywords)
+        for name, x in fresh.items():
+            if hasattr(x, "dtype") and not _same_bytes(x, given[name]):
+                raise WrongResult(f"overwrote its argument {name}")
+        outputs = result if isinstance(result, tuple) else (result,)
+        if len(outputs) != len(operation.outputs):
+            raise WrongResult(f"returned {len(outputs)} arrays, need {len(shapes)}: {', '.join(o.name for o in operation.outputs)}")
+        array_type = type(next(x for x in given.values() if hasattr(x, "dtype")))
+        for output, x, shape, dtype in zip(operation.outputs, outputs, shapes, dtypes, strict=True):
+            if not isinstance(x, array_type):
+                raise WrongResult(f"returned {'nothing' if x is None else type(x).__name__}, need an array")
+            if tuple(x.shape) != shape:
+                raise WrongResult(f"returned shape {tuple(x.shape)}, need {shape}")
+            if x.dtype != dtype:
+                of = "" if output.dtype_of is None else f", the dtype of {output.dtype_of}"
+                raise WrongResult(f"returned {x.dtype}, need {dtype}{of}")
+        return result
+
+    return call
+
+
+def _copied(x: Any) -> Any:
+    return x.copy(order="C") if hasattr(x, "dtype") else x
+
+
+def _same_bytes(x: Any, y: Any) -> bool:
+    if x.shape != y.shape or not x.size:
+        return bool(x.shape == y.shape)
+    return bool((x.reshape(-1).view(np.uint8) == y.reshape(-1).view(np.uint8)).all())
