@@ -160,28 +160,6 @@ def pick(rows, four):
 
 
 @helper
-def add_by_pairs(out, out0, query_weight, key_weight, value, head, queries, keys, tile, raw, values, products):
-    """16 keys at a time: their products with four queries at once, then their values on top of the
-    queries' rows.
-    """
-    d_v = value.shape[3]
-    for start in range(0, len(keys), LANES):
-        load_bucket(tile=tile, raw=raw, values=values, key_weight=key_weight, value=value, head=head, keys=keys, start=start)
-        for first in range(0, len(queries), 4):
-            four = pick(queries, four_of(first, len(queries)))
-            multiply_queries(products, query_weight, tile, head, four)
-            add_combinations(
-                target=out,
-                target_offsets=four_offsets(out0, four, d_v),
-                weights=products,
-                weight_offsets=(0, LANES, 2 * LANES, 3 * LANES),
-                terms=min(LANES, len(keys) - start),
-                vectors=values,
-                width=d_v,
-            )
-
-
-@helper
 def add_by_outer_product(out, out0, query_weight, key_weight, value, head, queries, keys, tile, raw, values, outer, four_weights):
     """``outer[r * d_v + c] = sum_j key_weight_jr value_jc``, then for every query its rows, each
     times a coordinate of the weight.
@@ -222,6 +200,10 @@ def add_by_outer_product(out, out0, query_weight, key_weight, value, head, queri
 def _buckets_kernel(dtype: Any) -> Any:
     """A task is (head, group of hashes): it sorts queries and keys by bucket, hash after hash, and
     adds to the output rows of its group.
+
+    By pairs, 16 keys at a time: their products with four queries at once, then their values on top
+    of the queries' rows. These loops stand here, since a helper that holds them would count
+    references to its arrays for every bucket, a fifth of the time of small buckets.
     """
 
     @kernel(
@@ -267,20 +249,29 @@ def _buckets_kernel(dtype: Any) -> Any:
                         by_pairs = len(queries) * len(keys) * (d_w + d_v)
                         by_outer_product = (len(queries) + len(keys)) * d_w * d_v
                         if by_pairs <= by_outer_product:
-                            add_by_pairs(
-                                out=out,
-                                out0=out0,
-                                query_weight=query_weight,
-                                key_weight=key_weight,
-                                value=value,
-                                head=head,
-                                queries=queries,
-                                keys=keys,
-                                tile=tile,
-                                raw=raw,
-                                values=values,
-                                products=products,
-                            )
+                            for start in range(0, len(keys), LANES):
+                                load_bucket(
+                                    tile=tile,
+                                    raw=raw,
+                                    values=values,
+                                    key_weight=key_weight,
+                                    value=value,
+                                    head=head,
+                                    keys=keys,
+                                    start=start,
+                                )
+                                for i in range(0, len(queries), 4):
+                                    four = pick(queries, four_of(i, len(queries)))
+                                    multiply_queries(products, query_weight, tile, head, four)
+                                    add_combinations(
+                                        target=out,
+                                        target_offsets=four_offsets(out0, four, d_v),
+                                        weights=products,
+                                        weight_offsets=(0, LANES, 2 * LANES, 3 * LANES),
+                                        terms=min(LANES, len(keys) - start),
+                                        vectors=values,
+                                        width=d_v,
+                                    )
                         else:
                             add_by_outer_product(
                                 out=out,
