@@ -204,6 +204,7 @@ CALL_AND_COUNT = """
 """
 
 
+@pytest.mark.slow
 def test_machine_code_is_kept_between_processes(tmp_path):
     first = run_python(CALL_AND_COUNT, NUMBA_CACHE_DIR=str(tmp_path))
     second = run_python(CALL_AND_COUNT, NUMBA_CACHE_DIR=str(tmp_path))
@@ -211,6 +212,7 @@ def test_machine_code_is_kept_between_processes(tmp_path):
     assert json.loads(second.stdout) == {"compiled": [], "total": 20.0}, second.stderr
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_helper_in_another_file_is_never_served_stale(tmp_path):
     """A copy of the package is called; its `lanes.py` learns to multiply where it added; it is
     called again, `cumulation.py` untouched.

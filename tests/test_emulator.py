@@ -735,6 +735,7 @@ def test_a_spoiled_library_is_made_again(fresh_cache: Path) -> None:
     forget()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_compile_at_once(fresh_cache: Path) -> None:
     code = f"""
@@ -1123,6 +1124,7 @@ BARRIERS = [
 ]
 
 
+@pytest.mark.slow
 @needs_counting
 @pytest.mark.parametrize(("file", "at"), BARRIERS)
 def test_every_barrier_is_needed(file: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
