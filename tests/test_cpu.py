@@ -16,7 +16,7 @@ import pytest
 
 import yoso_core
 from yoso_core import cpu, reference
-from yoso_core.cpu import attention, cumulation, expectation, rows, sampled_gradients, threads, views
+from yoso_core.cpu import expectation, rounds, rows, sampled_gradients, scratch, spans, threads, views, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,7 +72,7 @@ def test_work_really_is_shared_between_threads(monkeypatch):
 
         original(tasks, noted, num_threads=num_threads, cost=cost)
 
-    monkeypatch.setattr(cumulation, "share", share)
+    monkeypatch.setattr(rounds, "share", share)
     query, key, value, signs = attention_inputs(np.random.default_rng(3), n=4096, heads=4)
     for _ in range(5):
         cpu.yoso_attention(query, key, value, signs=signs, num_threads=2)
@@ -91,7 +91,7 @@ def test_torch_thread_count_is_respected(monkeypatch):
         asked.append(num_threads)
         original(tasks, work, num_threads=num_threads, cost=cost)
 
-    monkeypatch.setattr(cumulation, "share", share)
+    monkeypatch.setattr(rounds, "share", share)
     query = torch.randn(2, 600, 16)
     before = torch.get_num_threads()
     try:
@@ -249,8 +249,7 @@ def test_groups_of_heads_and_parts_change_no_bit(monkeypatch):
     query, key, value, signs = attention_inputs(np.random.default_rng(4), n=600, heads=3)
     expected = cpu.yoso_attention(query, key, value, signs=signs)
     for kilobytes in (600, 1100):
-        monkeypatch.setattr(cumulation, "TABLE_BYTES", kilobytes << 10)
-        monkeypatch.setattr(attention, "TABLE_BYTES", kilobytes << 10)
+        monkeypatch.setattr(rounds, "TABLE_BYTES", kilobytes << 10)
         assert cpu.yoso_attention(query, key, value, signs=signs).tobytes() == expected.tobytes()
 
 
@@ -265,11 +264,11 @@ def test_codes_that_are_stored_give_what_codes_on_the_fly_give():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_polynomials_are_as_close_as_their_docstring_says(dtype):
     limit = {"float32": 1.4e-9, "float64": 1.3e-15}[dtype]
-    for_moderate, for_all = {str(k): v for k, v in expectation.POLYNOMIALS.items()}[dtype]
+    for_moderate, for_all = {str(k): v for k, v in weights.POLYNOMIALS.items()}[dtype]
     cosine = np.linspace(0, 0.99, 100_001)
     value = np.polyval(for_all, 2 * cosine - 1) * np.sqrt(1 - cosine)
     assert np.abs(value - np.arccos(cosine) / np.pi).max() < limit
-    cosine = np.linspace(-expectation.MODERATE, expectation.MODERATE, 100_001)
+    cosine = np.linspace(-weights.MODERATE, weights.MODERATE, 100_001)
     assert np.abs(cosine * np.polyval(for_moderate, cosine**2) - np.arcsin(cosine) / np.pi).max() < limit
 
 
@@ -295,8 +294,7 @@ def test_every_way_to_a_weight_is_right_and_all_agree(largest, dtype):
     tolerance = {"float32": 2e-6, "float64": 4e-15}[dtype]
     query, key, low_value, low_grad = (x.astype(dtype) for x in (*vectors, value, grad_out))
     for q, k in ((query, key), (key, query)):
-        weights = np.eye(len(k), dtype=dtype)
-        got = cpu.expectation_attention(q, k, weights, 7)
+        got = cpu.expectation_attention(q, k, np.eye(len(k), dtype=dtype), 7)
         exact = q.astype(np.float64) @ k.T.astype(np.float64)
         assert np.abs(got - (1 - np.arccos(np.clip(exact, -1, 1)) / np.pi) ** 7).max() < (tolerance if largest < 1 else 1e-3)
     for grad in ("lower_bound", "exact"):
@@ -322,7 +320,7 @@ def test_how_many_queries_meet_a_key_at_a_time_changes_no_bit(monkeypatch, d):
 
     expected = results()
     for span_bytes in (1, 200 << 10, 1 << 30):
-        monkeypatch.setattr(expectation, "SPAN_BYTES", span_bytes)
+        monkeypatch.setattr(spans, "SPAN_BYTES", span_bytes)
         monkeypatch.setattr(expectation, "ENOUGH_TASKS", 1)
         for x, y in zip(results(), expected, strict=True):
             assert x.tobytes() == y.tobytes()
@@ -336,7 +334,7 @@ def test_where_an_array_starts_changes_no_bit():
     for offset in (0, 1, 4):
         shifted = []
         for x in arrays:
-            flat = views.aligned_empty(x.size + 16, np.float32)[offset : offset + x.size]
+            flat = scratch.aligned_empty(x.size + 16, np.float32)[offset : offset + x.size]
             flat[:] = x.reshape(-1)
             shifted.append(flat.reshape(x.shape))
         _, query, key, value = shifted
