@@ -382,7 +382,8 @@ def fresh_compiler() -> Iterator[None]:
 )
 def test_a_compiled_model_gives_the_same(masked: bool, way: str) -> None:
     """In one graph, for every length."""
-    model = lively("YosoForMaskedLM", conv_window=3, **WAYS[way])
+    layers = 2 if way == "sampled" and masked else 1  # in one case that a later layer draws hashes of its own
+    model = lively("YosoForMaskedLM", conv_window=3, num_hidden_layers=layers, **WAYS[way])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         for n in (12, 9):

@@ -58,6 +58,7 @@ def marked() -> set[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mypy_tells_right_from_wrong(scripts: Path) -> None:
     pytest.importorskip("mypy", reason="needs yoso_core[dev]")
     options = ["--strict", "--config-file", "", "--output", "json", "--cache-dir", str(ROOT / ".mypy_cache" / "scripts")]
@@ -70,6 +71,7 @@ def test_mypy_tells_right_from_wrong(scripts: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pyright_tells_right_from_wrong(scripts: Path) -> None:
     if importlib.util.find_spec("pyright") is None:
         pytest.skip("pyright is not installed: pip install 'pyright[nodejs]'")
