@@ -154,7 +154,7 @@ def multiply_queries(products, query_weight, tile, head, four):
 
 @helper
 def pick(rows, four):
-    """The entries of a list at four places."""
+    """Four entries of a list."""
     i0, i1, i2, i3 = four
     return rows[i0], rows[i1], rows[i2], rows[i3]
 

@@ -79,7 +79,7 @@ def clear_masked(grad, keep, head, first, last):
 
 @helper
 def finish_queries(grad, head, queries, sums, unit, offsets, length):
-    """Sums of a span to gradients by the queries themselves."""
+    """The sums of a span become gradients with respect to the queries as they came."""
     width = padded_width(grad.shape[3])
     for t in range(len(queries)):
         l2_normalize_backward(
@@ -98,8 +98,9 @@ def finish_queries(grad, head, queries, sums, unit, offsets, length):
 def weigh_pairs(
     weights, grad_cosines, pairs, query_tiles, unit_key, key_offsets, dim, polynomials, hash_code_len, exact, sampled, rates, scratch
 ):
-    """Cosines to weights and ``g . v`` to gradients by the cosines. ``exact`` and ``sampled`` are
-    constants.
+    """Cosines become weights, and ``g . v`` the gradients with respect to the cosines, in place.
+
+    Constants: ``exact`` and ``sampled``, as in the kernel.
     """
     if exact:
         weigh_exactly(
@@ -135,11 +136,11 @@ def weigh_pairs(
 @cache
 def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, ...]], exact: bool, sampled: bool) -> Any:
     """A task takes a piece of the queries of a head, a span at a time, past all keys. It finishes
-    the gradients of its queries. Those of the keys (by unit keys) and values it adds up in rows of
-    its own, ``parts`` to a head.
+    the gradients of its queries. The gradients of the unit keys and of the values it adds up in
+    rows of its own; a head has ``parts`` of them.
 
-    For ``64 * 64`` pairs it does ``64 * 64 (3 d + 2 d_v)`` multiply-adds. Constants: ``exact``,
-    which ``w``; ``sampled``, whether ``C`` is a collision rate.
+    For ``64 * 64`` pairs it does ``64 * 64 (3 d + 2 d_v)`` multiply-adds. Constants: ``exact`` says
+    which ``w`` is meant, ``sampled`` that ``C`` is a collision rate.
     """
 
     @kernel(
@@ -257,7 +258,7 @@ def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[flo
 
 @cache
 def _finish_kernel(dtype: Any) -> Any:
-    """Gradients of keys and values from the sums of the parts, in order. A task is a row of a
+    """Gradients of keys and values: the sums of the parts, added up in order. A task is a row of a
     head.
     """
 

@@ -22,8 +22,8 @@ from yoso_core.cpu.threads import default_threads, share
 from yoso_core.cpu.views import Array, output_array
 
 TABLE_BYTES = 32 << 20
-"""Tables that exist at one time, at most; more heads or hashes than fit are done in groups. One
-part of one head is always held.
+"""Tables that exist at the same time, at most. More heads or hashes than fit are done in groups.
+One part of one head is always held.
 """
 
 KEY_BLOCK = QUERY_BLOCK = 2048
@@ -56,7 +56,7 @@ class Cut(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What has tables at one time: some parts of some heads."""
+    """What has tables at the same time: some parts of some heads."""
 
     head0: int
     """Number of the first head."""
@@ -79,22 +79,22 @@ class Part(NamedTuple):
 
 
 def tables_fit(per: int, table_size: int, itemsize: int) -> bool:
-    """Whether the tables of one part do."""
+    """Whether the tables of one part, ``per`` hashes, stay within `TABLE_BYTES`."""
     return per * table_size * itemsize <= TABLE_BYTES
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is dealt out. All but ``cut`` depends on the number of threads, and touches no
-    sum.
+    """How the work is dealt out. What depends on the number of threads changes no sum; `Cut` does
+    not depend on it.
     """
 
     cut: Cut
     parts: int
     by_head: bool
-    """With heads enough for every thread, one thread scatters and gathers a head, in tables of its
-    own that stay in its cache. Else all threads scatter first, into tables of many heads, and then
-    gather.
+    """If there are enough heads for every thread, one thread scatters and gathers a head, in tables
+    of its own that stay in its cache. Otherwise all threads scatter first, into tables of many
+    heads, and then gather.
     """
     heads_at_once: int
     parts_at_once: int
@@ -112,33 +112,31 @@ def make_plan(out: Array, n_k: int, *, num_hash: int, per: int, table_size: int,
     part_bytes = max(per * table_size * out.itemsize, 1)
     affordable = max(1, TABLE_BYTES // part_bytes)
     splits = max(1, min(SPLIT_TASKS // max(num_heads * parts, 1), n_k // SPLIT_KEYS, affordable))
-    cut = Cut(num_hash, per, splits, table_size)
+    cut = Cut(num_hash=num_hash, per=per, splits=splits, table_size=table_size)
     if splits == 1 and num_heads >= 2 * threads and affordable >= threads:
-        return Plan(cut, parts, True, 1, min(parts, affordable // threads))
+        return Plan(cut, parts, by_head=True, heads_at_once=1, parts_at_once=min(parts, affordable // threads))
     slots = max(1, affordable // splits)
     parts_at_once = min(parts, slots)
-    return Plan(cut, parts, False, max(1, min(num_heads, slots // parts_at_once)), parts_at_once)
+    return Plan(cut, parts, by_head=False, heads_at_once=max(1, min(num_heads, slots // parts_at_once)), parts_at_once=parts_at_once)
 
 
 @helper
 def scatter_task(task, group, together, cut):
-    """Of a scatter task: its head, counted from ``group.head0``; its first part of ``together``;
-    its piece of the keys.
+    """A scatter task's head, its first part of ``together``, both counted from the first of the
+    group; and its piece of the keys.
     """
     slot, split = divmod(task, cut.splits)
-    head, turn = divmod(slot, (group.parts + together - 1) // together)
-    return head, turn * together, split
+    head_index, turn = divmod(slot, (group.parts + together - 1) // together)
+    return head_index, turn * together, split
 
 
 @helper
-def part_of(cut, group, head, part, split):
-    """The `Part` of number ``part`` of a head, both counted from the first of the group, and one
-    piece of its keys.
-    """
+def part_of(cut, group, head_index, part, split):
+    """A part of a head, both counted from the first of the group, with one piece of its keys."""
     number = group.part0 + part
     hash0 = number * cut.per
-    start = ((head * group.parts + part) * cut.splits + split) * cut.per * cut.table_size
-    return Part(number, hash0, min(cut.per, cut.num_hash - hash0), start, cut.table_size)
+    start = ((head_index * group.parts + part) * cut.splits + split) * cut.per * cut.table_size
+    return Part(number=number, hash0=hash0, hashes=min(cut.per, cut.num_hash - hash0), start=start, table_size=cut.table_size)
 
 
 @helper

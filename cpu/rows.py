@@ -1,8 +1,8 @@
 """Rows of a head on their way into products and out of them.
 
 Products want *packed* rows: flat arrays in which every row is padded with zeros to whole vectors of
-lanes (`padded_width`). Here rows are packed, transposed, scaled to unit length; and gradients by
-unit rows become gradients by the rows themselves.
+lanes (`padded_width`). Here rows are packed, transposed and scaled to unit length. Gradients with
+respect to unit rows become gradients with respect to the rows as they came.
 """
 
 import math
@@ -228,8 +228,8 @@ def store_row(x, head, i, packed, at):
 
 @helper
 def l2_normalize_backward(grad, at, unit, unit_at, width, length, zeros_stay):
-    """The gradient ``g`` by a unit row ``u`` becomes, in place, that by the row itself:
-    ``(g - (g . u) u) / |x|``; zeros where the ``length`` ``|x|`` is zero.
+    """The gradient ``g`` with respect to a unit row ``u = x / |x|`` becomes, in place, that with
+    respect to ``x``: ``(g - (g . u) u) / |x|``; zeros where the ``length`` ``|x|`` is zero.
 
     ``g`` begins at ``grad[at]``, ``u`` at ``unit[unit_at]``. With ``zeros_stay`` a gradient of
     zeros stays so even where ``u`` is NaN.

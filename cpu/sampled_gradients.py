@@ -107,8 +107,8 @@ def scale_sum(triples, at, width, scale, nonfinite):
 
 @subroutine
 def finish_side(grad, triples, block, keep, head, scale, lengths, nonfinite):
-    """The sums of a block of rows become gradients by the rows themselves; zeros for masked
-    rows.
+    """The sums of a block of rows become gradients with respect to the rows as they came; zeros for
+    masked rows.
     """
     width = padded_width(grad.shape[3])
     for i in range(block.first, block.last):

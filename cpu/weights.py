@@ -178,10 +178,10 @@ def put_weight(weights, grad_cosines, at, chance, hash_code_len):
 
 @helper
 def weigh(weights, grad_cosines, pairs, query_tiles, unit_key, key_offsets, dim, polynomials, steep, hash_code_len, scratch):
-    """A tile of cosines becomes expected weights, in place. If given, one of ``g . v`` becomes the
-    gradient by the cosines, with the lower bound.
+    """A tile of cosines becomes expected weights, in place.
 
-    Steep cosines alone need the vectors.
+    ``grad_cosines`` is None, or a tile of ``g . v``, which becomes the gradient with respect to the
+    cosines, with the lower bound. The vectors are needed for steep cosines alone.
     """
     for_moderate, for_all = polynomials
     for u in range(pairs.keys):

@@ -120,7 +120,7 @@ def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -
     padding = [(0, 0)] * (vectors.ndim - 1) + [(0, layout.padded_dim - vectors.shape[-1])]
     projection = np.pad(within_range(working(vectors)), padding)[..., None, :]  # (..., n, 1, D)
     diagonals = signs[..., None, :, :, :]  # (*batch, 1, 3, parts, D)
-    with np.errstate(invalid="ignore"):  # non-finite vectors are not checked
+    with np.errstate(invalid="ignore"):  # non-finite vectors have no sides
         for stage in range(3):
             projection = hadamard_transform(projection * diagonals[..., stage, :, :].astype(projection.dtype))
         bits = projection > 0  # (..., n, parts, D)
