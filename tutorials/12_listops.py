@@ -313,9 +313,9 @@ print(f"{sum(weight.numel() for weight in weights['softmax'].values()):,} parame
 # - Our first weights have a standard deviation of 0.1, near $1/\sqrt{64}$, in place of 0.02. With
 #   smaller ones a narrow model learns nothing for its first hundred steps.
 #
-# The training set is gone through once. A batch has texts of similar length, so that little of it is
-# padding: 512 expressions at a time are sorted by length and cut into eight batches. The accuracy is
-# that on the test, in evaluation, where the hashes of the sampled model are fixed.
+# The training set is gone through once. A batch has texts of similar length, so that little of it
+# is padding: 512 expressions at a time are sorted by length and cut into eight batches. The
+# accuracy is that on the test, in evaluation, where the hashes of the sampled model are fixed.
 
 
 # %%
