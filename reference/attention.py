@@ -3,7 +3,7 @@
 import numpy as np
 
 from yoso_core.reference.arrays import Array, full_mask, nan_unless_finite, working
-from yoso_core.reference.cumulation import lsh_cumulation_tables, nan_for_nonfinite_queries
+from yoso_core.reference.cumulation import lsh_cumulation_tables, mark_nonfinite_rows
 from yoso_core.reference.expectation import expectation_attention
 from yoso_core.reference.hashing import fast_hash, hyperplane_hash
 from yoso_core.reference.normalize import TINY_NORM, l2_normalize
@@ -65,7 +65,7 @@ def yoso_attention(
             raise ValueError("signs: sampling needs signs or planes")
         out = lsh_cumulation_tables(query_code, key_code, v, 1 << hash_code_len, query_mask=keep_query, key_mask=keep_key)
         nonfinite_head = np.any(keep_key & ~np.isfinite(key).all(axis=-1), axis=-1)
-        out = np.where(nonfinite_head[..., None, None] & keep_query[..., None], np.nan, nan_for_nonfinite_queries(out, query, keep_query))
+        out = np.where(nonfinite_head[..., None, None] & keep_query[..., None], np.nan, mark_nonfinite_rows(out, query, keep_query))
     if normalize_output:
         out = l2_normalize(out.astype(v.dtype), tiny=TINY_NORM)
     return nan_unless_finite(out).astype(value.dtype)

@@ -169,10 +169,10 @@ def lsh_weighted_cumulation_pairs(
         with np.errstate(invalid="ignore"):
             weight = rate * (qw[head][queries] @ kw[head][keys].T)
         out[head][queries] = weighted_sum(weight, rate > 0, v[head][keys])
-    return nan_unless_finite(nan_for_nonfinite_queries(out, qw, keep_query)).astype(value.dtype)
+    return nan_unless_finite(mark_nonfinite_rows(out, qw, keep_query)).astype(value.dtype)
 
 
-def nan_for_nonfinite_queries(out: Array, query: Array, keep_query: Array) -> Array:
+def mark_nonfinite_rows(out: Array, query: Array, keep_query: Array) -> Array:
     """NaN in the row of every kept query that is not finite."""
     nonfinite = keep_query & ~np.isfinite(query).all(axis=-1)
     return np.where(nonfinite[..., None], np.nan, out).astype(out.dtype)
@@ -219,4 +219,4 @@ def lsh_weighted_cumulation_tables(
                     np.add.at(table, write, b[:, :, None] * v[head][keys][:, None, :])
                     total += np.einsum("ir,irc->ic", a, table[read])
             out[head][queries] += total
-    return nan_unless_finite(nan_for_nonfinite_queries(out / num_hash, qw, keep_query)).astype(value.dtype)
+    return nan_unless_finite(mark_nonfinite_rows(out / num_hash, qw, keep_query)).astype(value.dtype)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
-from yoso_core.reference.cumulation import collision_rate, nan_for_nonfinite_queries
+from yoso_core.reference.cumulation import collision_rate, mark_nonfinite_rows
 from yoso_core.reference.normalize import l2_normalize, l2_normalize_backward
 
 Grad = Literal["lower_bound", "exact"]
@@ -91,7 +91,7 @@ def expectation_attention(
         keys, values = k[head][keep_key[head]], v[head][keep_key[head]]
         for i in np.flatnonzero(keep_query[head]).tolist():
             out[(*head, i)] = expected_weight(angles(q[(*head, i)], keys), hash_code_len) @ values
-    return nan_unless_finite(nan_for_nonfinite_queries(out, q, keep_query)).astype(value.dtype)
+    return nan_unless_finite(mark_nonfinite_rows(out, q, keep_query)).astype(value.dtype)
 
 
 def expectation_attention_backward(

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -96,6 +97,32 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return together / name
 
     return file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_kernel_is_compiled_once() -> Iterator[None]:
+    """Of workers that need the same kernel of `yoso_core.cpu` one compiles it; the others wait and
+    load it from disk.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    from yoso_core.cpu import compiling
+
+    njit = compiling.njit
+
+    def compiler(*signature: Any, **options: Any) -> Any:
+        compile_now = njit(*signature, **options)
+
+        def one_at_a_time(function: Callable[..., Any]) -> Any:
+            with FileLock(KEPT / f"{function.__module__}.{function.__qualname__}.lock"):
+                return compile_now(function)
+
+        return one_at_a_time if options.get("cache") else compile_now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "njit", compiler)
+        yield
 
 
 # ---------------------------------------------------------------- the quick part of the suite

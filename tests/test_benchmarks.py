@@ -321,6 +321,7 @@ def test_gradients_are_no_working_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert memory.measure(Workload("hungry", 65, heads=1, dim=1)) < 5e6
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     assert 0 <= memory.working_memory(TINY) < 1e9
     with pytest.raises(RuntimeError, match="measuring the memory of nobody failed"):
@@ -500,6 +501,7 @@ def test_the_kernel_alone_does_what_the_operator_does() -> None:
     assert np.array_equal(operator().numpy(), kernel())
 
 
+@pytest.mark.slow
 def test_the_picture_is_of_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peer = replace(TRAINED, run="sdpa_training")
     suite = (Case("fake", "time", "speedup", TRAINED, peer), Case("fake", "memory", "memory", TRAINED, limit=256.0), speedup("sound", None))

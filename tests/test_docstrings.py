@@ -70,6 +70,7 @@ def outcomes(once: Once) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_print_what_they_say(module: str, outcomes: dict[str, Any]) -> None:
     outcome = outcomes[module]

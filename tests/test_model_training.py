@@ -111,6 +111,7 @@ def loss_falls_by(folder: Path, *, freeze_values: bool = False, steps: int = 120
     return sum(losses[:5]) / 5 / (sum(losses[-30:]) / 30), trainer
 
 
+@pytest.mark.slow
 @needs_accelerate
 @every_way
 def test_a_masked_lm_learns_with_trainer(way: str, tmp_path: Path) -> None:
@@ -122,11 +123,13 @@ def test_a_masked_lm_learns_with_trainer(way: str, tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < 1
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_the_text_is_learned_through_attention_alone(tmp_path: Path) -> None:
     assert loss_falls_by(tmp_path, freeze_values=True)[0] < 1.5
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 def test_a_masked_lm_learns_in_mixed_precision(way: str, tmp_path: Path) -> None:
@@ -245,6 +248,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     """With the same seed they draw the same hashes, which a batch shares, so even a sampled step is
@@ -369,6 +373,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("way", "masked"),
@@ -377,7 +382,8 @@ def fresh_compiler() -> Iterator[None]:
 )
 def test_a_compiled_model_gives_the_same(masked: bool, way: str) -> None:
     """In one graph, for every length."""
-    model = lively("YosoForMaskedLM", conv_window=3, **WAYS[way])
+    layers = 2 if way == "sampled" and masked else 1  # in one case that a later layer draws hashes of its own
+    model = lively("YosoForMaskedLM", conv_window=3, num_hidden_layers=layers, **WAYS[way])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         for n in (12, 9):
@@ -398,6 +404,7 @@ def test_a_compiled_model_sees_a_changed_setting() -> None:
     assert (after - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_learns_the_same(way: str) -> None:
@@ -418,6 +425,7 @@ def test_a_compiled_model_learns_the_same(way: str) -> None:
         close(got[name], grad, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_compiles_the_model() -> None:
@@ -429,6 +437,7 @@ def test_inductor_compiles_the_model() -> None:
         close(got, model(ids(2, 12), attention_mask=MASK.long()).logits, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.parametrize("head", ["YosoForMaskedLM", "YosoForSequenceClassification"])
 def test_an_exported_model_gives_the_same(head: str, way: str) -> None:

@@ -695,6 +695,7 @@ SIMULATED = """
 """
 
 
+@pytest.mark.slow
 def test_numbas_own_simulator_agrees_and_the_stepper_works_beside_it() -> None:
     done = python(textwrap.dedent(EVERY_LAUNCH) + textwrap.dedent(SIMULATED), NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, done.stderr
@@ -726,6 +727,7 @@ COMPILED = """
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_to_ptx() -> None:
     for package in ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvrtc"):
         try:

@@ -470,6 +470,7 @@ def test_autocast_leaves_float64_and_wrong_dtypes_alone() -> None:
 # Compiled, exported, checkpointed
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_code_gives_the_same(mode: dict[str, Any], dynamic: bool) -> None:
@@ -486,6 +487,7 @@ def test_compiled_code_gives_the_same(mode: dict[str, Any], dynamic: bool) -> No
             torch.testing.assert_close(compiled(*tensors), attention(*tensors, signs=drawn_once, **mode), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_with_work_around_the_attention() -> None:
     """The code that runs in production: pieces before and after are fused by the compiler, so their
@@ -827,6 +829,7 @@ def accuracy_after_training(model: Retriever) -> float:
         return float((model(*shown).argmax(-1) == right).double().mean())
 
 
+@pytest.mark.slow
 @every_mode
 def test_a_layer_learns_to_retrieve(mode: dict[str, Any]) -> None:
     """Chance is 0.25, with a deviation of 0.014. Without its context the model stays there; with

@@ -307,6 +307,7 @@ def test_codes_are_not_looked_at_when_nobody_wants_it() -> None:
 # What is imported
 
 
+@pytest.mark.slow
 def test_only_torch_is_imported() -> None:
     script = "import sys, yoso_core.model; assert 'torch' in sys.modules; assert not {'transformers', 'cupy', 'numba'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

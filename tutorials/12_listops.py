@@ -17,7 +17,6 @@
 
 # %%
 import math
-import os
 import random
 import time
 import warnings
@@ -32,8 +31,6 @@ from torch import nn
 
 from yoso_core import YosoConfig, YosoForSequenceClassification, draw
 
-# A small size for tests: less data, fewer steps.
-SMALL = os.environ.get("YOSO_TUTORIALS") == "small"
 draw.use_look()
 torch.set_num_threads(1)  # such small matrices gain nothing from more
 
@@ -165,11 +162,11 @@ def of_the_arena(rng, count):
     return found
 
 
-trees = of_the_arena(random.Random(0), 600 if SMALL else 3000)
+trees = of_the_arena(random.Random(0), 1500)
 pairs = [(tree[0], value(tree)) for tree in trees]
 arena_class, arena_operator = score_of_guesses(pairs[::2], pairs[1::2])
 print(f"most frequent class {arena_class:.1%}, knowing the first operator {arena_operator:.1%}")
-assert 0.3 < arena_operator < 0.45
+assert 0.25 < arena_operator < 0.45
 
 lengths = [len(tokens(tree)) for tree in trees]
 figure, (left, right) = draw.picture(2, height=3.3)
@@ -194,7 +191,7 @@ figure
 # does begin to work them out: at most 2 levels of operators, 2 to 4 arguments, at most 27 tokens.
 # All else follows [the settings that the authors
 # published](https://github.com/mlpen/YOSO/blob/03c96a9/LRA/models/yoso-v1-32/config.json) for
-# ListOps, but for two things said below: 2 layers, 64 dims, 2 heads, 128 dims in the feed-forward
+# ListOps, but for three things said below: 2 layers, 64 dims, 2 heads, 128 dims in the feed-forward
 # network, $m = 32$ hashes. They use $\tau = 11$ bits for 2,000 tokens, which is $\log_2 n$; so do
 # we, and get 5.
 
@@ -218,7 +215,7 @@ def encoded(trees):
     return ids, torch.tensor([value(tree) for tree in trees])
 
 
-STEPS, BATCH, TESTS = (200, 64, 1000) if SMALL else (2000, 64, 2000)
+STEPS, BATCH, TESTS = 300, 64, 2000
 rng = random.Random(1)
 test_trees = [expression(rng, LEVELS, LONGEST) for _ in range(TESTS)]
 seen = set(test_trees)
@@ -290,6 +287,7 @@ def make_model(kind, positions=longest_text, tau=TAU):
         use_expectation=kind == "expectation",
         num_hash=32,
         hash_code_len=tau,
+        initializer_range=0.1,
     )
     model = YosoForSequenceClassification(config)
     if kind == "softmax":
@@ -306,13 +304,18 @@ for kind in ("expectation", "sampled"):
 print(f"{sum(weight.numel() for weight in weights['softmax'].values()):,} parameters each")
 
 # %% [markdown]
-# Two things differ from the authors' settings. Their model averages the outputs of all tokens, ours
-# reads the first one, [CLS], as the heads of this library do. And we train for 2,000 steps of 64
-# texts with a rate that rises to 0.002 and falls again, where they take 5,000 of 32 with 0.0001: a
-# small model on short texts bears a higher rate, and we have little time.
+# Three things differ from the authors' settings, all to save time.
 #
-# Every step takes the next 64 expressions, so the training set is gone through once. The accuracy
-# is that on the test, in evaluation, where the hashes of the sampled model are fixed.
+# - Their model averages the outputs of all tokens. Ours reads the first one, [CLS], as the heads of
+#   this library do.
+# - We train for 300 steps of 64 texts with a rate that rises to 0.002 and falls again. They take
+#   5,000 steps of 32 with 0.0001: a small model on short texts bears a higher rate.
+# - Our first weights have a standard deviation of 0.1, near $1/\sqrt{64}$, in place of 0.02. With
+#   smaller ones a narrow model learns nothing for its first hundred steps.
+#
+# The training set is gone through once. A batch has texts of similar length, so that little of it
+# is padding: 512 expressions at a time are sorted by length and cut into eight batches. The
+# accuracy is that on the test, in evaluation, where the hashes of the sampled model are fixed.
 
 
 # %%
@@ -322,17 +325,32 @@ def batch(ids, labels=None):
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()} | ({} if labels is None else {"labels": labels})
 
 
+def batches(ids, size=BATCH, together=8):
+    """Row numbers of one batch after another: every row once, rows of similar length together."""
+    lengths, order = (ids != PAD).sum(1), random.Random(0)
+    for part in torch.arange(len(ids)).split(size * together):
+        cut = list(part[lengths[part].argsort(stable=True)].split(size))
+        order.shuffle(cut)
+        yield from cut
+
+
+assert torch.equal(torch.cat(list(batches(train_ids))).sort().values, torch.arange(len(train_ids)))
+
+
 @torch.no_grad()
 def predictions(model):
     model.eval()
-    return torch.cat([model(**batch(ids)).logits.argmax(-1) for ids in test_ids.split(500)])
+    best = torch.empty(len(test_ids), dtype=torch.long)
+    for rows in batches(test_ids, 250):
+        best[rows] = model(**batch(test_ids[rows])).logits.argmax(-1)
+    return best
 
 
 def accuracy(model):
     return (predictions(model) == test_labels).float().mean().item()
 
 
-def train(model, rate=2e-3, points=20):
+def train(model, rate=2e-3, points=10):
     """Train on all expressions once; the loss of every step, and the accuracy at ``points``
     steps.
     """
@@ -340,7 +358,7 @@ def train(model, rate=2e-3, points=20):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS, pct_start=0.1)
     torch.manual_seed(1)
     losses, scores, seconds = [], [(0, accuracy(model))], 0.0
-    for step, rows in enumerate(torch.arange(len(train_ids)).split(BATCH), 1):
+    for step, rows in enumerate(batches(train_ids), 1):
         model.train()
         start = time.process_time()
         loss = model(**batch(train_ids[rows], train_labels[rows])).loss
@@ -372,7 +390,7 @@ history["sampled"] = train(models["sampled"])
 
 # %%
 figure, (left, right) = draw.picture(2, height=3.8, width=9)
-window = max(10, STEPS // 40)
+window = 20
 for number, (kind, color) in enumerate(KINDS.items()):
     losses, scores = history[kind]
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
@@ -395,7 +413,7 @@ figure
 # All three leave both guesses behind. In the run that you see, learning by samples lags: the other
 # two are about ten points ahead at the end. That is the price of noise. Every step draws other
 # hashes, and with 27 tokens there are few weights over which errors could average out. Between
-# softmax and the expectation lie a few points.
+# softmax and the expectation lie a point or two.
 #
 # Is that much? On 2,000 expressions an accuracy has a standard error of about $\sqrt{0.5 \cdot 0.5
 # / 2000} = 1.1\%$ (for a difference exercise 2 does better), so it is not luck of the test. It may
@@ -412,7 +430,7 @@ for kind, (losses, scores) in history.items():
     print(f"{kind:12s} {scores[-1, 1]:.1%}, standard error {math.sqrt(0.25 / TESTS):.1%}")
     assert losses[-window:].mean() < losses[:window].mean() - 0.1
     assert beyond(scores[-1, 1], by_class)
-    assert SMALL or beyond(scores[-1, 1], by_operator)
+    assert beyond(scores[-1, 1], by_operator)
 
 # %% [markdown]
 # ## What have they learned?
@@ -507,14 +525,14 @@ def step_seconds(kind, n):
     model = make_model(kind, positions=n, tau=round(math.log2(n)))
     ids = torch.randint(2, len(VOCABULARY), (2, n), generator=torch.Generator().manual_seed(0))
     taken = []
-    for _ in range(3):  # the first loads what is compiled
+    for _ in range(2):  # the first loads what is compiled
         start = time.process_time()
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1])).loss.backward()
         taken.append(time.process_time() - start)
     return min(taken)
 
 
-sizes = [64, 256, 1024] if SMALL else [64, 256, 1024, 2048, 4096]
+sizes = [64, 256, 1024, 2048, 4096]
 figure, axes = draw.picture(width=6.4, height=3.8)
 for number, (kind, color) in enumerate(KINDS.items()):
     times = 1000 * np.array([step_seconds(kind, n) for n in sizes])
@@ -540,7 +558,7 @@ figure
 #
 # It does not show which attention is better at ListOps.
 #
-# - It is **one seed**, one learning rate, 2,000 steps. Curves that still rise have not arrived, and
+# - It is **one seed**, one learning rate, 300 steps. Curves that still rise have not arrived, and
 #   another rate could change their order.
 # - The texts are **short**. Nothing here tests what YOSO is for, and with 27 tokens in 32 buckets
 #   sampling is at its noisiest.
