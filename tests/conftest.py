@@ -154,8 +154,6 @@ def quick_part(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long comes first, so that no worker is left with it in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     config.stash[QUICK] = chosen = quick_part(items)
     if config.getoption("quick"):
         kept = {id(item) for item in chosen}
