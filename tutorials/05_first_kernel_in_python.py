@@ -239,7 +239,8 @@ for _, _, out in in_every_order(add, (3,), (4,), (x, y, gpu.empty((10,), np.floa
 # that the threads of one block share and no other block sees.
 #
 # Which two entries does thread $t$ take? It counts the pairs of a stage: pair $t$ begins at
-# $i = 2t - (t \bmod s)$. In the picture, a square says that this thread reads and writes this entry.
+# $i = 2t - (t \bmod s)$. In the picture, a square says that this thread reads and writes this
+# entry.
 
 # %%
 D = 8
