@@ -6,7 +6,7 @@ CUDA ?= cuda12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types dist tutorials bench bench-gpu clean
+.PHONY: help demo test test-quick test-long test-environments lint types dist tutorials bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -15,8 +15,17 @@ help: ## list these targets
 demo: $(VENV)/installed-demo $(VENV)/compiled-demo ## YOSO attention on a real text, a model trained on it: tables, and a figure in yoso_demo.png; a minute
 	$(BIN)/yoso demo $(ARGS)
 
-test: $(VENV)/installed-dev ## every test
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/installed-dev ## the tests, on all cores; ARGS="-k hash" for some
+	$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-quick: $(VENV)/installed-dev ## in a minute: one case of each test for every kernel, operation and head, nothing slow
+	$(BIN)/pytest --numprocesses auto --dist worksteal --quick $(ARGS)
+
+test-long: $(VENV)/installed-dev ## those that take up to a minute each: tutorials that train models, type checkers on a script
+	$(BIN)/pytest --numprocesses auto --dist worksteal -m long $(ARGS)
+
+test-environments: $(VENV)/installed-dev ## tests of what is printed and drawn, with three other terminals, locales and home folders
+	$(BIN)/python .ci/environments.py $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -57,5 +66,5 @@ $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 # The same, of the kernels that the demo needs: Numba keeps them beside their sources.
 $(VENV)/compiled-demo: $(wildcard cpu/*.py) | $(VENV)/installed-demo
 	@echo "Compiling the kernels of the demo, once: about a minute"
-	@$(BIN)/python -P -m yoso_core.demo.ahead everything
+	@$(BIN)/python -P -m yoso_core.demo.compiling everything
 	@touch $@

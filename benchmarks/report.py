@@ -41,18 +41,31 @@ _BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", 
 
 
 def spread(middle: float, low: float, high: float) -> str:
-    """Seconds as ``25.1 ms (24.8 to 26.0)``, all in the unit of the first."""
+    """A median and its range, all in the unit of the median.
+
+    >>> spread(0.0251, 0.0248, 0.026)
+    '25.1 ms (24.8 to 26.0)'
+    """
     scale, unit = (1, "s") if middle >= 1 else (1e-3, "ms") if middle >= 1e-3 else (1e-6, "µs")
     digits = 2 if middle / scale < 10 else 1 if middle / scale < 100 else 0
     return f"{middle / scale:.{digits}f} {unit} ({low / scale:.{digits}f} to {high / scale:.{digits}f})"
 
 
 def seconds(middle: float) -> str:
-    """Seconds as ``25.1 ms``, in the unit that `spread` takes."""
+    """Seconds, in the unit that `spread` takes.
+
+    >>> seconds(0.0251)
+    '25.1 ms'
+    """
     return spread(middle, middle, middle).partition(" (")[0]
 
 
 def size(count: float) -> str:
+    """A number of bytes, in GB or MB.
+
+    >>> size(2_410_000_000)
+    '2.41 GB'
+    """
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
@@ -200,6 +213,13 @@ def floor_note(results: Result) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    >>> print(markdown(["n", "time"], [["512", "1.43 ms"]]), end="")
+    | n | time |
+    | --- | --- |
+    | 512 | 1.43 ms |
+    """
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

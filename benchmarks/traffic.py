@@ -286,7 +286,7 @@ def _attention(cumulate: Callable[[_Sizes, int], list[Traffic]]) -> Callable[[_S
         return [
             Traffic(hashed.kernel, 2, 2 * hashed.read, 2 * (hashed.written + s.rows), 2 * hashed.cached),
             *cumulate(s, s.sums_bytes),
-            Traffic("spoil_heads", 1, s.rows, 0),
+            Traffic("mark_nonfinite_heads", 1, s.rows, 0),
             Traffic("finish_attention", 1, s.sums_bytes + s.rows, s.vectors_bytes),
         ]
 
@@ -319,6 +319,10 @@ FORMULAS: dict[tuple[str, str], Callable[[_Sizes], list[Traffic]]] = {
 def by_design(op: str, variant: str, workload: Workload, limits: Limits = H100) -> list[Traffic]:
     """The traffic of each kernel, in the order of the launches. ``KeyError`` for a variant without
     a formula.
+
+    >>> (table,) = by_design("lsh_cumulation", "cupy:shared_table", Workload("cumulation", n=512))
+    >>> table.read, table.written
+    (3145728, 1572864)
     """
     return FORMULAS[op, variant](_Sizes(workload, limits))
 

@@ -1,11 +1,24 @@
 """Numba kernels for the CPU: the default on a machine without a GPU.
 
-`lanes` is the vector type they are written in, `tiles` the Hadamard rotation of sixteen vectors at
-a time, `cumulation` the two rounds over hash tables, `attention` the whole of sampled attention in
-one go, `buckets` the weighted cumulation, `expectation` the exact weights, `gradients` those of
-both kinds of attention by tiles of pairs, `sampled_gradients` the lower bound bucket by bucket;
-`products` multiplies small matrices for them, `rows` packs and scales their rows. `compiling` keeps
-machine code on disk, `threads` deals out the work.
+How they are written: `compiling` keeps machine code on disk; `lanes` is their vector type;
+`scratch` and `views` are their memory and how they see the caller's; `threads` deals out the work.
+
+What they do, from the hash to the gradients:
+
+- `hashing`: codes, with `tiles`, the Hadamard rotation of sixteen vectors at a time.
+- `cumulation`: tables of stored codes, and `attention`: the whole of sampled attention in one go.
+  Both make two `rounds` over `tables`; `relabeling` numbers the buckets anew where there are too
+  many, and `finishing` gives output rows their last touch.
+- `buckets`: the weighted cumulation, of rows that are `sorting` by bucket.
+- `expectation`: the exact weights, by `spans` of queries and tiles of pairs, with `weights`.
+- `gradients`: those of both kinds of attention by tiles of pairs, and `sampled_gradients`: the
+  lower bound bucket by bucket. `products` multiplies small matrices for them, `rows` packs and
+  scales their rows.
+
+Short names mean the same in every file. ``head`` is the pair (batch, head), and ``x[(*head, i)]``
+a row of it; ``head_index`` counts heads through all batches. ``i`` is a query or any row, ``j`` a
+key, ``c`` a coordinate; ``t`` and ``u`` are rows of a tile. An *offset* is where a row begins in a
+flat array. ``keep`` is a mask, ``nonfinite`` marks what holds an infinity or NaN.
 """
 
 from yoso_core.cpu.attention import yoso_attention

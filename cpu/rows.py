@@ -1,35 +1,39 @@
 """Rows of a head on their way into products and out of them.
 
-Products want flat arrays in which every row is padded with zeros to whole vectors of lanes: its
-*width*. Here rows are packed like that, turned crosswise, scaled to unit length; and gradients by
-unit rows become gradients by the rows themselves.
+Products want *packed* rows: flat arrays in which every row is padded with zeros to whole vectors of
+lanes (`padded_width`). Here rows are packed, transposed and scaled to unit length. Gradients with
+respect to unit rows become gradients with respect to the rows as they came.
 """
 
 import math
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import from_dtype, types
 
-from yoso_core.cpu.compiling import OPTIONS, helper, kernel, njit
+from yoso_core.cpu.compiling import helper, kernel, subroutine
 from yoso_core.cpu.lanes import LANES, Lanes, absolute, fill, intrinsic, load, multiply_add, square_root, store, total, where_less
 from yoso_core.cpu.products import some_of, transpose
+from yoso_core.cpu.scratch import CACHE_LINE, aligned, aligned_empty, padded_width
 from yoso_core.cpu.threads import share
-from yoso_core.cpu.tiles import aligned, load_tile
-from yoso_core.cpu.views import Array, aligned_empty, input_array, output_array
+from yoso_core.cpu.tiles import load_tile
+from yoso_core.cpu.views import Array, input_array, output_array
 
 ROW_BLOCK = 256
 """Rows to a task."""
 
-CACHE_LINE = 64
-"""Bytes."""
 
+class RowBlock(NamedTuple):
+    """Rows ``first ... last - 1`` of a head. Packed into a flat array, row ``i`` begins at
+    ``start + i * step``.
+    """
 
-def width_of(dim: int) -> int:
-    """``dim`` rounded up to whole vectors of lanes."""
-    return -(-dim // LANES) * LANES
+    start: int
+    step: int
+    first: int
+    last: int
 
 
 def _convert(to: Any) -> Any:
@@ -57,35 +61,29 @@ def to_dtype_of(typingctx: Any, lanes: Any, array: Any) -> Any:
 
 
 @helper
-def ramp(count, step):
-    """``0, step, 2 step, ...``: where the rows of a tile begin."""
-    places = np.empty(count, np.intp)
-    for t in range(count):
-        places[t] = t * step
-    return places
+def transpose_rows(tile, step, packed, offsets, shift, count, width):
+    """``tile[c * step + t] = packed[offsets[t] + shift + c]`` for ``count`` rows ``t`` and
+    ``c < width``.
 
-
-@helper
-def turn_rows(tile, step, packed, places, shift, count, width):
-    """Rows crosswise: ``tile[c * step + t] = packed[places[t] + shift + c]``, 16 rows ``t`` at a
-    time; past the last it stands again.
+    Offsets as in `yoso_core.cpu.products`. Rows go 16 at a time; past the last row that one is
+    repeated.
     """
     for t in range(0, count, LANES):
-        sixteen = some_of(places, t, count - 1, LANES)
+        sixteen = some_of(offsets, t, count - 1, LANES)
         for c in range(0, width, LANES):
             transpose(packed, sixteen, shift + c, tile, c * step + t, step)
 
 
 @helper
-def unit_tile(tile, lengths, spoiled, x, b, h, i):
-    """Up to 16 rows of ``x[b, h, i:]``, crosswise, scaled to unit length (zero rows stay zero);
-    their lengths, and which are not finite.
+def unit_tile(tile, lengths, nonfinite, x, head, i):
+    """Up to 16 rows of ``x``, from ``x[*head, i]`` on, transposed and scaled to unit length (zero
+    rows stay zero); their lengths; and 1 for each that is not finite.
     """
     d = x.shape[3]
     zero, one = fill(tile.dtype.type(0)), fill(tile.dtype.type(1))
-    if not load_tile(tile, (d + LANES - 1) // LANES * LANES, x, b, h, i):
+    if not load_tile(tile, padded_width(d), x, head, i):
         for t in range(LANES):
-            lengths[t], spoiled[t] = unit_column(tile, t, d)
+            lengths[t], nonfinite[t] = unit_column(tile, t, d)
         return
     largest = zero
     for c in range(d):
@@ -100,7 +98,7 @@ def unit_tile(tile, lengths, spoiled, x, b, h, i):
     for c in range(d):
         store(tile, c * LANES, load(tile, c * LANES) / length)
     store(lengths, 0, largest * length)
-    spoiled[:] = 0
+    nonfinite[:] = 0
 
 
 @helper
@@ -124,109 +122,93 @@ def unit_column(tile, t, d):
     return largest * length, not finite
 
 
-def unit_rows_of(out, start, step, x, b, h, first, last, lengths, spoiled):
-    """Rows ``first ... last - 1`` of ``x[b, h]``, scaled to unit length and padded: row ``i`` to
-    ``out[start + i * step]`` and on.
+@subroutine
+def pack_unit_rows(out, block, x, head, lengths, nonfinite):
+    """A block of rows of ``x[*head]``, scaled to unit length, packed into ``out``; their lengths;
+    and 1 for each that is not finite.
 
-    Row by row the result does not depend on where ``first`` is.
+    Row by row the result does not depend on where the block begins.
     """
-    width = (x.shape[3] + LANES - 1) // LANES * LANES
+    width = padded_width(x.shape[3])
     tile, square = aligned(width * LANES, out.dtype), aligned(LANES * LANES, out.dtype)
-    sixteen_lengths, sixteen_spoiled, places = np.empty(LANES, out.dtype), np.empty(LANES, np.uint8), ramp(LANES, LANES)
-    for i in range(first, last, LANES):
-        count = min(LANES, last - i)
-        unit_tile(tile, sixteen_lengths, sixteen_spoiled, x, b, h, i)
+    tile_lengths, tile_nonfinite = np.empty(LANES, out.dtype), np.empty(LANES, np.uint8)
+    for i in range(block.first, block.last, LANES):
+        count = min(LANES, block.last - i)
+        unit_tile(tile, tile_lengths, tile_nonfinite, x, head, i)
         for t in range(count):
-            lengths[i + t], spoiled[i + t] = sixteen_lengths[t], sixteen_spoiled[t]
+            lengths[i + t], nonfinite[i + t] = tile_lengths[t], tile_nonfinite[t]
         for c in range(0, width, LANES):
-            turn_rows(square, LANES, tile, places, c * LANES, LANES, LANES)
+            transpose_rows(tile=square, step=LANES, packed=tile, offsets=LANES, shift=c * LANES, count=LANES, width=LANES)
             for t in range(count):
-                store(out, start + (i + t) * step + c, load(square, t * LANES))
+                store(out, block.start + (i + t) * block.step + c, load(square, t * LANES))
 
 
-unit_rows_of = njit(unit_rows_of, **OPTIONS)
-
-
-def pack_rows_of(out, start, step, x, b, h, first, last, spoiled):
-    """Rows ``first ... last - 1`` of ``x[b, h]``, padded: row ``i`` to ``out[start + i * step]``
-    and on. Notes which are not finite.
-    """
+@subroutine
+def pack_rows(out, block, x, head, nonfinite):
+    """A block of rows of ``x[*head]``, packed into ``out``; and 1 for each that is not finite."""
     d = x.shape[3]
     full = d - d % LANES
     zero = fill(out.dtype.type(0))
-    for i in range(first, last):
-        at, nothing = start + i * step, zero
+    for i in range(block.first, block.last):
+        at, nothing = block.start + i * block.step, zero
         if full < d:
             store(out, at + full, zero)
             for c in range(full, d):
-                out[at + c] = x[b, h, i, c]
+                out[at + c] = x[(*head, i, c)]
             nothing = load(out, at + full) - load(out, at + full)
         for c in range(0, full, LANES):
-            row = load(x, (b, h, i, c))
+            row = load(x, (*head, i, c))
             store(out, at + c, row)
             nothing = nothing + (row - row)  # 0 for a finite number, NaN for any other
-        spoiled[i] = total(nothing) != 0
-
-
-pack_rows_of = njit(pack_rows_of, **OPTIONS)
+        nonfinite[i] = total(nothing) != 0
 
 
 @cache
 def _rows_kernel(dtype: Any, unit: bool) -> Any:
-    """`unit_rows_of` or `pack_rows_of`. A task is a block of rows of a head."""
+    """`pack_unit_rows` or `pack_rows`. A task is a block of rows of a head."""
 
-    @kernel(
-        types.void(
-            types.intp,
-            types.intp,
-            input_array(dtype, 4),
-            output_array(dtype, 1),
-            output_array(dtype, 3),
-            output_array(types.uint8, 3),
-        )
-    )
-    def prepare(first, last, x, out, lengths, spoiled):
-        n, width = x.shape[2], (x.shape[3] + LANES - 1) // LANES * LANES
+    @kernel(x=input_array(dtype, 4), out=output_array(dtype, 1), lengths=output_array(dtype, 3), nonfinite=output_array(types.uint8, 3))
+    def prepare(first, last, x, out, lengths, nonfinite):
+        n, width = x.shape[2], padded_width(x.shape[3])
         blocks = (n + ROW_BLOCK - 1) // ROW_BLOCK
         for task in range(first, last):
-            head, block = divmod(task, blocks)
-            b, h = divmod(head, x.shape[1])
-            i, stop, start = block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, n), head * n * width
+            head_index, turn = divmod(task, blocks)
+            head, first_row = divmod(head_index, x.shape[1]), turn * ROW_BLOCK
+            block = RowBlock(start=head_index * n * width, step=width, first=first_row, last=min(first_row + ROW_BLOCK, n))
             if unit:
-                unit_rows_of(out, start, width, x, b, h, i, stop, lengths[b, h], spoiled[b, h])
+                pack_unit_rows(out, block, x, head, lengths[head], nonfinite[head])
             else:
-                pack_rows_of(out, start, width, x, b, h, i, stop, spoiled[b, h])
+                pack_rows(out, block, x, head, nonfinite[head])
 
     return prepare
 
 
 def _prepared(x: Array, unit: bool, num_threads: int | None) -> tuple[Array, Array, Array]:
-    out = aligned_empty(math.prod(x.shape[:-1]) * width_of(x.shape[-1]), x.dtype)
-    lengths, spoiled = np.empty(x.shape[:-1] if unit else (0, 0, 0), x.dtype), np.empty(x.shape[:-1], np.uint8)
-    run = _rows_kernel(from_dtype(x.dtype), unit)
+    out = aligned_empty(math.prod(x.shape[:-1]) * padded_width(x.shape[-1]), x.dtype)
+    lengths, nonfinite = np.empty(x.shape[:-1] if unit else (0, 0, 0), x.dtype), np.empty(x.shape[:-1], np.uint8)
     share(
         x.shape[0] * x.shape[1] * -(-x.shape[2] // ROW_BLOCK),
-        lambda first, last: run(first, last, x, out, lengths, spoiled),
+        partial(_rows_kernel(from_dtype(x.dtype), unit), x=x, out=out, lengths=lengths, nonfinite=nonfinite),
         num_threads=num_threads,
         cost=3.0 * x.size,
     )
-    return out, lengths, spoiled
+    return out, lengths, nonfinite
 
 
 def unit_rows(x: Array, num_threads: int | None) -> tuple[Array, Array, Array]:
-    """Rows of ``x (batch, heads, n, d)`` scaled to unit length (zero rows stay zero), padded and
-    flat; their lengths; and uint8 ``(batch, heads, n)``: 1 where a row was not finite, whose unit
+    """Rows of ``x (batch, heads, n, d)`` scaled to unit length (zero rows stay zero), packed and
+    flat; their lengths; and uint8 ``(batch, heads, n)``: 1 where a row is not finite, whose unit
     row is NaN.
     """
     return _prepared(x, True, num_threads)
 
 
 def packed_rows(x: Array, num_threads: int | None) -> Array:
-    """Rows of ``x (batch, heads, n, d)``, padded and flat, from the start of a cache line: a view
+    """Rows of ``x (batch, heads, n, d)``, packed and flat, from the start of a cache line: a view
     if they stand like that already.
 
-    Every load of a vector that straddles two cache lines counts twice; beside a product over all
-    pairs a copy costs nothing.
+    A load of a vector that crosses from one cache line into the next counts twice. Beside a product
+    over all pairs a copy costs nothing.
     """
     if x.shape[-1] % LANES == 0 and x.flags.c_contiguous and x.ctypes.data % CACHE_LINE == 0:
         return x.reshape(-1)
@@ -234,30 +216,31 @@ def packed_rows(x: Array, num_threads: int | None) -> Array:
 
 
 @helper
-def store_row(x, b, h, i, packed, at):
-    """``x[b, h, i] = packed[at:]``, without the padding."""
+def store_row(x, head, i, packed, at):
+    """``x[*head, i] = packed[at:]``, without the padding."""
     d = x.shape[3]
     full = d - d % LANES
     for c in range(0, full, LANES):
-        store(x, (b, h, i, c), load(packed, at + c))
+        store(x, (*head, i, c), load(packed, at + c))
     for c in range(full, d):
-        x[b, h, i, c] = packed[at + c]
+        x[(*head, i, c)] = packed[at + c]
 
 
 @helper
-def leave_normalization(pull, at, unit, unit_at, width, length, zeros_stay):
-    """The gradient ``f`` by a unit row ``u``, in place, to that by the row itself:
-    ``(f - (f . u) u) / |x|``; zeros where ``|x|`` is zero.
+def l2_normalize_backward(grad, at, unit, unit_at, width, length, zeros_stay):
+    """The gradient ``g`` with respect to a unit row ``u = x / |x|`` becomes, in place, that with
+    respect to ``x``: ``(g - (g . u) u) / |x|``; zeros where the ``length`` ``|x|`` is zero.
 
-    ``zeros_stay``: a row of zeros, which nothing pulled, stays so even where ``u`` is NaN.
+    ``g`` begins at ``grad[at]``, ``u`` at ``unit[unit_at]``. With ``zeros_stay`` a gradient of
+    zeros stays so even where ``u`` is NaN.
     """
-    zero = fill(pull.dtype.type(0))
+    zero = fill(grad.dtype.type(0))
     along, size = zero, zero
     for c in range(0, width, LANES):
-        f = load(pull, at + c)
-        along, size = multiply_add(f, load(unit, unit_at + c), along), size + absolute(f)
+        g = load(grad, at + c)
+        along, size = multiply_add(g, load(unit, unit_at + c), along), size + absolute(g)
     still = length == 0 or (zeros_stay and total(size) == 0)
     projection, divisor = fill(total(along)), fill(length)
     for c in range(0, width, LANES):
-        across = (load(pull, at + c) - projection * load(unit, unit_at + c)) / divisor
-        store(pull, at + c, zero if still else across)
+        across = (load(grad, at + c) - projection * load(unit, unit_at + c)) / divisor
+        store(grad, at + c, zero if still else across)

@@ -4,8 +4,8 @@ Plain Python threads that call kernels compiled without the GIL. Numba's own thr
 the process when two Python threads use them at once, or kill a child that was forked after a call;
 threads of `concurrent.futures` do neither, and a forked child starts its own.
 
-What is added up with what is decided by the callers from shapes alone. Here work is only dealt out,
-so the number of threads never changes a bit.
+The callers decide what is added up with what, from shapes alone. Here work is only dealt out, so
+the number of threads never changes a bit.
 """
 
 import contextlib

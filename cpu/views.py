@@ -1,5 +1,5 @@
-"""Any number of leading dims as exactly two, (batch, heads), without a copy where the strides allow
-it.
+"""How the kernels see arrays: any number of leading dims as exactly two, (batch, heads), without a
+copy where the strides allow it; and Numba's types of their arguments.
 """
 
 from typing import Any
@@ -15,10 +15,13 @@ def working_dtype(x: Array) -> Any:
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
+def common_dtype(query: Array, value: Array) -> Any:
+    """What attention of these is computed in."""
+    return np.promote_types(working_dtype(query), working_dtype(value))
+
+
 def heads(x: Array, tail: int = 2) -> Array:
-    """``(..., *tail)`` as ``(batch, heads, *tail)``; ``tail`` is the number of dims that are no
-    leading dims.
-    """
+    """``(..., *dims)`` as ``(batch, heads, *dims)``, where ``tail`` is the number of ``dims``."""
     leading = x.ndim - tail
     if leading < 2:
         return x.reshape((1,) * (2 - leading) + x.shape)
@@ -50,9 +53,6 @@ def output_array(dtype: Any, ndim: int) -> Any:
     return types.Array(dtype, ndim, "C")
 
 
-def aligned_empty(count: int, dtype: Any) -> Array:
-    """Uninitialized memory that starts on a cache line."""
-    item = np.dtype(dtype).itemsize
-    raw = np.empty(count + 64 // item, dtype)
-    start = (-(raw.ctypes.data // item)) % (64 // item)
-    return raw[start : start + count]
+def int_tuple(kind: type[Any]) -> Any:
+    """Numba's type of an argument that is a NamedTuple of integers."""
+    return types.NamedUniTuple(types.intp, len(kind._fields), kind)

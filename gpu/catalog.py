@@ -1,4 +1,4 @@
-"""Every CUDA kernel of the project as text, with its note: for reading, and for ``yoso kernel``."""
+"""The text of every CUDA kernel of the library, with its note: to read, and for ``yoso kernel``."""
 
 import ast
 from dataclasses import dataclass
@@ -13,24 +13,33 @@ NUMBA_FOLDER = Path(__file__).resolve().parent / "numba_kernels"
 
 @dataclass(frozen=True)
 class KernelListing:
+    """A kernel of the library as text."""
+
     name: str
     language: Literal["CUDA C++", "Numba CUDA"]
     file: str
-    """In the folder of its language."""
+    """The name of the file in the folder of the language."""
     line: int
     text: str
     """The kernel with its note."""
 
 
 def catalog() -> list[KernelListing]:
-    """All kernels, in the order of files and of lines."""
+    """All kernels, sorted by language, file and line.
+
+    >>> found = next(kernel for kernel in catalog() if kernel.name == "sort_codes")
+    >>> found.language, found.file
+    ('CUDA C++', 'sort.cu')
+    >>> print(found.text.splitlines()[0])
+    // sort_codes
+    """
     found = [kernel for file in FILES for kernel in _cuda_kernels(file)]
     return found + [kernel for path in sorted(NUMBA_FOLDER.glob("*.py")) for kernel in _numba_kernels(path)]
 
 
 def _cuda_kernels(file: str) -> list[KernelListing]:
-    """From the comment above the first line of a kernel to the brace that closes it, which stands
-    alone at the left.
+    """From the comment above the first line of a kernel to its closing brace, which is alone at the
+    start of a line.
     """
     text = (CUDA_FOLDER / file).read_text("utf-8")
     lines, found = text.splitlines(), []
@@ -44,9 +53,7 @@ def _cuda_kernels(file: str) -> list[KernelListing]:
 
 
 def _numba_kernels(path: Path) -> list[KernelListing]:
-    """Functions under ``@cuda.jit``, with the comment above them; helpers that run on the device
-    are no kernels.
-    """
+    """Functions under ``@cuda.jit``, with the comment above them, except device functions."""
     text = path.read_text("utf-8")
     lines = text.splitlines()
     found = []

@@ -1,6 +1,6 @@
 """What a launcher needs of the device that runs its kernels: a GPU, or an emulator of one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,6 +13,11 @@ an array is passed as its bits, in uint16.
 """
 
 Shape = tuple[int, ...]
+
+Arguments = Sequence[Any] | Mapping[str, Any]
+"""The arguments of a launch: one for each parameter of the kernel, in their order, or by the names
+of the parameters, in the same order.
+"""
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ class Device(Protocol):
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         """A new array of zeros."""
 
-    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
+    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
         """Launch a kernel on the current stream. A launch that the device refuses raises here.
 
         Parameters
@@ -205,9 +210,29 @@ class Device(Protocol):
         kernel : a `CudaKernel` or a `KernelText`; for the Numba devices, a kernel function.
         grid, block : one to three sizes.
         args : arrays of this device, NumPy scalars of exactly the parameter's type, or ``None`` for
-            a null pointer.
+            a null pointer; a sequence, or a mapping from the names of the parameters.
         shared : bytes of dynamic shared memory.
         """
+
+
+def in_order(args: Arguments, names: Sequence[str], kernel: str) -> tuple[Any, ...]:
+    """The arguments of a launch as a tuple. Raises ``TypeError`` if they have names, and these are
+    not the names of the kernel's parameters in their order.
+
+    ``names`` is empty for a kernel whose parameters are not known.
+
+    >>> in_order({"x": 1, "n": 5}, ("x", "n"), "scale")
+    (1, 5)
+    >>> in_order({"n": 5, "x": 1}, ("x", "n"), "scale")
+    Traceback (most recent call last):
+    ...
+    TypeError: args: scale has the parameters x, n, got n, x
+    """
+    if not isinstance(args, Mapping):
+        return tuple(args)
+    if names and tuple(args) != tuple(names):
+        raise TypeError(f"args: {kernel} has the parameters {', '.join(names)}, got {', '.join(args)}")
+    return tuple(args.values())
 
 
 _observers: ContextVar[tuple[list[Launch], ...]] = ContextVar("observers", default=())

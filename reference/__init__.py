@@ -1,6 +1,6 @@
 """The definition of every operation, in NumPy alone: read it to know what is right.
 
-Functions trust their arguments; `yoso_core` checks them before it calls anything here.
+Functions here trust their arguments. The public functions of `yoso_core` check theirs first.
 """
 
 from yoso_core.reference.attention import yoso_attention

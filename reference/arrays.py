@@ -1,6 +1,4 @@
-"""What every reference operation needs of NumPy: the working precision, masks and a walk over the
-heads.
-"""
+"""What every operation needs: the working precision, masks, and a walk over the heads."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,28 +10,20 @@ Array = NDArray[Any]
 
 
 def working(x: Array) -> Array:
-    """``x`` in the precision it is computed in: float16 is widened to float32, the others stay as
-    they are.
-    """
+    """``x`` in the precision of the computation: float16 is widened to float32, the others stay."""
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def full_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
-    """The mask as booleans of ``shape = (..., n)``; ``None`` keeps every entry, nonzero means
-    keep.
-    """
+    """The mask as booleans of ``shape = (..., n)``. Nonzero means keep; ``None`` keeps all."""
     return np.ones(shape, bool) if mask is None else np.broadcast_to(mask != 0, shape)
 
 
 def each_head(leading: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Indices of every batch/head, so that the mathematics below a loop is that of plain
-    matrices.
-    """
+    """The index of every head. Inside the loop, ``x[head]`` is a plain matrix."""
     return iter(np.ndindex(*leading))
 
 
 def nan_unless_finite(x: Array) -> Array:
-    """Infinities become NaN: a result that met a number that is not finite says so, always in the
-    same way.
-    """
+    """Infinities become NaN, so that a result that met a non-finite number is always NaN."""
     return np.where(np.isfinite(x), x, np.nan).astype(x.dtype)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from yoso_core.reference.arrays import Array, full_mask, nan_unless_finite, working
-from yoso_core.reference.cumulation import lsh_cumulation_tables, spoil_rows
+from yoso_core.reference.cumulation import lsh_cumulation_tables, mark_nonfinite_rows
 from yoso_core.reference.expectation import expectation_attention
 from yoso_core.reference.hashing import fast_hash, hyperplane_hash
 from yoso_core.reference.normalize import TINY_NORM, l2_normalize
@@ -26,25 +26,31 @@ def yoso_attention(
     """``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``: attention by hash collisions, or by
     their expectation.
 
-    ``C_ij`` is the share of ``num_hash`` hashes in which query and key fall into one bucket
-    (``signs`` or ``planes`` draw the hashes), or, with ``use_expectation``, its expected value
-    ``(1 - arccos(q_i . k_j) / pi)**tau``. The scale of query and key does not matter.
+    ``C_ij`` is the share of the ``num_hash`` hashes in which query and key fall into the same
+    bucket; ``signs`` or ``planes`` hold the random hashes. With ``use_expectation`` it is the
+    expected share instead, ``(1 - arccos(q_i . k_j) / pi)**tau`` for unit ``q`` and ``k``. The
+    scale of query and key does not matter.
 
     Parameters
     ----------
     query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``. value : float ``(..., n_k, d_v)``.
+    num_hash, hash_code_len : ``m`` hashes of ``tau`` bits.
     signs : from `sample_signs`; or planes : from `sample_planes`. Not needed for the expectation.
     query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep.
-    normalize_output : scale every output row to unit length; a row shorter than 1e-12 (a query that
-        met no key) becomes zeros.
+    normalize_output : scale every output row to unit length. A row shorter than 1e-12 becomes
+        zeros: its query met no key.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query that is not finite gives NaN in its row;
-    a kept key that is not finite gives
-    NaN in every row of its head.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite query gives NaN in its row. A kept
+    non-finite key gives NaN in every row of its head.
 
     Source: Zeng et al. 2021, equation 5 and section 3.4.
+
+    >>> x = np.eye(2)
+    >>> yoso_attention(x, x, x, hash_code_len=1, use_expectation=True).round(3)
+    array([[0.894, 0.447],
+           [0.447, 0.894]])
     """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     v = working(value)
@@ -58,8 +64,8 @@ def yoso_attention(
         else:
             raise ValueError("signs: sampling needs signs or planes")
         out = lsh_cumulation_tables(query_code, key_code, v, 1 << hash_code_len, query_mask=keep_query, key_mask=keep_key)
-        spoiled_head = np.any(keep_key & ~np.isfinite(key).all(axis=-1), axis=-1)
-        out = np.where(spoiled_head[..., None, None] & keep_query[..., None], np.nan, spoil_rows(out, query, keep_query))
+        nonfinite_head = np.any(keep_key & ~np.isfinite(key).all(axis=-1), axis=-1)
+        out = np.where(nonfinite_head[..., None, None] & keep_query[..., None], np.nan, mark_nonfinite_rows(out, query, keep_query))
     if normalize_output:
         out = l2_normalize(out.astype(v.dtype), tiny=TINY_NORM)
     return nan_unless_finite(out).astype(value.dtype)

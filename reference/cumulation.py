@@ -1,8 +1,8 @@
 """Bernoulli cumulation: every query adds up the values of the keys that share its bucket.
 
-Each operation stands here twice: by *pairs*, which is its definition and costs ``n_q * n_k``, and
-by *tables*, which is the paper's algorithm and costs ``n_q + n_k``. Both return the working dtype
-of ``value``, rounded once to its dtype at the end.
+Each operation is here twice. By *pairs* is its definition and costs ``n_q * n_k``. By *tables* is
+the paper's algorithm and costs ``n_q + n_k``. Both compute in the working dtype of ``value`` and
+round once, at the end, to its dtype.
 """
 
 import numpy as np
@@ -10,17 +10,20 @@ import numpy as np
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
 
 WEIGHT_BLOCK = 16
-"""Coordinates of a weight that have their tables at one time."""
+"""Coordinates of the weights whose tables exist at the same time."""
 
 
 def collision_rate(query_hash_code: Array, key_hash_code: Array) -> Array:
     """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of
     one head, float64.
+
+    >>> collision_rate(np.array([[0, 1]]), np.array([[0, 1], [0, 3], [2, 3]]))
+    array([[1. , 0.5, 0. ]])
     """
     num_hash = query_hash_code.shape[-1]
     collisions = np.zeros((query_hash_code.shape[0], key_hash_code.shape[0]))
-    for h in range(num_hash):
-        collisions += query_hash_code[:, None, h] == key_hash_code[None, :, h]
+    for hash in range(num_hash):
+        collisions += query_hash_code[:, None, hash] == key_hash_code[None, :, hash]
     return collisions / num_hash
 
 
@@ -40,15 +43,21 @@ def lsh_cumulation_pairs(
     query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in
         ``[0, hashtable_capacity)``.
     value : float ``(..., n_k, d_v)``.
-    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. A key that is masked
-        is skipped, so it may hold NaN; a query that is masked gets zeros.
+    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. A masked key is
+        skipped, so it may hold NaN. A masked query gets zeros.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. An entry that meets a value that is not finite is
-    NaN.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite entry of a value gives NaN in the
+    rows of all queries that meet it.
 
     Source: Zeng et al. 2021, equation for the YOSO estimator in section 3.1.
+
+    >>> codes = np.array([[0], [1], [0]], np.int32)
+    >>> lsh_cumulation_pairs(codes, codes, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[5.],
+           [2.],
+           [5.]])
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -62,17 +71,18 @@ def lsh_cumulation_pairs(
 
 
 def weighted_sum(weight: Array, met: Array, value: Array) -> Array:
-    """``out_i = sum_j weight_ij v_j`` over the pairs that met; a value that a query never met
-    cannot spoil its row.
+    """``out_i = sum_j weight_ij v_j`` over the pairs that met. A non-finite value changes only the
+    rows of queries that met it.
     """
     finite = np.isfinite(value)
-    out = np.where(met, weight, 0) @ np.where(finite, value, 0)
+    with np.errstate(invalid="ignore"):  # a weight that is not finite makes a row of NaN
+        out = np.where(met, weight, 0) @ np.where(finite, value, 0)
     return np.where(met.astype(weight.dtype) @ ~finite > 0, np.nan, out).astype(value.dtype)
 
 
 def bucket_labels(query_code: Array, key_code: Array) -> tuple[int, Array, Array]:
-    """Number the occupied buckets 0, 1, ...; memory then follows the number of vectors, not
-    ``2**tau``.
+    """Number the occupied buckets 0, 1, ... Memory then grows with the number of vectors, not with
+    ``2**tau``. Returns how many there are, and the number of every query's and key's bucket.
     """
     occupied, label = np.unique(np.concatenate([query_code, key_code]), return_inverse=True)
     return len(occupied), label[: len(query_code)], label[len(query_code) :]
@@ -87,12 +97,18 @@ def lsh_cumulation_tables(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """As `lsh_cumulation_pairs`, in linear time: add every value to its bucket, then let every
-    query read its bucket.
+    """The same as `lsh_cumulation_pairs`, in linear time: every value is added to its bucket, then
+    every query reads its bucket.
 
     ``table[c] = sum_{j : code(k_j) = c} v_j``, ``out_i = 1/m sum_h table_h[code_h(q_i)]``.
 
     Source: Zeng et al. 2021, algorithm 1.
+
+    >>> codes = np.array([[0], [1], [0]], np.int32)
+    >>> lsh_cumulation_tables(codes, codes, np.array([[1.0], [2.0], [4.0]]), 2)
+    array([[5.],
+           [2.],
+           [5.]])
     """
     num_hash = query_hash_code.shape[-1]
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
@@ -101,8 +117,8 @@ def lsh_cumulation_tables(
     out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
     for head in each_head(value.shape[:-2]):
         queries, keys = keep_query[head], keep_key[head]
-        for h in range(num_hash):
-            size, read, write = bucket_labels(query_hash_code[head][queries, h], key_hash_code[head][keys, h])
+        for hash in range(num_hash):
+            size, read, write = bucket_labels(query_hash_code[head][queries, hash], key_hash_code[head][keys, hash])
             table = np.zeros((size, value.shape[-1]), v.dtype)
             np.add.at(table, write, v[head][keys])
             out[head][queries] += table[read]
@@ -127,14 +143,21 @@ def lsh_weighted_cumulation_pairs(
     ----------
     query_weight, key_weight : float ``(..., n_q, d_w)`` and ``(..., n_k, d_w)``, in the dtype of
         ``value``.
-    The others are those of `lsh_cumulation_pairs`.
+    The other parameters are those of `lsh_cumulation_pairs`.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A query whose weight is not finite gives NaN in
-    its row, met or not.
+    ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite query weight gives NaN in its row,
+    whether it met a key or not.
 
-    Source: Zeng et al. 2021, section 3.3: it is the shape of every gradient of sampled attention.
+    Source: Zeng et al. 2021, section 3.3. Every gradient of sampled attention has this form.
+
+    >>> codes, weight = np.array([[0], [1], [0]], np.int32), np.array([[1.0], [2.0], [3.0]])
+    >>> value = np.array([[1.0], [2.0], [4.0]])
+    >>> lsh_weighted_cumulation_pairs(codes, weight, codes, weight, value, 2)
+    array([[13.],
+           [ 8.],
+           [39.]])
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -146,13 +169,13 @@ def lsh_weighted_cumulation_pairs(
         with np.errstate(invalid="ignore"):
             weight = rate * (qw[head][queries] @ kw[head][keys].T)
         out[head][queries] = weighted_sum(weight, rate > 0, v[head][keys])
-    return nan_unless_finite(spoil_rows(out, qw, keep_query)).astype(value.dtype)
+    return nan_unless_finite(mark_nonfinite_rows(out, qw, keep_query)).astype(value.dtype)
 
 
-def spoil_rows(out: Array, query: Array, keep_query: Array) -> Array:
+def mark_nonfinite_rows(out: Array, query: Array, keep_query: Array) -> Array:
     """NaN in the row of every kept query that is not finite."""
-    spoiled = keep_query & ~np.isfinite(query).all(axis=-1)
-    return np.where(spoiled[..., None], np.nan, out).astype(out.dtype)
+    nonfinite = keep_query & ~np.isfinite(query).all(axis=-1)
+    return np.where(nonfinite[..., None], np.nan, out).astype(out.dtype)
 
 
 def lsh_weighted_cumulation_tables(
@@ -166,11 +189,18 @@ def lsh_weighted_cumulation_tables(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Array:
-    """As `lsh_weighted_cumulation_pairs`, in time linear in n: the weights leave the sum,
-    coordinate by coordinate.
+    """The same as `lsh_weighted_cumulation_pairs`, in linear time: the query's weight is taken out
+    of the sum, coordinate by coordinate.
 
-    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``: a table of ``key_weight_r * value`` for
-    each coordinate ``r``, some at a time.
+    ``sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j)``, so each coordinate ``r`` has a table of
+    ``key_weight_r * value``.
+
+    >>> codes, weight = np.array([[0], [1], [0]], np.int32), np.array([[1.0], [2.0], [3.0]])
+    >>> value = np.array([[1.0], [2.0], [4.0]])
+    >>> lsh_weighted_cumulation_tables(codes, weight, codes, weight, value, 2)
+    array([[13.],
+           [ 8.],
+           [39.]])
     """
     keep_query = full_mask(query_mask, query_hash_code.shape[:-1])
     keep_key = full_mask(key_mask, key_hash_code.shape[:-1])
@@ -179,8 +209,8 @@ def lsh_weighted_cumulation_tables(
     out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
     for head in each_head(value.shape[:-2]):
         queries, keys = keep_query[head], keep_key[head]
-        for h in range(num_hash):
-            size, read, write = bucket_labels(query_hash_code[head][queries, h], key_hash_code[head][keys, h])
+        for hash in range(num_hash):
+            size, read, write = bucket_labels(query_hash_code[head][queries, hash], key_hash_code[head][keys, hash])
             total = np.zeros_like(out[head][queries])
             for r in range(0, num_weight, WEIGHT_BLOCK):
                 a, b = (w[head][kept, r : r + WEIGHT_BLOCK] for w, kept in ((qw, queries), (kw, keys)))
@@ -189,4 +219,4 @@ def lsh_weighted_cumulation_tables(
                     np.add.at(table, write, b[:, :, None] * v[head][keys][:, None, :])
                     total += np.einsum("ir,irc->ic", a, table[read])
             out[head][queries] += total
-    return nan_unless_finite(spoil_rows(out / num_hash, qw, keep_query)).astype(value.dtype)
+    return nan_unless_finite(mark_nonfinite_rows(out / num_hash, qw, keep_query)).astype(value.dtype)

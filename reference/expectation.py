@@ -1,4 +1,4 @@
-"""YOSO-E: attention with the exact expected weights, and the gradients of both kinds of
+"""YOSO-E, attention with the exact expected weights; and the gradients of both kinds of
 attention.
 """
 
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
-from yoso_core.reference.cumulation import collision_rate, spoil_rows
+from yoso_core.reference.cumulation import collision_rate, mark_nonfinite_rows
 from yoso_core.reference.normalize import l2_normalize, l2_normalize_backward
 
 Grad = Literal["lower_bound", "exact"]
@@ -18,9 +18,12 @@ def angles(unit: Array, others: Array) -> Array:
     """Angle in radians between one unit vector ``(d,)`` and each of ``(n, d)``:
     ``2 atan2(|q - k|, |q + k|)``.
 
-    ``arccos(q . k)`` would lose half of its digits where the vectors nearly agree, which is where
-    the weight is largest, and is NaN where rounding lifts the cosine above 1. A zero vector counts
-    as perpendicular to all.
+    ``arccos(q . k)`` loses half of its digits where the vectors nearly agree, which is where the
+    weight is largest. It is NaN where rounding makes the cosine larger than 1. A zero vector is
+    perpendicular to all.
+
+    >>> angles(np.array([1.0, 0.0]), np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])) / np.pi
+    array([0. , 0.5, 1. ])
     """
     apart = np.sqrt(np.sum((unit - others) ** 2, axis=-1))
     along = np.sqrt(np.sum((unit + others) ** 2, axis=-1))
@@ -31,6 +34,9 @@ def angles(unit: Array, others: Array) -> Array:
 def expected_weight(theta: Array, hash_code_len: int) -> Array:
     """``E = (1 - theta / pi)**tau``: the probability that ``tau`` random hyperplanes all fail to
     separate two vectors.
+
+    >>> expected_weight(np.pi * np.array([0.0, 0.25, 0.5, 1.0]), 2)
+    array([1.    , 0.5625, 0.25  , 0.    ])
     """
     return (1 - theta / np.pi) ** hash_code_len
 
@@ -38,10 +44,14 @@ def expected_weight(theta: Array, hash_code_len: int) -> Array:
 def gradient_factor(theta: Array, hash_code_len: int, grad: Grad) -> Array:
     """``w`` in ``dq_i = sum_j C_ij w_ij (g_i . v_j) k_j``.
 
-    ``"lower_bound"``: ``tau / 2``, the paper's (section 3.3), finite everywhere and no derivative
-    of anything. ``"exact"``: ``tau / ((pi - theta) sin theta)``, which makes ``E w`` the derivative
-    of ``E`` by the cosine; both factors of the denominator are held at 1e-3 at least, since it is
-    infinite for equal and for opposite vectors.
+    ``"lower_bound"``: ``tau / 2``, as in the paper (section 3.3). It is finite everywhere, and not
+    the derivative of any function. ``"exact"``: ``tau / ((pi - theta) sin theta)``, which makes
+    ``E w`` the derivative of ``E`` with respect to the cosine. It is infinite for equal and for
+    opposite vectors, so both factors of the denominator are at least 1e-3.
+
+    >>> theta = np.array([np.pi / 2])
+    >>> gradient_factor(theta, 8, "lower_bound"), gradient_factor(theta, 8, "exact").round(2)
+    (array([4.]), array([5.09]))
     """
     if grad == "lower_bound":
         return np.full_like(theta, hash_code_len / 2)
@@ -51,24 +61,28 @@ def gradient_factor(theta: Array, hash_code_len: int, grad: Grad) -> Array:
 def expectation_attention(
     query: Array, key: Array, value: Array, hash_code_len: int, *, query_mask: Array | None = None, key_mask: Array | None = None
 ) -> Array:
-    """``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``: what
-    sampling estimates.
+    """``out_i = sum_j (1 - arccos(q_i . k_j) / pi)**tau v_j`` for unit ``q`` and ``k``. Sampling
+    estimates this.
 
     Parameters
     ----------
-    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``; normalized here, in float32 at
-        least, whatever their scale.
+    query, key : float ``(..., n_q, d)`` and ``(..., n_k, d)``, of any scale. They are scaled to
+        unit length here, in float32 or more.
     value : float ``(..., n_k, d_v)``.
     hash_code_len : ``tau``.
-    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep; masked keys are
+    query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. Masked keys are
         skipped, masked queries get zeros.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. One query at a time, so memory is
-    linear in ``n_q + n_k``.
+    ``(..., n_q, d_v)`` in the dtype of ``value``, not normalized. Queries are done one at a time,
+    so memory is linear in ``n_q + n_k``.
 
     Source: Zeng et al. 2021, section 3.1 (YOSO-E).
+
+    >>> expectation_attention(np.eye(2), np.eye(2), np.eye(2), 3)
+    array([[1.   , 0.125],
+           [0.125, 1.   ]])
     """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     q, k, v = l2_normalize(query), l2_normalize(key), nan_unless_finite(working(value))
@@ -77,7 +91,7 @@ def expectation_attention(
         keys, values = k[head][keep_key[head]], v[head][keep_key[head]]
         for i in np.flatnonzero(keep_query[head]).tolist():
             out[(*head, i)] = expected_weight(angles(q[(*head, i)], keys), hash_code_len) @ values
-    return nan_unless_finite(spoil_rows(out, q, keep_query)).astype(value.dtype)
+    return nan_unless_finite(mark_nonfinite_rows(out, q, keep_query)).astype(value.dtype)
 
 
 def expectation_attention_backward(
@@ -91,7 +105,7 @@ def expectation_attention_backward(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))``, through the
+    """Gradients of ``sum(grad_out * expectation_attention(query, key, value, ...))``, including the
     normalization of query and key.
 
     With ``E_ij`` the weights and ``w_ij`` of `gradient_factor`, for unit vectors::
@@ -100,12 +114,17 @@ def expectation_attention_backward(
         dk_j = sum_i E_ij w_ij (g_i . v_j) q_i
         dv_j = sum_i E_ij g_i
 
-    ``grad_out (..., n_q, d_v)``; the others are those of `expectation_attention`.
+    ``grad_out`` is ``(..., n_q, d_v)``. The other parameters are those of `expectation_attention`.
 
     Returns
     -------
-    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input; masked rows
+    ``(grad_query, grad_key, grad_value)``, each in the shape and dtype of its input. Masked rows
     get zeros.
+
+    >>> x, ones = np.eye(2), np.ones((2, 2))
+    >>> expectation_attention_backward(ones, x, x, x, 3)[2]
+    array([[1.125, 1.125],
+           [1.125, 1.125]])
     """
 
     def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
@@ -127,15 +146,20 @@ def lsh_attention_backward(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of sampled attention for fixed codes: as `expectation_attention_backward`, with the
-    collision rate ``C_ij`` of the codes in place of ``E_ij``.
+    """Gradients of sampled attention for fixed codes: those of `expectation_attention_backward`
+    with the collision rate ``C_ij`` of the codes in place of ``E_ij``.
 
     ``query_hash_code (..., n_q, m)`` and ``key_hash_code (..., n_k, m)`` are those of the forward
-    pass. Written over all pairs; with ``grad="lower_bound"`` each gradient is also a (weighted)
-    cumulation, which is how a fast variant stays linear. The exact factor depends on the pair, so
-    no variant of it is linear.
+    pass. This definition goes over all pairs. With ``grad="lower_bound"`` each gradient is also a
+    (weighted) cumulation, so fast variants take linear time. The exact factor depends on the pair,
+    so no variant of it is linear.
 
     Source: Zeng et al. 2021, section 3.3.
+
+    >>> x, ones, codes = np.eye(2), np.ones((2, 2)), np.array([[0, 1], [0, 3]], np.int32)
+    >>> lsh_attention_backward(ones, x, x, x, codes, codes, 2)[2]
+    array([[1.5, 1.5],
+           [1.5, 1.5]])
     """
 
     def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
@@ -155,8 +179,8 @@ def attention_backward(
     query_mask: Array | None,
     key_mask: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """The three sums, one query at a time. ``weight(head, i, keys, theta)`` is ``C_i`` over the
-    kept keys, at angles ``theta``.
+    """The three sums, one query at a time. ``weight(head, i, keys, theta)`` gives the weights
+    ``C_i`` of query ``i`` and all kept keys, which are at angles ``theta``.
     """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     q, k, v, g = l2_normalize(query), l2_normalize(key), working(value), working(grad_out)
@@ -168,19 +192,11 @@ def attention_backward(
             q_i, g_i = q[(*head, i)], g[(*head, i)]
             theta = angles(q_i, keys)
             c_i = weight(head, i, kept, theta)
-            pull = c_i * gradient_factor(theta, hash_code_len, grad) * (values @ g_i)
-            grad_q[(*head, i)] = pull @ keys
-            grad_k[head][kept] += pull[:, None] * q_i
+            grad_cosine = c_i * gradient_factor(theta, hash_code_len, grad) * (values @ g_i)
+            grad_q[(*head, i)] = grad_cosine @ keys
+            grad_k[head][kept] += grad_cosine[:, None] * q_i
             grad_v[head][kept] += c_i[:, None] * g_i
-    return through_normalization(grad_q, grad_k, grad_v, query, key, value, keep_query, keep_key)
-
-
-def through_normalization(
-    grad_q: Array, grad_k: Array, grad_v: Array, query: Array, key: Array, value: Array, keep_query: Array, keep_key: Array
-) -> tuple[Array, Array, Array]:
-    """From gradients by the unit vectors to gradients by the caller's query and key, in the
-    callers' dtypes; zeros in masked rows.
-    """
+    # From the gradients of the unit vectors to those of query and key as they came.
     return (
         np.where(keep_query[..., None], l2_normalize_backward(grad_q, query), 0).astype(query.dtype),
         np.where(keep_key[..., None], l2_normalize_backward(grad_k, key), 0).astype(key.dtype),

@@ -17,8 +17,6 @@ from yoso_core.model import YosoConfig, YosoForMaskedLM
 from yoso_core.model.auto import adopt, export_for_hub
 from yoso_core.model.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HEADS = [
     "YosoModel",
     "YosoForMaskedLM",
@@ -227,6 +225,7 @@ AUTO = {
 }
 
 
+@pytest.mark.slow
 def test_registered_the_auto_classes_give_ours(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
     """With a tokenizer in the files that AutoTokenizer alone gets wrong. transformers' own
     configuration still gives its own model.
@@ -267,6 +266,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_an_exported_folder_loads_with_remote_code(tmp_path: Path) -> None:
     model = tiny("YosoForMaskedLM", grad="exact")
     tokenizer = load_tokenizer(write_bpe(tmp_path / "bpe"))

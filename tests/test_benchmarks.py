@@ -321,6 +321,7 @@ def test_gradients_are_no_working_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert memory.measure(Workload("hungry", 65, heads=1, dim=1)) < 5e6
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     assert 0 <= memory.working_memory(TINY) < 1e9
     with pytest.raises(RuntimeError, match="measuring the memory of nobody failed"):
@@ -384,7 +385,7 @@ def test_committed_biases_keep_the_bound() -> None:
 
 
 TRAINED = replace(TINY, run="yoso_training", variant=None)
-SPOILED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+WRONG_GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "scaled": lambda g: g * 1.001,
     "first row": lambda g: torch.cat([g[..., :1, :].roll(1, dims=-1), g[..., 1:, :]], dim=-2),
     "last row": lambda g: torch.cat([g[..., :-1, :], g[..., -1:, :].roll(1, dims=-1)], dim=-2),
@@ -400,7 +401,7 @@ def training(run_name: str) -> tuple[contenders.Training, Any, str]:
     return contender, model if contender.op == "yoso_attention" else model.ops, contender.op
 
 
-@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("how", WRONG_GRADIENTS)
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("run_name", ["yoso_training", "yoso_expectation_training"])
 def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str, name: str, how: str) -> None:
@@ -409,7 +410,7 @@ def test_a_wrong_gradient_is_red(monkeypatch: pytest.MonkeyPatch, run_name: str,
 
     def wrong(**given: Any) -> torch.Tensor:
         through = given[name] * 1
-        through.register_hook(SPOILED[how])
+        through.register_hook(WRONG_GRADIENTS[how])
         return right(**{**given, name: through})
 
     workload = replace(TRAINED, run=run_name)
@@ -500,6 +501,7 @@ def test_the_kernel_alone_does_what_the_operator_does() -> None:
     assert np.array_equal(operator().numpy(), kernel())
 
 
+@pytest.mark.slow
 def test_the_picture_is_of_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peer = replace(TRAINED, run="sdpa_training")
     suite = (Case("fake", "time", "speedup", TRAINED, peer), Case("fake", "memory", "memory", TRAINED, limit=256.0), speedup("sound", None))
@@ -896,7 +898,7 @@ def test_the_bytes_of_attention_by_hand() -> None:
     assert half == {
         "warp_per_vector": (2 * (16 + 18), 2 * (48 + 4), 2 * 3 * 18),  # and one byte for each vector: whether it is finite
         "shared_table": (2 * 48 + 16, 32, 0),  # sums leave it as float32
-        "spoil_heads": (4, 0, 0),
+        "mark_nonfinite_heads": (4, 0, 0),
         "finish_attention": (32 + 4, 16, 0),
     }
     paper = traffic.traffic(replace(FEW, run="paper")) or []
@@ -923,7 +925,7 @@ class Recorder:
     def launch(self, kernel: Any, grid: Any, block: Any, args: Any, shared: int = 0) -> None:
         name = kernel.name if hasattr(kernel, "name") else kernel.py_func.__name__
         record(Launch("recorded", name, tuple(grid), tuple(block), shared))
-        self.bytes[name] += sum(x.nbytes for x in args if isinstance(x, np.ndarray))
+        self.bytes[name] += sum(x.nbytes for x in args.values() if isinstance(x, np.ndarray))
 
 
 STREAMED = {"warp_per_vector", "hash_vectors", "shared_table", "transpose_codes", "sort_codes", "normalize_rows", "expectation"}

@@ -10,7 +10,7 @@ import pytest
 
 from yoso_core import registry
 from yoso_core.gpu.catalog import catalog
-from yoso_core.gpu.cupy_kernels.source import FILES, kernels_in, options, source
+from yoso_core.gpu.cupy_kernels.source import FILES, kernels_in, options, parameter_names, source
 from yoso_core.gpu.device import CudaKernel
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
@@ -92,6 +92,16 @@ def test_every_file_is_one_text_without_headers_of_cuda() -> None:
     for file in FILES:
         assert "#include" not in source(file)
         assert f'#line 1 "{file}"' in source(file)
+
+
+def test_the_parameters_of_every_kernel_are_known() -> None:
+    """Launches name their arguments, which are checked if the parameters are known."""
+    for file in FILES:
+        for kernel in kernels_in(file):
+            names = parameter_names(source(file), kernel)
+            (head,) = re.findall(rf"^[^/\n]*\b{kernel}\(([^)]*)\) \{{", source(file), re.MULTILINE)
+            assert len(names) == head.count(",") + 1, kernel
+            assert all(re.search(rf"\b{name}\b", head) for name in names)
 
 
 def test_kernels_have_names_of_their_own_and_the_registry_knows_them() -> None:

@@ -38,7 +38,6 @@ SMALL = Sizes(
 )
 run = partial(demo.run, sizes=SMALL, ahead=False, budget=math.inf)
 needs_torch = pytest.mark.skipif(missing_for_training() is not None, reason=f"the language model {missing_for_training()}")
-on_one_thread = pytest.mark.usefixtures("one_thread")
 
 
 def made_text(tokens: int, topics: int = 8, words_each: int = 12, seed: int = 0) -> str:
@@ -393,7 +392,6 @@ def test_frequency_score_by_hand() -> None:
 
 
 @needs_torch
-@on_one_thread
 def test_the_number_of_steps_says_what_each_does() -> None:
     """A training that the time ends is the same as one that is asked for as many steps."""
     import torch
@@ -427,7 +425,6 @@ def test_the_number_of_steps_says_what_each_does() -> None:
 
 
 @needs_torch
-@on_one_thread
 def test_the_learning_rate_rises_stays_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -449,7 +446,6 @@ def test_the_learning_rate_rises_stays_and_falls(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_torch
-@on_one_thread
 def test_scores_and_masks_are_left_out_where_the_time_is_short() -> None:
     import torch
 
@@ -517,7 +513,6 @@ def test_a_seed_repeats_the_training_and_leaves_the_random_numbers_of_others() -
 
 
 @needs_torch
-@on_one_thread
 @pytest.mark.parametrize("num_hash", [None, 1, 8], ids=["expectation", "m1", "m8"])
 def test_a_fill_has_the_probability_of_the_models_softmax(num_hash: int | None) -> None:
     """One byte: the softmax itself. Two: a factor each, the second with the first in its place."""
@@ -552,7 +547,6 @@ def test_a_fill_has_the_probability_of_the_models_softmax(num_hash: int | None) 
 
 
 @needs_torch
-@on_one_thread
 def test_scoring_with_another_attention_leaves_the_model_as_it_was() -> None:
     from yoso_core.demo import language
 

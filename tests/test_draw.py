@@ -14,7 +14,7 @@ from yoso_core import draw, reference
 
 @pytest.fixture(autouse=True)
 def look():
-    with mpl.rc_context(draw.STYLE):
+    with draw.look():
         yield
 
 
@@ -44,6 +44,39 @@ def test_use_look():
         draw.use_look()
         assert mpl.rcParams["axes.spines.top"] is False
         assert mpl.rcParams["axes.prop_cycle"].by_key()["color"][0] == draw.BLUE
+
+
+HOSTILE = {
+    "font.size": 30,
+    "figure.dpi": 30,
+    "figure.facecolor": "black",
+    "axes.facecolor": "black",
+    "lines.linewidth": 9,
+    "axes.unicode_minus": False,
+    "axes.grid": True,
+    "savefig.bbox": "tight",
+    "savefig.dpi": 20,
+}
+"""A matplotlibrc that a reader may have."""
+
+
+def test_the_look_does_not_depend_on_the_readers_settings():
+    def shown(path):
+        with draw.look():
+            figure, axes = draw.picture()
+            axes.plot([-1, 0, 1], label="a line")
+            axes.legend()
+        figure.savefig(path)
+        return figure._repr_png_()[0], Image.open(path).size
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        plain = shown(io.BytesIO())
+    with mpl.rc_context(HOSTILE):
+        assert shown(io.BytesIO()) == plain
+        draw.use_look()
+        assert mpl.rcParams["font.size"] == draw.STYLE["font.size"]
+        assert mpl.rcParams["axes.facecolor"] == "white"
 
 
 FAULTS = {

@@ -488,6 +488,7 @@ def test_weights_of_local_layers_are_the_eager_ones() -> None:
 # Learning
 
 
+@pytest.mark.slow
 @both_modes
 def test_a_model_learns(options: YosoAttentionOptions) -> None:
     """One of two marks stands in every text. The answer is read at the first token, the same in
@@ -561,6 +562,7 @@ def test_half_precision(options: YosoAttentionOptions, dtype: torch.dtype) -> No
         assert apart(got.float()[mask], expected[mask]) < (0.02 if dtype == torch.float16 else 0.15)
 
 
+@pytest.mark.slow
 @both_modes
 def test_compiled_in_one_graph(options: YosoAttentionOptions) -> None:
     torch._dynamo.reset()

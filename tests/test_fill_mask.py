@@ -16,8 +16,6 @@ from yoso_core.model import YosoForMaskedLM
 from yoso_core.model.filling import fill_mask, load_masked_lm
 from yoso_core.model.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ONE = "Paris is the [MASK] of France."
 
 

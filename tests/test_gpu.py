@@ -7,6 +7,7 @@ That every variant is right there is in test_registry.py, with the others.
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,11 @@ def on_gpu(op: str, case: Case = CASE, dtype: str = "float32") -> dict[str, Any]
         return torch.as_tensor(x).cuda() if isinstance(x, np.ndarray | torch.Tensor) else x
 
     unchecked = {"validate": False} if op.startswith("lsh_") else {}
-    return {name: tensor(x) for name, x in build(op, case).items()} | unchecked
+    return {name: tensor(x) for name, x in build(op, replace(case, dtype=dtype)).items()} | unchecked
 
 
 def check(op: str, out: Any, case: Case = CASE, dtype: str = "float32") -> None:
-    check_values(op, [as_float64(x.cpu()) for x in as_tuple(out)], {name: as_dtype(x, dtype) for name, x in build(op, case).items()}, case)
+    check_values(op, [as_float64(x.cpu()) for x in as_tuple(out)], replace(case, dtype=dtype))
 
 
 @each(KERNELS)

@@ -1,5 +1,5 @@
-"""Every CUDA kernel is the one that runs, and one wrong line in a copy of it turns the registry's
-check red.
+"""The kernels that a variant names are those that run, and one wrong line in a copy of any kernel
+turns the registry's check red.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ TIES = Case(3, 9, 8, 4, 5, 3, kind="quantized")
 
 @dataclass(frozen=True)
 class Fault:
-    """One line of a kernel, and what a tired hand might write in its place."""
+    """One line of a kernel, and a plausible mistake in it."""
 
     kernel: str
     op: str
@@ -93,7 +93,9 @@ CUDA = (
         "if (found < n_k && codes[found] == code) start = found;",
         "if (found < n_k) start = found;",
     ),
-    Fault("spoil_heads", "yoso_attention", "emulated:shared_table", "row_spoiled[first + i] && kept", "row_spoiled[i] && kept"),
+    Fault(
+        "mark_nonfinite_heads", "yoso_attention", "emulated:shared_table", "row_nonfinite[first + i] && kept", "row_nonfinite[i] && kept"
+    ),
     Fault("finish_attention", "yoso_attention", "emulated:shared_table", "x[i] / largest / length", "x[i] / length"),
     Fault("normalize_rows", "expectation_attention", "emulated:blocked", "/ scale / length", "/ scale"),
     Fault(
@@ -117,8 +119,8 @@ CUDA = (
         "sorted_pairs",
         "lsh_weighted_cumulation",
         "emulated:sorted_pairs",
-        "const bool spoiled = keep && !finite_row(query_weights, weight_dim, lane);",
-        "const bool spoiled = false;",
+        "const bool nonfinite = keep && !finite_row(query_weights, weight_dim, lane);",
+        "const bool nonfinite = false;",
     ),
     Fault(
         "outer_products",
@@ -129,14 +131,14 @@ CUDA = (
         Case(9, 137, 20, 12, 5, 1),
     ),
     Fault(
-        "pull_rows",
+        "gradient_rows",
         "expectation_attention_backward",
         "emulated:blocked",
-        "narrow<VALUE>(keep ? spread_sum[i].at[c] : ACC(0))",
-        "narrow<VALUE>(spread_sum[i].at[c])",
+        "narrow<VALUE>(keep ? companion_sum[i].at[u] : ACC(0))",
+        "narrow<VALUE>(companion_sum[i].at[u])",
     ),
     Fault(
-        "pull_rows",
+        "gradient_rows",
         "lsh_attention_backward",
         "emulated:outer_products",
         "at[u] == b[e % MY_OTHERS].at[u]",
@@ -144,22 +146,22 @@ CUDA = (
         replace(SMALL, grad="exact"),
     ),
     Fault(
-        "note_spoiled_heads",
+        "scan_nonfinite_heads",
         "lsh_attention_backward",
         "emulated:outer_products",
         "if (row >= num_rows || !kept(mask, row)) return;",
         "if (row >= num_rows) return;",
     ),
     Fault(
-        "through_normalization",
+        "l2_normalize_backward",
         "expectation_attention_backward",
         "emulated:blocked",
-        "f[c] - along * size.unit(x[c])",
-        "f[c]",
+        "g[i] - along * size.unit(x[i])",
+        "g[i]",
     ),
 )
 
-# In place of a variant, the module and the launcher.
+# Here `variant` is the module and the launcher.
 NUMBA = (
     Fault(
         "add_keys_to_table",
@@ -172,8 +174,8 @@ NUMBA = (
         "read_table",
         "lsh_cumulation",
         "cumulation:lsh_cumulation_global_table",
-        "total += table[head, h, code, c]",
-        "total = table[head, h, code, c]",
+        "total += table[head, hash, code, offset]",
+        "total = table[head, hash, code, offset]",
     ),
     Fault(
         "cumulate_in_shared_table",
@@ -187,7 +189,7 @@ NUMBA = (
         "add_weighted_keys_to_table",
         "lsh_weighted_cumulation",
         "weighted:lsh_weighted_cumulation_weight_by_weight",
-        "key_weight[head, key, r] *",
+        "key_weight[head, key, coordinate] *",
         "key_weight[head, key, 0] *",
     ),
     Fault(
@@ -211,14 +213,14 @@ def test_every_kernel_has_a_fault() -> None:
     assert planted == names
 
 
-def meets_what_is_not_finite(op: str, variant: str) -> None:
-    """A query and a key that are kept and not finite, which the cases of the registry's test do not
-    have.
+def check_nonfinite(op: str, variant: str) -> None:
+    """Check a kept query and a kept key that are non-finite: the cases of the registry's test have
+    none.
     """
     given = {name: support.as_dtype(x, "float32") for name, x in build(op, replace(SMALL, mask="none")).items()}
     query, key = ("query", "key") if "query" in given else ("query_weight", "key_weight")
     given[query][1, 2, 3], given[key][1, 4, 5] = np.nan, np.inf
-    if op == "lsh_weighted_cumulation":  # a query that meets nobody, and is NaN all the same
+    if op == "lsh_weighted_cumulation":  # a query that meets no key, and is NaN nevertheless
         given["query_hash_code"][1, 2] = given["hashtable_capacity"]
         given["hashtable_capacity"] *= 2
     out = getattr(yoso_core, op)(**given, variant=variant)
@@ -229,7 +231,7 @@ def meets_what_is_not_finite(op: str, variant: str) -> None:
 def check(op: str, variant: str, case: Case) -> None:
     check_variant(op, variant, case)
     if op in ("yoso_attention", "expectation_attention", "lsh_weighted_cumulation"):
-        meets_what_is_not_finite(op, variant)
+        check_nonfinite(op, variant)
 
 
 @pytest.mark.parametrize("fault", CUDA, ids=lambda fault: f"{fault.op}-{fault.kernel}")
@@ -238,14 +240,14 @@ def test_a_wrong_line_of_cuda_turns_the_check_red(fault: Fault, monkeypatch: pyt
     (file,) = (text.file for text in catalog() if (text.language, text.name) == ("CUDA C++", fault.kernel))
     right = source.source
 
-    def spoiled(name: str) -> str:
+    def faulty(name: str) -> str:
         text = right(name)
         if name == file:
             assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
             text = text.replace(fault.line, fault.wrong)
         return text
 
-    monkeypatch.setattr(source, "source", spoiled)
+    monkeypatch.setattr(source, "source", faulty)
     with pytest.raises((AssertionError, gpu.emulator.KernelFault)):
         check(fault.op, fault.variant, fault.case)
 
@@ -256,7 +258,7 @@ def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, tmp_path: Path
     text = (NUMBA_FOLDER / f"{file}.py").read_text("utf-8")
     assert text.count(fault.line) == 1, f"{text.count(fault.line)} lines with {fault.line!r}"
     with ExitStack() as registrations:
-        for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "spoiled")):
+        for written, name in ((text, "sound"), (text.replace(fault.line, fault.wrong), "faulty")):
             (tmp_path / f"{name}.py").write_text(written, "utf-8")
             spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
             assert spec is not None
@@ -267,7 +269,7 @@ def test_a_wrong_line_of_python_turns_the_check_red(fault: Fault, tmp_path: Path
             registrations.enter_context(registry.register(fault.op, name, own, where="stepped", deterministic=False))
         check(fault.op, "sound", fault.case)
         with pytest.raises((AssertionError, gpu.emulator.KernelFault, IndexError)):
-            check(fault.op, "spoiled", fault.case)
+            check(fault.op, "faulty", fault.case)
 
 
 LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated", "stepped")]
@@ -275,7 +277,7 @@ LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated"
 
 @pytest.mark.parametrize("kernel", LAUNCHED, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
 def test_the_kernel_named_is_the_kernel_that_ran(kernel: registry.Kernel) -> None:
-    """Over small cases it launches every kernel that it says it does, and no other."""
+    """Over small cases, a variant launches every kernel that its row names, and no other."""
     modes = [replace(SMALL, mode=mode) for mode in ("signs", "planes", "expectation")] if kernel.op == "yoso_attention" else [SMALL]
     if kernel.op == "lsh_attention_backward":  # a code of 16 bits has no table in shared memory
         modes += [replace(SMALL, grad="exact"), Case(70, 3, 4, 3, 1, 16)]

@@ -16,8 +16,6 @@ import yoso_core
 from yoso_core import model as ours
 from yoso_core.model import YosoConfig, YosoForMaskedLM, YosoForSequenceClassification, YosoModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHARED = [
     "YosoModel",
     "YosoForMaskedLM",

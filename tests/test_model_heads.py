@@ -17,8 +17,6 @@ from yoso_core.model.draws import evaluation_planes, evaluation_signs
 
 BATCH, N, CHOICES = 3, 13, 2
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def some_ignored(labels: Tensor) -> Tensor:
     labels = labels.clone()

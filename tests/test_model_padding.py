@@ -17,8 +17,6 @@ from yoso_core.model import YosoModel
 from yoso_core.model.draws import evaluation_draw, evaluation_planes, evaluation_signs
 from yoso_core.reference.hashing import fast_hash
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTHS = (17, 1, 9, 16)
 BATCH, N = len(LENGTHS), max(LENGTHS)
 RIGHT = torch.arange(N) < torch.tensor(LENGTHS)[:, None]

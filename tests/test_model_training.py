@@ -21,8 +21,6 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from yoso_core import model as ours
 from yoso_core.model import YosoForMaskedLM, YosoForSequenceClassification
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -113,6 +111,7 @@ def loss_falls_by(folder: Path, *, freeze_values: bool = False, steps: int = 120
     return sum(losses[:5]) / 5 / (sum(losses[-30:]) / 30), trainer
 
 
+@pytest.mark.slow
 @needs_accelerate
 @every_way
 def test_a_masked_lm_learns_with_trainer(way: str, tmp_path: Path) -> None:
@@ -124,11 +123,13 @@ def test_a_masked_lm_learns_with_trainer(way: str, tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < 1
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_the_text_is_learned_through_attention_alone(tmp_path: Path) -> None:
     assert loss_falls_by(tmp_path, freeze_values=True)[0] < 1.5
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 def test_a_masked_lm_learns_in_mixed_precision(way: str, tmp_path: Path) -> None:
@@ -247,6 +248,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     """With the same seed they draw the same hashes, which a batch shares, so even a sampled step is
@@ -371,6 +373,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("way", "masked"),
@@ -379,7 +382,8 @@ def fresh_compiler() -> Iterator[None]:
 )
 def test_a_compiled_model_gives_the_same(masked: bool, way: str) -> None:
     """In one graph, for every length."""
-    model = lively("YosoForMaskedLM", conv_window=3, **WAYS[way])
+    layers = 2 if way == "sampled" and masked else 1  # in one case that a later layer draws hashes of its own
+    model = lively("YosoForMaskedLM", conv_window=3, num_hidden_layers=layers, **WAYS[way])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         for n in (12, 9):
@@ -400,6 +404,7 @@ def test_a_compiled_model_sees_a_changed_setting() -> None:
     assert (after - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_learns_the_same(way: str) -> None:
@@ -420,6 +425,7 @@ def test_a_compiled_model_learns_the_same(way: str) -> None:
         close(got[name], grad, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_compiles_the_model() -> None:
@@ -431,11 +437,14 @@ def test_inductor_compiles_the_model() -> None:
         close(got, model(ids(2, 12), attention_mask=MASK.long()).logits, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.parametrize("head", ["YosoForMaskedLM", "YosoForSequenceClassification"])
 def test_an_exported_model_gives_the_same(head: str, way: str) -> None:
-    """For every batch and length, after a way through a file."""
-    model = lively(head, conv_window=3, num_labels=2, **WAYS[way])
+    """For every batch and length, after a way through a file. In float64, since the exported graph
+    was traced with gradients and so scales rows in another order of additions.
+    """
+    model = lively(head, conv_window=3, num_labels=2, **WAYS[way]).double()
     batch, n = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("n", min=2, max=24)
     shapes = {name: {0: batch, 1: n} for name in ("input_ids", "attention_mask")}
     inputs = {"input_ids": ids(2, 12), "attention_mask": MASK.long()}
@@ -445,7 +454,7 @@ def test_an_exported_model_gives_the_same(head: str, way: str) -> None:
     with torch.no_grad():
         for shape in ((2, 12), (3, 7), (1, 24)):
             other = {"input_ids": ids(*shape), "attention_mask": (torch.arange(shape[1]) < torch.arange(4, 4 + shape[0])[:, None]).long()}
-            close(exported(**other).logits, model(**other).logits, 1e-6)
+            close(exported(**other).logits, model(**other).logits, 1e-12)
 
 
 # Bad input
@@ -482,7 +491,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any], str]] = {
     "additive_mask": (
         "YosoModel",
         {"input_ids": FLAT, "attention_mask": torch.where(torch.arange(6) < 4, 0.0, -torch.inf).expand(2, 6)},
-        r"attention_mask: need 1 for a token and 0 for padding, got other numbers; additive masks are not taken",
+        r"attention_mask: need 1 for a token and 0 for padding, got other numbers; an additive mask means the opposite",
     ),
     "additive_mask_of_integers": (
         "YosoModel",

@@ -364,6 +364,8 @@ def test_a_launch_that_a_gpu_would_refuse_is_refused() -> None:
         launch(reverses, (1,), (32, 33), (x,))
     with pytest.raises(emulator.KernelFault, match="49153 bytes of dynamic shared memory, a block here has 49152"):
         launch(reverses, (1,), (8,), (x,), 49_153)
+    with pytest.raises(TypeError, match=r"^args: reverses has the parameters x, got y$"):
+        Stepper().launch(reverses, (1,), (4,), {"y": np.zeros(4)})
     with pytest.raises(TypeError, match="args: reverses takes 1 arguments, got 2"):
         launch(reverses, (1,), (8,), (x, x))
     with pytest.raises(TypeError, match="x: a Numba kernel takes arrays and numbers, got NoneType"):
@@ -424,7 +426,7 @@ def check(launcher: Callable[..., Array], op: str, case: Case, device: Stepper |
     else:
         assert (got.dtype, got.shape) == (given["value"].dtype, (*given["query_hash_code"].shape[:-1], case.d_v))
     widened = (got.astype(np.uint32) << 16).view(np.float32) if got.dtype == np.uint16 else got
-    check_values(op, [widened if op == "fast_hash" else widened.astype(np.float64)], inputs, case)
+    check_values(op, [widened if op == "fast_hash" else widened.astype(np.float64)], case)
     return got
 
 
@@ -583,25 +585,25 @@ def test_half_types_are_rounded_to_the_nearest_even() -> None:
     np.testing.assert_array_equal(widened, torch.from_numpy(every.view(np.int16)).view(torch.bfloat16).float().numpy())
 
 
-# One line of a kernel spoiled in a copy: some order must show it.
+# One wrong line in a copy of a kernel: some order must show it.
 
 BARRIER = "cuda.syncthreads()\n"
-SPOILED = [
+FAULTY = [
     (hashing, "hash_vectors", f"{BARRIER}                stride //= 2", "stride //= 2"),
-    (hashing, "hash_vectors", f"codes[vector, h] = code\n        {BARRIER}", "codes[vector, h] = code\n"),
+    (hashing, "hash_vectors", f"codes[vector, hash] = code\n        {BARRIER}", "codes[vector, hash] = code\n"),
     (hashing, "hash_vectors", "stride = padded_dim // 2", "stride = padded_dim // 4"),
     (hashing, "hash_vectors", "entry[i] > 0", "entry[i] >= 0"),
     (hashing, "hash_vectors", "diagonal, part, i", "diagonal, 0, i"),
     (cumulation, "add_keys_to_table", "or keep_key[head, key] == 0", ""),
-    (cumulation, "add_keys_to_table", "cuda.atomic.add(table, (head, h, code, c), v)", "table[head, h, code, c] = v"),
-    (cumulation, "read_table", "code = query_hash_code[head, query, h]", "code = query_hash_code[head, query, 0]"),
+    (cumulation, "add_keys_to_table", "cuda.atomic.add(table, (head, hash, code, offset), v)", "table[head, hash, code, offset] = v"),
+    (cumulation, "read_table", "code = query_hash_code[head, query, hash]", "code = query_hash_code[head, query, 0]"),
     (cumulation, "cumulate_in_shared_table", f"table[i] = 0\n        {BARRIER}", "table[i] = 0\n"),
     (cumulation, "cumulate_in_shared_table", f"value[head, key, dim]\n        {BARRIER}", "value[head, key, dim]\n"),
-    (cumulation, "cumulate_in_shared_table", f"first_dim + c] = total\n        {BARRIER}", "first_dim + c] = total\n"),
+    (cumulation, "cumulate_in_shared_table", f"first_dim + offset] = total\n        {BARRIER}", "first_dim + offset] = total\n"),
     (cumulation, "cumulate_in_shared_table", "keep_key[head, key] != 0 and", ""),
     (cumulation, "cumulate_in_shared_table", "table[i] = 0", "pass"),
-    (weighted, "add_weighted_keys_to_table", "key_weight[head, key, r]", "key_weight[head, key, 0]"),
-    (weighted, "read_weighted_table", "query_weight[head, query, r]", "query_weight[head, query, 0]"),
+    (weighted, "add_weighted_keys_to_table", "key_weight[head, key, coordinate]", "key_weight[head, key, 0]"),
+    (weighted, "read_weighted_table", "query_weight[head, query, coordinate]", "query_weight[head, query, 0]"),
 ]
 LAUNCHER_OF = {
     "hash_vectors": fast_hash_shared_memory,
@@ -632,12 +634,12 @@ def right_in_every_order(launcher: Callable[..., Array]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("module", "kernel", "old", "new"), SPOILED, ids=[f"{kernel}-{i}" for i, (_, kernel, _, _) in enumerate(SPOILED)])
-def test_a_spoiled_line_shows(module: ModuleType, kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, spoiled = edited(module, kernel, old, old), edited(module, kernel, old, new)
+@pytest.mark.parametrize(("module", "kernel", "old", "new"), FAULTY, ids=[f"{kernel}-{i}" for i, (_, kernel, _, _) in enumerate(FAULTY)])
+def test_a_wrong_line_shows(module: ModuleType, kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, faulty = edited(module, kernel, old, old), edited(module, kernel, old, new)
     monkeypatch.setattr(module, kernel, copy)
     assert right_in_every_order(LAUNCHER_OF[kernel])
-    monkeypatch.setattr(module, kernel, spoiled)
+    monkeypatch.setattr(module, kernel, faulty)
     assert not right_in_every_order(LAUNCHER_OF[kernel])
 
 
@@ -681,7 +683,8 @@ SIMULATED = """
 
     class Simulator(Stepper):
         def launch(self, kernel, grid, block, args, shared=0):
-            writable = (np.require(x, requirements="W") if isinstance(x, np.ndarray) else x for x in args)  # it writes all arrays back
+            # It writes all arrays back.
+            writable = (np.require(x, requirements="W") if isinstance(x, np.ndarray) else x for x in args.values())
             kernel[tuple(grid), tuple(block), 0, shared](*writable)
 
     assert config.ENABLE_CUDASIM
@@ -692,6 +695,7 @@ SIMULATED = """
 """
 
 
+@pytest.mark.slow
 def test_numbas_own_simulator_agrees_and_the_stepper_works_beside_it() -> None:
     done = python(textwrap.dedent(EVERY_LAUNCH) + textwrap.dedent(SIMULATED), NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, done.stderr
@@ -708,7 +712,7 @@ COMPILED = """
         seen = set()
 
         def launch(self, kernel, grid, block, args, shared=0):
-            signature = types.void(*(typeof(np.array(x) if isinstance(x, np.ndarray) else x) for x in args))
+            signature = types.void(*(typeof(np.array(x) if isinstance(x, np.ndarray) else x) for x in args.values()))
             if (kernel, signature) not in self.seen:
                 self.seen.add((kernel, signature))
                 for major, minor in ARCHITECTURES:
@@ -723,6 +727,7 @@ COMPILED = """
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_to_ptx() -> None:
     for package in ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvrtc"):
         try:

@@ -19,8 +19,6 @@ from yoso_core.cli import app
 from yoso_core.model import YosoConfig, YosoForMaskedLM, YosoForPreTraining, YosoModel
 from yoso_core.model.original import convert_original_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS, POSITIONS, TYPES, DIM, HIDDEN, HEADS, TAU, WINDOW = 50, 18, 2, 24, 40, 2, 5, 3
 
 # The keys that convert_weight_keys of the authors' code lists (mlpen/Nystromformer, code/utils.py),

@@ -18,8 +18,6 @@ from yoso_core.model import YosoForMaskedLM, YosoModel
 from yoso_core.model.filling import fill_mask
 from yoso_core.model.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WAYS: dict[str, dict[str, Any]] = {"expectation": {}, "sampled": {"use_expectation": False}}
 UNEQUAL = [TEXTS[0], "Few words.", TEXTS[1], "A", TEXTS[2]]
 

@@ -190,7 +190,7 @@ def test_masked_cumulation_by_hand(cumulation: Any) -> None:
 
 
 @pytest.mark.parametrize("cumulation", CUMULATIONS)
-def test_a_value_that_is_not_finite_spoils_what_it_meets(cumulation: Any) -> None:
+def test_a_nonfinite_value_gives_nan_to_who_meets_it(cumulation: Any) -> None:
     # Key 0 is met by query 0 alone; only its first entry is infinite.
     value = VALUE.copy()
     value[0, 0] = np.inf
@@ -217,7 +217,7 @@ def test_masked_weighted_cumulation_by_hand(cumulation: Any) -> None:
 
 
 @pytest.mark.parametrize("cumulation", WEIGHTED)
-def test_a_query_weight_that_is_not_finite_spoils_its_row(cumulation: Any) -> None:
+def test_a_nonfinite_query_weight_gives_nan_in_its_row(cumulation: Any) -> None:
     query_weight = QUERY_WEIGHT.copy()
     query_weight[2, 0] = np.inf  # query 2 meets no key, and still says so
     out = cumulation(QUERY_CODE, query_weight, KEY_CODE, KEY_WEIGHT, VALUE, 4)
@@ -278,9 +278,9 @@ def test_a_vector_that_is_not_finite_gives_nan() -> None:
     value = np.ones((4, 1))
     query = np.array([[1.0, 0.0], [np.inf, 0.0], [np.nan, 1.0]])
     np.testing.assert_array_equal(np.isnan(reference.expectation_attention(query, DIRECTIONS, value, 2)), [[False], [True], [True]])
-    for spoiled in (np.nan, np.inf):
+    for nonfinite in (np.nan, np.inf):
         key = DIRECTIONS.copy()
-        key[3, 1] = spoiled
+        key[3, 1] = nonfinite
         assert np.isnan(reference.expectation_attention(query, key, value, 2)).all()
 
 
@@ -369,9 +369,9 @@ def test_sampled_gradients_are_the_double_sum(grad: Any, masked: bool) -> None:
             theta = np.arccos(q @ k)
             w = tau / 2 if grad == "lower_bound" else tau / ((np.pi - theta) * np.sin(theta))
             share = np.mean(query_code[i] == key_code[j])
-            pull = share * w * (grad_out[i] @ value[j])
-            expected[0][i] += pull * (k - (k @ q) * q) / np.linalg.norm(query[i])
-            expected[1][j] += pull * (q - (q @ k) * k) / np.linalg.norm(key[j])
+            grad_cosine = share * w * (grad_out[i] @ value[j])
+            expected[0][i] += grad_cosine * (k - (k @ q) * q) / np.linalg.norm(query[i])
+            expected[1][j] += grad_cosine * (q - (q @ k) * k) / np.linalg.norm(key[j])
             expected[2][j] += share * grad_out[i]
     got = reference.lsh_attention_backward(
         grad_out, query, key, value, query_code, key_code, tau, grad=grad, query_mask=keep_query, key_mask=keep_key

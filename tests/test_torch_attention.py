@@ -470,6 +470,7 @@ def test_autocast_leaves_float64_and_wrong_dtypes_alone() -> None:
 # Compiled, exported, checkpointed
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_code_gives_the_same(mode: dict[str, Any], dynamic: bool) -> None:
@@ -486,6 +487,7 @@ def test_compiled_code_gives_the_same(mode: dict[str, Any], dynamic: bool) -> No
             torch.testing.assert_close(compiled(*tensors), attention(*tensors, signs=drawn_once, **mode), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_with_work_around_the_attention() -> None:
     """The code that runs in production: pieces before and after are fused by the compiler, so their
@@ -691,13 +693,13 @@ def test_planes_give_gradients_too(variant: str | None, hashed_by: str, monkeypa
     codes = [yoso_core.hyperplane_hash(x.detach(), planes, M, TAU) for x in tensors[:2]]
     expected = yoso_core.lsh_attention_backward(grad_out, *(x.detach() for x in tensors), *codes, TAU)
     ran: list[tuple[str, str]] = []
-    run = registry.Kernel.run
+    call_kernel = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any) -> Any:
         ran.append((kernel.op, kernel.name))
-        return run(kernel, *args)
+        return call_kernel(kernel, *args)
 
-    monkeypatch.setattr(registry.Kernel, "run", recording)
+    monkeypatch.setattr(registry.Kernel, "call", recording)
     got = gradients(lambda *x: attention(*x, planes=planes, normalize_output=False, variant=variant), tensors, grad_out)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
@@ -827,8 +829,8 @@ def accuracy_after_training(model: Retriever) -> float:
         return float((model(*shown).argmax(-1) == right).double().mean())
 
 
+@pytest.mark.slow
 @every_mode
-@pytest.mark.usefixtures("one_thread")
 def test_a_layer_learns_to_retrieve(mode: dict[str, Any]) -> None:
     """Chance is 0.25, with a deviation of 0.014. Without its context the model stays there; with
     queries and keys as drawn it gets half.

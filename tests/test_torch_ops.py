@@ -150,13 +150,13 @@ def test_shapes_without_numbers(op: str) -> None:
 @pytest.mark.parametrize("op", [op for op in EVERY if op not in BACKWARD])
 def test_the_variant_named_is_the_one_that_runs(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    run = registry.Kernel.run
+    call_kernel = registry.Kernel.call
 
     def recording(kernel: registry.Kernel, *args: Any) -> Any:
         ran.append(kernel.name)
-        return run(kernel, *args)
+        return call_kernel(kernel, *args)
 
-    monkeypatch.setattr(registry.Kernel, "run", recording)
+    monkeypatch.setattr(registry.Kernel, "call", recording)
     for variant in yoso_core.variants(op):
         if variant.available and variant.where in ("numpy", "cpu"):
             getattr(OPS, op)(**arguments(op), variant=variant.name)
@@ -307,6 +307,7 @@ def test_codes_are_not_looked_at_when_nobody_wants_it() -> None:
 # What is imported
 
 
+@pytest.mark.slow
 def test_only_torch_is_imported() -> None:
     script = "import sys, yoso_core.model; assert 'torch' in sys.modules; assert not {'transformers', 'cupy', 'numba'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -23,10 +23,15 @@ ALL = tutorials.tutorials()
 every_tutorial = pytest.mark.parametrize("tutorial", ALL, ids=[tutorial.path.stem for tutorial in ALL])
 
 
-@every_tutorial
+TRAINS = (9, 10, 11, 12, 13)
+"""These train models, or go to a million tokens."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tutorial", [pytest.param(t, id=t.path.stem, marks=[pytest.mark.long] if t.number in TRAINS else []) for t in ALL])
 def test_it_runs_and_its_checkers_tell_right_from_wrong(tutorial, tmp_path):
     command = [sys.executable, "-m", "yoso_core.tutorials.check", str(tutorial.path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr == ""
     assert not list(tmp_path.iterdir()), "a tutorial leaves no files behind"
@@ -175,6 +180,7 @@ def test_a_fault_is_found(fault, written):
         check.check_tutorial(written(GOOD.replace(old, new, 1)))
 
 
+@pytest.mark.slow
 def test_the_process_fails_with_the_cell_and_the_line(written):
     path = written(GOOD.replace("figure\n", "assert 1 + 1 == 3, 'no'\nfigure\n", 1))
     done = subprocess.run([sys.executable, "-m", "yoso_core.tutorials.check", str(path)], capture_output=True, text=True, timeout=60)
@@ -196,6 +202,7 @@ def test_a_wrong_header_is_refused(change, message, written):
         tutorials.describe(written(GOOD.replace(*change)))
 
 
+@pytest.mark.slow
 def test_building_runs_all_but_checkers_and_leaves_wrong_answers_out(written):
     first = build.build(written(GOOD)).read_bytes()
     path = build.build(written(GOOD))
@@ -210,6 +217,7 @@ def test_building_runs_all_but_checkers_and_leaves_wrong_answers_out(written):
     assert solution.execution_count == 3
 
 
+@pytest.mark.slow
 def test_a_notebook_that_writes_to_stderr_is_not_built(written):
     path = written(HEAD + "import sys\nprint('hm', file=sys.stderr)\n")
     with pytest.raises(RuntimeError, match="cell-2 writes to stderr: hm"):

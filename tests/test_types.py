@@ -57,6 +57,8 @@ def marked() -> set[int]:
     return {number for number, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_mypy_tells_right_from_wrong(scripts: Path) -> None:
     pytest.importorskip("mypy", reason="needs yoso_core[dev]")
     options = ["--strict", "--config-file", "", "--output", "json", "--cache-dir", str(ROOT / ".mypy_cache" / "scripts")]
@@ -68,6 +70,8 @@ def test_mypy_tells_right_from_wrong(scripts: Path) -> None:
     assert {entry["line"] for entry in found} == marked(), found
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_pyright_tells_right_from_wrong(scripts: Path) -> None:
     if importlib.util.find_spec("pyright") is None:
         pytest.skip("pyright is not installed: pip install 'pyright[nodejs]'")

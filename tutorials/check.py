@@ -111,8 +111,7 @@ def inspect_figure(figure: Figure, where: str) -> None:
 
     if not isinstance(figure, Picture):
         raise TutorialError(f"{where}: a figure that yoso_core.draw.picture did not make")
-    figure._repr_png_()
-    if wrong := clipped(figure):
+    if wrong := clipped(figure):  # which draws it as a notebook does
         raise TutorialError(f"{where}: {'; '.join(wrong)}")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -32,6 +33,9 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # where the locale has no such letter, a question mark stands for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="yoso")
 
 
@@ -258,7 +262,7 @@ def compare(
             dtype=dtype,
             masked=masked,
             seed=seed,
-            library=library,  # type: ignore[arg-type]  # a wrong name is its to refuse
+            library=library,  # type: ignore[arg-type]  # example_inputs refuses a wrong name
         )
         progress = not json_output and sys.stderr.isatty()
         found = comparison.compare(
@@ -418,13 +422,15 @@ def fill_mask(
     from rich.table import Table
 
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
-    table = Table("score", "token", "token_str", "sequence", title=f"{path_or_name}: {said}", title_justify="left")
+    table = Table("score", "token", "token_str", "sequence")
     for i, mask in enumerate(masks):
         if i:
             table.add_section()
         for proposal in mask:
             table.add_row(f"{proposal.score:.4f}", str(proposal.token), repr(proposal.token_str), proposal.sequence)
-    _console().print(table)
+    console = _console()
+    console.print(f"{path_or_name}: {said}", soft_wrap=True)  # a path stays in one piece, however narrow the table is
+    console.print(table)
 
 
 def _progress_bars_on_terminals_alone() -> None:

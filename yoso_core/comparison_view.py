@@ -200,10 +200,8 @@ def plot(comparison: "Comparison", path: str | Path | None = None) -> "Figure":
         from yoso_core import draw
     except ImportError as error:
         raise ImportError("plot: matplotlib is not installed: pip install 'yoso-core[plots]'") from error
-    from matplotlib import rc_context
-
     rows = _shown(comparison)
-    with rc_context(draw.STYLE):
+    with draw.look():
         figure = draw.Picture(figsize=(11, 1.9 + 0.55 * max(len(rows), 2)), layout="constrained")
         errors, times = figure.subplots(1, 2, sharey=True)
         if OPERATIONS[comparison.op].is_hash:

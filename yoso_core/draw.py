@@ -7,10 +7,12 @@ special to it.
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, Literal
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -68,9 +70,14 @@ DOTS_PER_INCH = 150
 """Of a displayed picture. It is shown at 96 to an inch, so it is sharp on a fine screen too."""
 
 
+def look() -> AbstractContextManager[None]:
+    """What is drawn inside has the look, whatever a reader's matplotlibrc says."""
+    return mpl.style.context(["default", STYLE])
+
+
 def use_look() -> None:
     """Make the look matplotlib's default in this process: the first line of a tutorial."""
-    mpl.rcParams.update(STYLE)
+    mpl.style.use(["default", STYLE])
 
 
 class Picture(Figure):
@@ -82,10 +89,15 @@ class Picture(Figure):
         """The drawn figure, uint8 ``(height, width, 4)``."""
         canvas = FigureCanvasAgg(self)
         self.set_dpi(DOTS_PER_INCH)
-        for _ in range(2):  # beside a color bar the layout settles in the second pass, and drawing makes but one
-            self.draw_without_rendering()
-        canvas.draw()
+        with look():
+            for _ in range(2):  # beside a color bar the layout settles in the second pass, and drawing makes but one
+                self.draw_without_rendering()
+            canvas.draw()
         return np.array(canvas.buffer_rgba())
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        with look():
+            super().savefig(*args, **options)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         image = Image.fromarray(self.pixels()).convert("RGB").quantize(256, dither=Image.Dither.NONE)

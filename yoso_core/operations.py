@@ -349,6 +349,10 @@ def _hashed_inside(arguments: Arguments) -> tuple[str, ...]:
     return () if arguments.get("use_expectation") else ("query", "key", "planes")
 
 
+def _hash_numbers(given: Ingredients) -> dict[str, int]:
+    return {"num_hash": given.num_hash, "hash_code_len": given.hash_code_len}
+
+
 HADAMARD_TRANSFORM = Operation(
     name="hadamard_transform",
     definition="numpy:butterflies",
@@ -366,12 +370,7 @@ FAST_HASH = Operation(
     definition="numpy:formula",
     outputs=(Output("hash_code", None, _codes),),
     exact=True,
-    example_inputs=lambda given: {
-        "vectors": given.vectors,
-        "signs": given.signs,
-        "num_hash": given.num_hash,
-        "hash_code_len": given.hash_code_len,
-    },
+    example_inputs=lambda given: {"vectors": given.vectors, "signs": given.signs, **_hash_numbers(given)},
     multiply_adds=lambda sizes: sizes.rows * sizes.hash_additions,
     least_bytes=lambda sizes: sizes.vectors + sizes.codes,
 )
@@ -382,12 +381,7 @@ HYPERPLANE_HASH = Operation(
     outputs=(Output("hash_code", None, _codes),),
     codes_may_differ=1e-3,
     projections=_plane_projections,
-    example_inputs=lambda given: {
-        "vectors": given.vectors,
-        "planes": given.planes,
-        "num_hash": given.num_hash,
-        "hash_code_len": given.hash_code_len,
-    },
+    example_inputs=lambda given: {"vectors": given.vectors, "planes": given.planes, **_hash_numbers(given)},
     multiply_adds=lambda sizes: sizes.rows * sizes.dim * sizes.num_hash * sizes.hash_code_len,
     least_bytes=lambda sizes: sizes.vectors + sizes.codes,
 )
@@ -414,13 +408,9 @@ LSH_WEIGHTED_CUMULATION = Operation(
     definition="numpy:pairs",
     outputs=(Output("out", "value", _rows("query_hash_code", "value")),),
     example_inputs=lambda given: {
-        "query_hash_code": given.query_hash_code,
         "query_weight": given.query,
-        "key_hash_code": given.key_hash_code,
         "key_weight": given.key,
-        "value": given.value,
-        "hashtable_capacity": 1 << given.hash_code_len,
-        **given.masks,
+        **LSH_CUMULATION.example_inputs(given),
     },
     terms=_terms_of_definition(reference.lsh_weighted_cumulation_pairs, "value", "query_weight", "key_weight"),
     # Pairs or outer products, whichever is less.
@@ -465,14 +455,9 @@ LSH_ATTENTION_BACKWARD = Operation(
     definition="numpy:pairs",
     outputs=_GRADIENTS,
     example_inputs=lambda given: {
-        "grad_out": given.grad_out,
-        "query": given.query,
-        "key": given.key,
-        "value": given.value,
         "query_hash_code": given.query_hash_code,
         "key_hash_code": given.key_hash_code,
-        "hash_code_len": given.hash_code_len,
-        **given.masks,
+        **EXPECTATION_ATTENTION_BACKWARD.example_inputs(given),
     },
     terms=_gradient_terms,
     multiply_adds=lambda sizes: (
@@ -490,8 +475,7 @@ YOSO_ATTENTION = Operation(
         "query": given.query,
         "key": given.key,
         "value": given.value,
-        "num_hash": given.num_hash,
-        "hash_code_len": given.hash_code_len,
+        **_hash_numbers(given),
         **given.draw,
         **given.masks,
     },

@@ -68,8 +68,7 @@ def sample_planes(
     Returns
     -------
     float32 ``(*batch_shape, dim, num_hash * hash_code_len)``. Bit ``b`` of code ``h`` is the side
-    of
-    column ``h * hash_code_len + b``.
+    of column ``h * hash_code_len + b``.
 
     >>> sample_planes(32, 8, 64, rng=0).shape
     (64, 256)

@@ -92,7 +92,7 @@ def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str
     return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("numba_cuda", "stepped")]
 
 
-_AROUND = "warp_per_vector thread_per_code normalize_rows expectation spoil_heads finish_attention"
+_AROUND = "warp_per_vector thread_per_code normalize_rows expectation mark_nonfinite_heads finish_attention"
 """Kernels of every attention: both hashes, the expectation, and what comes before and after."""
 
 # In order of preference on each device: the first that can run on the caller's device, and has
@@ -210,7 +210,7 @@ KERNELS: tuple[Kernel, ...] = (
         "expectation_attention_backward",
         "blocked",
         "tiles of rows by tiles of others, once by query and once by key",
-        "normalize_rows pull_rows through_normalization",
+        "normalize_rows gradient_rows l2_normalize_backward",
     ),
     Kernel(
         "lsh_attention_backward",
@@ -229,7 +229,7 @@ KERNELS: tuple[Kernel, ...] = (
         "outer_products",
         "lower bound: cumulations by outer products; exact: all pairs, blocked",
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
-        "note_spoiled_heads pull_rows through_normalization",
+        "scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
     Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize tile by tile, codes never stored"),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),

@@ -1,11 +1,14 @@
 """CUDA C++ kernels and their launchers.
 
-The `.cu` files hold the kernels: `hashing` and `hyperplanes` the two hashes, `cumulation` and
-`weighted` the two cumulations, `sort` what the sorted ones share, `expectation` the exact weights,
-`gradients` those of both kinds of attention, `attention` what stands around them. A launcher in the
-`.py` file of the same name takes the device first, then the arguments of the reference. `source`
-makes one text of a file and its headers, `cuda` launches it on a GPU through CuPy;
-`yoso_core.gpu.emulator` runs the same text on the CPU.
+The kernels are in `.cu` files: `hashing` and `hyperplanes` for the two hashes, `cumulation` and
+`weighted` for the two cumulations, `sort` for the sorted variants of both, `expectation` for the
+expected weights, `gradients` for both kinds of attention, and `attention` for the whole. Their
+launchers are in `.py` files of the same name, except that `hashing.py` has both hashes and
+`sorting.py` launches `sort.cu`. A launcher takes the device first, then the arguments of the
+reference.
+
+`source` joins a file and its headers into one text. `cuda` compiles that text and launches it on a
+GPU through CuPy. `yoso_core.gpu.emulator` runs the same text on a CPU.
 """
 
 from yoso_core.gpu.cupy_kernels.attention import yoso_attention_shared_table, yoso_attention_sorted_buckets

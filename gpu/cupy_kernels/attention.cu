@@ -1,33 +1,34 @@
-// What stands around the cumulation in YOSO attention: rows that are not finite, and the scaling of
-// the result to unit length.
+// The two kernels of YOSO attention beside hash and cumulation: one finds the heads with non-finite
+// keys, one scales the result to unit length.
 //
-// Compiled for VALUE, how the result is stored.
+// Compiled for VALUE, the type in which the result is stored.
 #include "common.cuh"
 #include "tiles.cuh"
 
 constexpr int WARPS = 8;
 
-// spoil_heads
-//   A block takes one head and says whether any row of it that is kept is spoiled: holds an
-//   infinity or NaN, as the hash has noted. Moves one or two bytes for each row in, 4 bytes for
-//   each head out. Deterministic.
-extern "C" __global__ void spoil_heads(const unsigned char* __restrict__ row_spoiled, const unsigned char* __restrict__ mask,
-                                       int* __restrict__ head_spoiled, int rows_per_head) {
+// mark_nonfinite_heads
+//   A block takes one head. It writes 1 if any kept row of the head is non-finite (holds an
+//   infinity or NaN), and 0 if none is. The hash kernel has marked the rows. Moves one or two bytes
+//   for each row in and 4 bytes for each head out. Deterministic.
+extern "C" __global__ void mark_nonfinite_heads(const unsigned char* __restrict__ row_nonfinite, const unsigned char* __restrict__ mask,
+                                                int* __restrict__ head_nonfinite, int rows_per_head) {
   const long long first = static_cast<long long>(blockIdx.x) * rows_per_head;
   int found = 0;
-  for (int i = threadIdx.x; i < rows_per_head; i += blockDim.x) found |= row_spoiled[first + i] && kept(mask, first + i);
+  for (int i = threadIdx.x; i < rows_per_head; i += blockDim.x) found |= row_nonfinite[first + i] && kept(mask, first + i);
   found = __syncthreads_or(found);
-  if (threadIdx.x == 0) head_spoiled[blockIdx.x] = found;
+  if (threadIdx.x == 0) head_nonfinite[blockIdx.x] = found;
 }
 
 // finish_attention
-//   A warp takes one row of sums: NaN where its query, or a key of its head, was not finite, else
-//   scaled to unit length if that is wanted, then rounded to VALUE. A row of at most 1e-12 becomes
-//   zeros, and so does a masked one. Blocks of 8 rows. The length is taken of the row divided by
-//   its largest entry, so that no square overflows or vanishes. Moves one row of sums in and one
-//   row out; the second and third look at the row are served by the cache. Deterministic.
+//   A warp takes one row of sums. The row becomes NaN if its query or any kept key of its head is
+//   non-finite. Otherwise it is scaled to unit length if `normalize` is set, and rounded to VALUE.
+//   Masked rows and rows of length 1e-12 or less become zeros. The length is computed from the row
+//   divided by its largest entry, so that no square overflows or vanishes. A block has 8 rows.
+//   Moves one row of sums in and one row out; the cache serves the second and third read of the
+//   row. Deterministic.
 extern "C" __global__ void finish_attention(const ACC* __restrict__ sums, const unsigned char* __restrict__ query_mask,
-                                       const unsigned char* __restrict__ query_spoiled, const int* __restrict__ head_spoiled,
+                                       const unsigned char* __restrict__ query_nonfinite, const int* __restrict__ head_nonfinite,
                                        VALUE* __restrict__ out, long long num_rows, long long rows_per_head, int value_dim, int normalize) {
   const int lane = threadIdx.x % 32;
   const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -36,9 +37,10 @@ extern "C" __global__ void finish_attention(const ACC* __restrict__ sums, const 
   VALUE* y = out + row * value_dim;
 
   const bool keep = kept(query_mask, row);
-  const bool spoiled = (query_spoiled != nullptr && query_spoiled[row]) || (head_spoiled != nullptr && head_spoiled[row / rows_per_head]);
-  if (!keep || spoiled || !normalize) {
-    for (int i = lane; i < value_dim; i += 32) y[i] = narrow<VALUE>(!keep ? ACC(0) : spoiled ? not_a_number() : x[i]);
+  const bool nonfinite =
+      (query_nonfinite != nullptr && query_nonfinite[row]) || (head_nonfinite != nullptr && head_nonfinite[row / rows_per_head]);
+  if (!keep || nonfinite || !normalize) {
+    for (int i = lane; i < value_dim; i += 32) y[i] = narrow<VALUE>(!keep ? ACC(0) : nonfinite ? not_a_number() : x[i]);
     return;
   }
   ACC largest = 0;

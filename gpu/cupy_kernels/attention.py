@@ -1,6 +1,6 @@
 """YOSO attention as a whole, from the kernels of its parts and those in `attention.cu`.
 
-The equation stands in `yoso_core.reference.yoso_attention`.
+The equation is in `yoso_core.reference.yoso_attention`.
 """
 
 from collections.abc import Callable
@@ -39,60 +39,77 @@ def _attend(
 ) -> Array:
     masks = {"query_mask": query_mask, "key_mask": key_mask}
     accumulator = layout.accumulator(value)
-    query_spoiled = head_spoiled = None
+    query_nonfinite = head_nonfinite = None
     if use_expectation:
         sums = expectation_attention_blocked(device, query, key, value, hash_code_len, **masks, out_dtype=accumulator)
     else:
-        query_spoiled, key_spoiled = (device.empty(x.shape[:-1], np.uint8) for x in (query, key))
+        query_nonfinite, key_nonfinite = (device.empty(x.shape[:-1], np.uint8) for x in (query, key))
         query_code, key_code = (
-            _hash(device, x, signs, planes, num_hash, hash_code_len, spoiled) for x, spoiled in ((query, query_spoiled), (key, key_spoiled))
+            _hash(device, x, signs, planes, num_hash, hash_code_len, nonfinite)
+            for x, nonfinite in ((query, query_nonfinite), (key, key_nonfinite))
         )
         sums = cumulate(device, query_code, key_code, value, 1 << hash_code_len, **masks, out_dtype=accumulator)
-        heads = layout.count(key.shape[:-2])
-        head_spoiled = device.empty((heads,), np.int32)
-        if heads:
-            keep_key = layout.mask_bytes(device, key_mask, key.shape[:-1])
-            device.launch(
-                _kernel("spoil_heads", value), (heads,), (_THREADS,), (key_spoiled, keep_key, head_spoiled, np.int32(key.shape[-2]))
-            )
-    keep_query = layout.mask_bytes(device, query_mask, query.shape[:-1])
+        head_nonfinite = _nonfinite_heads(device, key_nonfinite, key_mask, value)
     out = device.empty(sums.shape, value.dtype)
     if out.size:
         rows, value_dim = layout.count(out.shape[:-1]), out.shape[-1]
         device.launch(
             _kernel("finish_attention", value),
-            (layout.ceil_div(rows, _WARPS),),
-            (32 * _WARPS,),
-            (
-                sums,
-                keep_query,
-                query_spoiled,
-                head_spoiled,
-                out,
-                np.int64(rows),
-                np.int64(out.shape[-2]),
-                np.int32(value_dim),
-                np.int32(normalize_output),
-            ),
+            grid=(layout.ceil_div(rows, _WARPS),),
+            block=(32 * _WARPS,),
+            args={
+                "sums": sums,
+                "query_mask": layout.mask_bytes(device, query_mask, query.shape[:-1]),
+                "query_nonfinite": query_nonfinite,
+                "head_nonfinite": head_nonfinite,
+                "out": out,
+                "num_rows": np.int64(rows),
+                "rows_per_head": np.int64(out.shape[-2]),
+                "value_dim": np.int32(value_dim),
+                "normalize": np.int32(normalize_output),
+            },
         )
     return out
 
 
-def _hash(device: Device, x: Array, signs: Array | None, planes: Array | None, num_hash: int, hash_code_len: int, spoiled: Array) -> Array:
+def _hash(
+    device: Device, x: Array, signs: Array | None, planes: Array | None, num_hash: int, hash_code_len: int, nonfinite: Array
+) -> Array:
     if signs is not None:
-        return fast_hash_warp_per_vector(device, x, signs, num_hash, hash_code_len, spoiled=spoiled)
+        return fast_hash_warp_per_vector(device, x, signs, num_hash, hash_code_len, nonfinite=nonfinite)
     if planes is not None:
-        return hyperplane_hash_thread_per_code(device, x, planes, num_hash, hash_code_len, spoiled=spoiled)
+        return hyperplane_hash_thread_per_code(device, x, planes, num_hash, hash_code_len, nonfinite=nonfinite)
     raise ValueError("signs: sampling needs signs or planes")
 
 
+def _nonfinite_heads(device: Device, key_nonfinite: Array, key_mask: Array | None, value: Array) -> Array:
+    """int32 ``(heads,)``: 1 if a kept key of the head is non-finite."""
+    heads = layout.count(key_nonfinite.shape[:-1])
+    head_nonfinite = device.empty((heads,), np.int32)
+    if heads:
+        device.launch(
+            _kernel("mark_nonfinite_heads", value),
+            grid=(heads,),
+            block=(_THREADS,),
+            args={
+                "row_nonfinite": key_nonfinite,
+                "mask": layout.mask_bytes(device, key_mask, key_nonfinite.shape),
+                "head_nonfinite": head_nonfinite,
+                "rows_per_head": np.int32(key_nonfinite.shape[-1]),
+            },
+        )
+    return head_nonfinite
+
+
 def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
-    """Hash by `warp_per_vector`, cumulate by `shared_table`, normalize. Raises `DoesNotFit` where
-    no column fits into shared memory.
+    """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `shared_table`, normalize. Raises
+    `DoesNotFit` if not even one column of the table fits into shared memory.
     """
     return _attend(device, lsh_cumulation_shared_table, query, key, value, **options)  # type: ignore[arg-type]
 
 
 def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
-    """Hash by `warp_per_vector`, cumulate by `sorted_buckets`, normalize: any ``hash_code_len``."""
+    """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `sorted_buckets`, normalize. Any
+    ``hash_code_len``.
+    """
     return _attend(device, lsh_cumulation_sorted_buckets, query, key, value, **options)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-// Types and small helpers of every kernel here. No header of CUDA is included: NVRTC finds none on
-// many machines.
+// Types and small helpers for every kernel in this folder. No CUDA header is included, because
+// NVRTC finds none on many machines.
 //
-// VALUE is how an array is stored (float, double, float16, bfloat16), OUT how a result is, ACC how
-// they are computed with: double for double, float for the rest.
+// VALUE is the type in which an array is stored (float, double, float16, bfloat16) and OUT the type
+// in which a result is stored. ACC is the type of the computation: double for double, else float.
 #pragma once
 
 #ifndef VALUE
@@ -21,8 +21,8 @@ template <class T> struct Computed { typedef float type; };
 template <> struct Computed<double> { typedef double type; };
 typedef Computed<VALUE>::type ACC;
 
-// Exact widening. A float16 below its normal range is a whole multiple of 2^-24, which is a normal
-// float: nothing is flushed to zero.
+// Widening is exact. A subnormal float16 is a whole multiple of 2^-24, and that is a normal float,
+// so nothing is flushed to zero.
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
@@ -34,7 +34,7 @@ __device__ inline float widen(float16 x) {
   return x.bits & 0x8000u ? -size : size;
 }
 
-// Rounding to nearest, ties to even. Every NaN becomes the canonical one.
+// Rounds to nearest, ties to even. Every NaN becomes the canonical NaN.
 template <class T> __device__ inline T narrow(ACC x) { return T(x); }
 template <> __device__ inline bfloat16 narrow<bfloat16>(ACC x) {
   const unsigned bits = __float_as_uint(float(x));
@@ -57,24 +57,23 @@ __device__ inline ACC not_a_number() { return ACC(__uint_as_float(0x7fffffffu));
 
 __device__ inline bool is_finite(ACC x) { return x - x == ACC(0); }
 
-// An infinity or NaN in a sum means that it met a value that is not finite: the result there is
-// NaN.
+// A sum is non-finite if one of its terms is: the result is then NaN.
 __device__ inline ACC nan_unless_finite(ACC x) { return is_finite(x) ? x : not_a_number(); }
 
 template <class T> __device__ inline T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> __device__ inline T larger(T a, T b) { return a > b ? a : b; }
 template <class T> __device__ inline T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
-// Codes may come unchecked; one that is out of range has no bucket.
+// Codes may be unchecked. A code that is out of range has no bucket.
 __device__ inline bool in_range(int code, int capacity) { return static_cast<unsigned>(code) < static_cast<unsigned>(capacity); }
 
-// A mask is one byte for each row, nonzero = keep; a null pointer keeps all.
+// A mask has one byte for each row, nonzero = keep. A null pointer keeps every row.
 __device__ inline bool kept(const unsigned char* mask, long long row) { return mask == nullptr || mask[row] != 0; }
 
-constexpr float HUGE_ENTRY = 1152921504606846976.f;  // 2^60: beyond it a vector is scaled down, so that no sum overflows
+constexpr float HUGE_ENTRY = 1152921504606846976.f;  // 2^60: a vector with a larger entry is scaled down, so that no sum overflows
 
-// 1, or the power of two that brings a vector with such a largest entry back into range. A sign
-// does not see it, and it is exact.
+// The factor for a vector with this largest entry: 1, or a power of two that brings the vector back
+// into range. Scaling by a power of two is exact and changes no sign.
 __device__ inline ACC range_scale(ACC largest) {
   return largest > ACC(HUGE_ENTRY) ? scalbn(ACC(1), -smaller(ilogb(largest), sizeof(ACC) == 8 ? 1000 : 100)) : ACC(1);
 }

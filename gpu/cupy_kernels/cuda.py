@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels.source import options, source_of
-from yoso_core.gpu.device import Array, CudaKernel, KernelText, Launch, Shape, record
+from yoso_core.gpu.cupy_kernels.source import options, parameter_names, source_of
+from yoso_core.gpu.device import Arguments, Array, CudaKernel, KernelText, Launch, Shape, in_order, record
 
 _NO_POINTER = np.uint64(0)
 _WITHOUT_OPT_IN = 48 << 10
@@ -33,11 +33,13 @@ def _module(text: str, flags: tuple[str, ...], names: tuple[str, ...] | None, in
 
 
 @cache
-def _function(kernel: CudaKernel | KernelText, index: int) -> Any:
+def _function(kernel: CudaKernel | KernelText, index: int) -> tuple[Any, tuple[str, ...]]:
+    """The kernel as CuPy calls it, and the names of its parameters."""
     # A text of the reader's own may hold a template, or a kernel that is not extern "C": the
     # compiler must then be asked for its name.
     names = (kernel.name,) if isinstance(kernel, KernelText) and 'extern "C"' not in kernel.text else None
-    return _module(source_of(kernel), options(kernel), names, index).get_function(kernel.name)
+    text = source_of(kernel)
+    return _module(text, options(kernel), names, index).get_function(kernel.name), parameter_names(text, kernel.name)
 
 
 class CupyDevice:
@@ -66,12 +68,11 @@ class CupyDevice:
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         return self.xp.zeros(shape, dtype)
 
-    def launch(
-        self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0
-    ) -> None:
+    def launch(self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
         """Launch a kernel on the current stream: see `Device.launch`."""
-        function = _function(kernel, self.index)
+        function, names = _function(kernel, self.index)
+        passed = tuple(_NO_POINTER if x is None else x for x in in_order(args, names, kernel.name))
         if shared > _WITHOUT_OPT_IN and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
-        function(tuple(grid), tuple(block), tuple(_NO_POINTER if x is None else x for x in args), shared_mem=shared)
+        function(tuple(grid), tuple(block), passed, shared_mem=shared)
         record(Launch("cupy", kernel.name, tuple(grid), tuple(block), shared))

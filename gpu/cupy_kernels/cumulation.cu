@@ -1,7 +1,7 @@
-// Bernoulli cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j, three ways.
+// Bernoulli cumulation in three ways: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j.
 //
-// Compiled for VALUE, and for OUT, how the result is stored; shared_table also for LANES, the
-// hashes side by side.
+// Compiled for VALUE, and for OUT, the type in which the result is stored. shared_table is also
+// compiled for LANES, the number of threads in a group.
 //
 // Arrays are contiguous: codes (heads, n, m), value (heads, n_k, d_v), out (heads, n_q, d_v), masks
 // (heads, n).
@@ -11,13 +11,13 @@
 __device__ inline OUT mean(ACC sum, int num_hash) { return narrow<OUT>(nan_unless_finite(sum / ACC(num_hash))); }
 
 // ------------------------------------------------------------------------------------------------
-// global_table: the paper's algorithm. A table of every hash in global memory, for 32 value dims at
-// a time: (heads, m, capacity, 32).
+// global_table: the paper's algorithm. Global memory holds a table of every hash, for 32 value dims
+// at a time: (heads, m, capacity, 32).
 
 // global_table_scatter
-//   A warp takes one key: lane l adds value dim first_dim + l to the key's bucket of every hash.
-//   Blocks of 8 keys. Moves 4 m bytes of codes and 32 values in, and 32 m atomic additions out for
-//   each key. Not deterministic: the order of the additions is that of chance.
+//   A warp takes one key. Lane l adds value dim first_dim + l to the key's bucket of every hash. A
+//   block has 8 keys. Moves 4 m bytes of codes and 32 values in and 32 m atomic additions out for
+//   each key. Not deterministic: the atomic additions come in any order.
 extern "C" __global__ void global_table_scatter(const int* __restrict__ key_hash_code, const VALUE* __restrict__ value,
                                                 const unsigned char* __restrict__ key_mask, ACC* __restrict__ table, int n_k, int num_hash,
                                                 int capacity, int value_dim, int first_dim) {
@@ -32,9 +32,9 @@ extern "C" __global__ void global_table_scatter(const int* __restrict__ key_hash
 }
 
 // global_table_gather
-//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash
-//   after hash. Blocks of 8 queries. Moves 4 m bytes of codes and 32 m sums in and 32 results out
-//   for each query. Deterministic, given the table.
+//   A warp takes one query. Lane l adds up value dim first_dim + l of the query's buckets, hash
+//   after hash. A block has 8 queries. Moves 4 m bytes of codes and 32 m sums in and 32 results out
+//   for each query. Deterministic for a given table.
 extern "C" __global__ void global_table_gather(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                                const ACC* __restrict__ table, OUT* __restrict__ out, int n_q, int num_hash, int capacity,
                                                int value_dim, int first_dim) {
@@ -56,30 +56,31 @@ extern "C" __global__ void global_table_gather(const int* __restrict__ query_has
 constexpr int BATCH = 8;
 
 // shared_table
-//   A block takes a few value dims of one head and does everything for them: it adds all keys to
-//   its tables, then lets all queries read. Its tables stand in shared memory as one array of
-//   capacity + 1 rows, one *column* for each pair of a hash and a value dim, and every column
-//   belongs to one thread. So no two threads ever add to the same entry: no atomics, no conflict
-//   between banks (neighboring threads have neighboring columns, whatever their codes), and every
-//   sum is taken in the order of the keys. Thread t has hash t % LANES and value dim t / LANES of
-//   the block's. Keys that are masked go to the last row, which nobody reads.
+//   A block takes a few value dims of one head and does the whole cumulation for them: it adds all
+//   keys to its tables, then all queries read. The tables are one array in shared memory, with
+//   capacity + 1 rows and one *column* for each pair of a hash and a value dim. Every column
+//   belongs to one thread: thread t has hash t % LANES and value dim t / LANES of the block. So no
+//   two threads add to the same entry, and no atomics are needed. Neighboring threads have
+//   neighboring columns, so no banks conflict, whatever the codes. Every sum is taken in the order
+//   of the keys. Masked keys go to the last row, which nobody reads.
 //
-//   Scatter: BATCH keys at a time, so that their entries are fetched together and not one after the
-//   other. Where two of them share a bucket, the later takes the earlier's sum and not what was
-//   fetched. Gather: a thread fetches its column's entry for LANES queries, and its group of LANES
-//   threads adds them up over the hashes by halves: in each step a thread gives away half of its
-//   queries and takes the partner's sums for the other half, so that LANES queries cost LANES - 1
-//   shuffles, and thread i ends with the whole sum of query i. Where m is more than the hashes that
-//   fit side by side, the block does this in rounds and keeps the sums in `unfinished`.
+//   Scatter: BATCH keys at a time, so that their table entries are read together and not one after
+//   the other. If two of these keys share a bucket, the later key takes the sum of the earlier one
+//   in place of the entry that was read. Gather: a thread reads the entries of its column for LANES
+//   queries. Its group of LANES threads then adds up the hashes by halves: in each step a thread
+//   gives away half of its queries and takes the partner's sums for the other half. So LANES
+//   queries cost LANES - 1 shuffles, and thread i ends with the whole sum of query i. If m is
+//   greater than `side_by_side`, the number of hashes done at a time, the block works in rounds and
+//   keeps the sums in `unfinished`.
 //
-//   grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
-//   cache, but for the first of its blocks), its slice of the values, and its slice of the result.
-//   Deterministic: the same bits every time.
+//   Grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
+//   cache, except for the first block), its slice of the values, and its slice of the result.
+//   Deterministic.
 extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code,
                                         const VALUE* __restrict__ value, const unsigned char* __restrict__ query_mask,
                                         const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished, OUT* __restrict__ out,
                                         int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side) {
-  extern __shared__ double shared[];  // double, so that it is aligned for either ACC
+  extern __shared__ double shared[];  // double, so that it is aligned for both types of ACC
   ACC* table = reinterpret_cast<ACC*>(shared);
 
   const int columns = LANES * width, lane = threadIdx.x % LANES;
@@ -127,7 +128,7 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
       }
     }
 
-    // A column's reader is its writer: no barrier.
+    // The thread that reads a column has written it: no barrier is needed.
     for (int first_query = 0; first_query < n_q; first_query += LANES) {
       ACC sum[LANES];
 #pragma unroll
@@ -157,17 +158,17 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
 #endif
 
 // ------------------------------------------------------------------------------------------------
-// sorted_buckets: keys in the order of their codes, so that a bucket is a run of neighbors, and its
-// sum needs no atomic. Any capacity. `bucket_sum` is (heads, hashes of the group, n_k, d_v): a
-// bucket's sum stands at the position where the bucket starts.
+// sorted_buckets: keys are sorted by their codes. So a bucket is a run of neighbors, and its sum
+// needs no atomics. Any capacity. `bucket_sum` is (heads, hashes of the group, n_k, d_v); the sum
+// of a bucket is stored at the position where the bucket starts.
 
 constexpr int STRETCH = 64;
 
 // sum_buckets
-//   A block walks STRETCH sorted positions of one head and hash, a thread for each value dim. It
-//   writes one sum for each bucket, at its start, or at the start of the stretch for a bucket that
-//   began before it. Moves 8 bytes and one row of values in for each key, one row of sums out for
-//   each bucket. Deterministic.
+//   A block walks over a stretch of STRETCH sorted positions of one head and hash, with one thread
+//   for each value dim. It writes one sum for each bucket, at the start of the bucket, or at the
+//   start of the stretch if the bucket began before it. Moves 8 bytes and one row of values in for
+//   each key and one row of sums out for each bucket. Deterministic.
 extern "C" __global__ void sum_buckets(const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ value,
                                        ACC* __restrict__ bucket_sum, int n_k, int num_hash, int first_hash, int capacity, int value_dim) {
   const long long head = blockIdx.z;
@@ -191,9 +192,9 @@ extern "C" __global__ void sum_buckets(const int* __restrict__ sorted_code, cons
 }
 
 // join_stretches
-//   Buckets that reach over several stretches: their sums are added up at the bucket's start, from
-//   left to right. A block takes one head and hash, a thread each value dim. Moves two rows of sums
-//   for each stretch that starts inside a bucket. Deterministic.
+//   For buckets that span several stretches, adds up the sums of the stretches at the start of the
+//   bucket, from left to right. A block takes one head and hash, a thread one value dim. Moves two
+//   rows of sums for each stretch that starts inside a bucket. Deterministic.
 extern "C" __global__ void join_stretches(const int* __restrict__ sorted_code, ACC* __restrict__ bucket_sum, int n_k, int num_hash,
                                           int first_hash, int capacity, int value_dim) {
   const long long head = blockIdx.y;
@@ -210,9 +211,10 @@ extern "C" __global__ void join_stretches(const int* __restrict__ sorted_code, A
 
 // gather_buckets
 //   A warp takes one query. Its lanes look up the starts of 32 buckets at once, one hash each, by
-//   bisection of the sorted codes; then they go through these buckets together, a lane for each
-//   value dim. Blocks of 8 queries. Moves 4 bytes of code, about log2(n_k) codes, and a row of sums
-//   in for each hash, a row of results out. Deterministic.
+//   bisection of the sorted codes. Then they go through these buckets together, with one lane for
+//   each value dim. A block has 8 queries. Moves, for each query and hash, 4 bytes of code, about
+//   log2(n_k) sorted codes and one row of sums in, and for each query one row of results out.
+//   Deterministic.
 extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                           const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
                                           ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,

@@ -1,9 +1,9 @@
-"""Launchers of the Bernoulli cumulation: the kernels in `cumulation.cu`.
-
-The equation stands in `yoso_core.reference.lsh_cumulation_pairs`.
+"""Launchers of the Bernoulli cumulation. The kernels are in `cumulation.cu`, the equation is in
+`yoso_core.reference.lsh_cumulation_pairs`.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,45 +15,84 @@ _WARP = 32
 _ROWS = 8
 _STRETCH = 64
 _GROUP_BYTES = 256 << 20
-"""Bucket sums that stand in memory at one time: those of all hashes for some heads, or of some
-hashes where one head has more.
+"""Limit for the bucket sums that are in memory at a time: those of all hashes for some heads, or of
+some hashes if one head has more.
 """
 
 
+@dataclass(frozen=True)
 class _Call:
-    """The arrays of one call as the kernels want them, and where the result goes."""
+    """The arrays and sizes of one call, in the kernels' shape: ``(heads, n, ...)``."""
 
-    def __init__(
-        self,
-        device: Device,
-        query_hash_code: Array,
-        key_hash_code: Array,
-        value: Array,
-        hashtable_capacity: int,
-        query_mask: Array | None,
-        key_mask: Array | None,
-        out_dtype: Any,
-    ) -> None:
-        self.query_code, self.key_code, self.value = (layout.heads(device, x) for x in (query_hash_code, key_hash_code, value))
-        self.query_mask = layout.mask_bytes(device, query_mask, query_hash_code.shape[:-1])
-        self.key_mask = layout.mask_bytes(device, key_mask, key_hash_code.shape[:-1])
-        self.heads, self.n_q, self.num_hash = self.query_code.shape
-        self.n_k, self.value_dim = self.value.shape[1:]
-        self.capacity = hashtable_capacity
-        self.accumulator = layout.accumulator(value)
-        self.out = device.empty((*query_hash_code.shape[:-1], self.value_dim), value.dtype if out_dtype is None else out_dtype)
-        self.flat_out = self.out.reshape(self.heads, self.n_q, self.value_dim)
-        if self.out.size and not self.n_k:
-            self.out[...] = 0
+    device: Device
+    query_hash_code: Array
+    key_hash_code: Array
+    value: Array
+    query_mask: Array | None
+    key_mask: Array | None
+    out: Array
+    capacity: int
 
     @property
-    def trivial(self) -> bool:
-        """Nothing to launch: the result is empty, or there is no key and it is zeros."""
+    def heads(self) -> int:
+        return int(self.value.shape[0])
+
+    @property
+    def n_q(self) -> int:
+        return int(self.query_hash_code.shape[1])
+
+    @property
+    def n_k(self) -> int:
+        return int(self.value.shape[1])
+
+    @property
+    def num_hash(self) -> int:
+        return int(self.query_hash_code.shape[2])
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.value.shape[2])
+
+    @property
+    def accumulator(self) -> Any:
+        return layout.accumulator(self.value)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Nothing to launch: the result is empty, or all zeros since there is no key."""
         return self.out.size == 0 or self.n_k == 0
 
     def kernel(self, name: str, **defines: int) -> CudaKernel:
         types = (("VALUE", layout.c_type(self.value)), ("OUT", layout.c_type(self.out)))
         return CudaKernel("cumulation.cu", name, (*types, *defines.items()))
+
+
+def _call(
+    device: Device,
+    query_hash_code: Array,
+    key_hash_code: Array,
+    value: Array,
+    hashtable_capacity: int,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    out_dtype: Any,
+) -> tuple[Array, _Call]:
+    """The result, not yet filled unless the call is trivial, and the call that fills it."""
+    out = device.empty((*query_hash_code.shape[:-1], value.shape[-1]), value.dtype if out_dtype is None else out_dtype)
+    if out.size and not value.shape[-2]:
+        out[...] = 0
+    query_code = layout.heads(device, query_hash_code)
+    call = _Call(
+        device=device,
+        query_hash_code=query_code,
+        key_hash_code=layout.heads(device, key_hash_code),
+        value=layout.heads(device, value),
+        query_mask=layout.mask_bytes(device, query_mask, query_hash_code.shape[:-1]),
+        key_mask=layout.mask_bytes(device, key_mask, key_hash_code.shape[:-1]),
+        out=out.reshape(*query_code.shape[:2], value.shape[-1]),
+        capacity=hashtable_capacity,
+    )
+    return out, call
 
 
 def lsh_cumulation_global_table(
@@ -68,53 +107,66 @@ def lsh_cumulation_global_table(
     out_dtype: Any = None,
 ) -> Array:
     """The paper's algorithm: tables in global memory, 32 value dims at a time. Raises `DoesNotFit`
-    where they do not fit.
+    if they need more memory than the device allows.
     """
-    call = _Call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
-    if call.trivial:
-        return call.out
+    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
+    if call.is_trivial:
+        return out
     shape = (call.heads, call.num_hash, call.capacity, _WARP)
     layout.check_table(device, shape, call.accumulator, "sorted_buckets")
     for first_dim in range(0, call.value_dim, _WARP):
         table = device.zeros(shape, call.accumulator)
-        numbers = tuple(np.int32(x) for x in (call.num_hash, call.capacity, call.value_dim, first_dim))
+        sizes = layout.int32s(num_hash=call.num_hash, capacity=call.capacity, value_dim=call.value_dim, first_dim=first_dim)
         for part in layout.grid_slices(call.heads):
             heads = part.stop - part.start
             device.launch(
                 call.kernel("global_table_scatter"),
-                (layout.ceil_div(call.n_k, _ROWS), heads),
-                (_WARP, _ROWS),
-                (call.key_code[part], call.value[part], layout.part_of(call.key_mask, part), table[part], np.int32(call.n_k), *numbers),
+                grid=(layout.ceil_div(call.n_k, _ROWS), heads),
+                block=(_WARP, _ROWS),
+                args={
+                    "key_hash_code": call.key_hash_code[part],
+                    "value": call.value[part],
+                    "key_mask": layout.part_of(call.key_mask, part),
+                    "table": table[part],
+                    "n_k": np.int32(call.n_k),
+                    **sizes,
+                },
             )
             device.launch(
                 call.kernel("global_table_gather"),
-                (layout.ceil_div(call.n_q, _ROWS), heads),
-                (_WARP, _ROWS),
-                (
-                    call.query_code[part],
-                    layout.part_of(call.query_mask, part),
-                    table[part],
-                    call.flat_out[part],
-                    np.int32(call.n_q),
-                    *numbers,
-                ),
+                grid=(layout.ceil_div(call.n_q, _ROWS), heads),
+                block=(_WARP, _ROWS),
+                args={
+                    "query_hash_code": call.query_hash_code[part],
+                    "query_mask": layout.part_of(call.query_mask, part),
+                    "table": table[part],
+                    "out": call.out[part],
+                    "n_q": np.int32(call.n_q),
+                    **sizes,
+                },
             )
-    return call.out
+    return out
 
 
-def shared_table_layout(num_hash: int, value_dim: int, hashtable_capacity: int, max_shared: int, itemsize: int) -> tuple[int, int, int]:
-    """``(lanes, side_by_side, width)``: threads to a group, hashes that they do at one time, and
-    value dims to a block.
+class SharedTable(NamedTuple):
+    """How `shared_table` divides its work."""
+
+    lanes: int
+    """Threads in a group: ``side_by_side`` rounded up to a power of two."""
+    side_by_side: int
+    """Hashes that a block does at a time."""
+    width: int
+    """Value dims of a block."""
+
+
+def shared_table_layout(num_hash: int, value_dim: int, hashtable_capacity: int, max_shared: int, itemsize: int) -> SharedTable:
+    """The division of work for tables that fit into ``max_shared`` bytes.
 
     A column takes ``(hashtable_capacity + 1) * itemsize`` bytes, and a block has ``lanes * width``
-    of them.
-
-    Raises
-    ------
-    DoesNotFit : not even one column fits.
+    columns. Raises `DoesNotFit` if not even one column fits.
 
     >>> shared_table_layout(32, 64, 256, 227 * 1024, 4)
-    (32, 32, 7)
+    SharedTable(lanes=32, side_by_side=32, width=7)
     """
     columns = max_shared // ((hashtable_capacity + 1) * itemsize)
     if columns < 1:
@@ -126,7 +178,7 @@ def shared_table_layout(num_hash: int, value_dim: int, hashtable_capacity: int, 
     side_by_side = layout.ceil_div(num_hash, layout.ceil_div(num_hash, most))
     lanes = layout.pow2_at_least(side_by_side)
     width = min(value_dim, columns // lanes, 1024 // lanes)
-    return lanes, side_by_side, layout.ceil_div(value_dim, layout.ceil_div(value_dim, width))
+    return SharedTable(lanes, side_by_side, layout.ceil_div(value_dim, layout.ceil_div(value_dim, width)))
 
 
 def lsh_cumulation_shared_table(
@@ -140,34 +192,41 @@ def lsh_cumulation_shared_table(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """Tables in shared memory, a column to a thread, scatter and gather in one kernel. Raises
-    `DoesNotFit` where no column fits.
+    """Tables in shared memory, one column to a thread, scatter and gather in one kernel. Raises
+    `DoesNotFit` if not even one column fits.
     """
-    call = _Call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
-    if call.trivial:
-        return call.out
+    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
+    if call.is_trivial:
+        return out
     item = np.dtype(call.accumulator).itemsize
     lanes, side_by_side, width = shared_table_layout(call.num_hash, call.value_dim, call.capacity, device.max_shared, item)
-    unfinished = None if side_by_side >= call.num_hash else device.empty(call.flat_out.shape, call.accumulator)
-    sizes = (call.n_q, call.n_k, call.num_hash, call.capacity, call.value_dim, width, side_by_side)
+    unfinished = None if side_by_side >= call.num_hash else device.empty(call.out.shape, call.accumulator)
     for part in layout.grid_slices(call.heads):
         device.launch(
             call.kernel("shared_table", LANES=lanes),
-            (layout.ceil_div(call.value_dim, width), part.stop - part.start),
-            (_WARP * layout.ceil_div(lanes * width, _WARP),),
-            (
-                call.query_code[part],
-                call.key_code[part],
-                call.value[part],
-                layout.part_of(call.query_mask, part),
-                layout.part_of(call.key_mask, part),
-                layout.part_of(unfinished, part),
-                call.flat_out[part],
-                *map(np.int32, sizes),
-            ),
+            grid=(layout.ceil_div(call.value_dim, width), part.stop - part.start),
+            block=(_WARP * layout.ceil_div(lanes * width, _WARP),),
+            args={
+                "query_hash_code": call.query_hash_code[part],
+                "key_hash_code": call.key_hash_code[part],
+                "value": call.value[part],
+                "query_mask": layout.part_of(call.query_mask, part),
+                "key_mask": layout.part_of(call.key_mask, part),
+                "unfinished": layout.part_of(unfinished, part),
+                "out": call.out[part],
+                **layout.int32s(
+                    n_q=call.n_q,
+                    n_k=call.n_k,
+                    num_hash=call.num_hash,
+                    capacity=call.capacity,
+                    value_dim=call.value_dim,
+                    width=width,
+                    side_by_side=side_by_side,
+                ),
+            },
             shared=(call.capacity + 1) * lanes * width * item,
         )
-    return call.out
+    return out
 
 
 def lsh_cumulation_sorted_buckets(
@@ -182,60 +241,80 @@ def lsh_cumulation_sorted_buckets(
     out_dtype: Any = None,
     sorted_codes: SortedCodes | None = None,
 ) -> Array:
-    """Keys sorted by code, buckets summed as runs of neighbors, found again by bisection: any
-    capacity, no float atomics.
+    """Keys are sorted by code, buckets are summed as runs of neighbors, and queries find them by
+    bisection. Any capacity, no float atomics.
 
-    ``sorted_codes``: those of the keys, as `sort_codes` gives them, where the caller has them.
+    ``sorted_codes`` : the sorted codes of the keys from `sort_codes`, if the caller has them.
     """
-    call = _Call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
-    if call.trivial:
-        return call.out
-    sorted_code, order = sorted_codes or sort_codes(device, call.key_code, call.capacity, call.key_mask)
+    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
+    if call.is_trivial:
+        return out
+    sorted_keys = sorted_codes or sort_codes(device, call.key_hash_code, call.capacity, call.key_mask)
     row_bytes = call.n_k * call.value_dim * np.dtype(call.accumulator).itemsize
-    budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of sums of one head and hash
+    budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of pairs of a head and a hash
     together = max(1, min(call.num_hash, budget))
     head_groups = layout.grid_slices(call.heads, budget // together)
     bucket_sum = device.empty((head_groups[0].stop * together, call.n_k, call.value_dim), call.accumulator)
-    unfinished = None if together == call.num_hash else device.empty(call.flat_out.shape, call.accumulator)
+    unfinished = None if together == call.num_hash else device.empty(call.out.shape, call.accumulator)
+    for heads in head_groups:
+        for first_hash in range(0, call.num_hash, together):
+            group = min(together, call.num_hash - first_hash)
+            _sum_buckets(call, sorted_keys, bucket_sum, heads, first_hash, group)
+            _gather_buckets(call, sorted_keys, bucket_sum, unfinished, heads, first_hash, group)
+    return out
+
+
+def _sum_buckets(call: _Call, sorted_keys: SortedCodes, bucket_sum: Array, heads: slice, first_hash: int, group: int) -> None:
+    """Fill ``bucket_sum`` for some heads and for ``group`` hashes from ``first_hash`` on."""
     threads = min(_WARP * layout.ceil_div(call.value_dim, _WARP), 256)
     stretches = layout.ceil_div(call.n_k, _STRETCH)
-    n_k, num_hash, capacity, value_dim = (np.int32(x) for x in (call.n_k, call.num_hash, call.capacity, call.value_dim))
+    sizes = layout.int32s(n_k=call.n_k, num_hash=call.num_hash, first_hash=first_hash, capacity=call.capacity, value_dim=call.value_dim)
+    call.device.launch(
+        call.kernel("sum_buckets"),
+        grid=(stretches, group, heads.stop - heads.start),
+        block=(threads,),
+        args={
+            "sorted_code": sorted_keys.code[heads],
+            "order": sorted_keys.order[heads],
+            "value": call.value[heads],
+            "bucket_sum": bucket_sum,
+            **sizes,
+        },
+    )
+    if stretches > 1:
+        call.device.launch(
+            call.kernel("join_stretches"),
+            grid=(group, heads.stop - heads.start),
+            block=(threads,),
+            args={"sorted_code": sorted_keys.code[heads], "bucket_sum": bucket_sum, **sizes},
+        )
 
-    for part in head_groups:
-        heads = part.stop - part.start
-        for first_hash in range(0, call.num_hash, together):
-            group, first = min(together, call.num_hash - first_hash), np.int32(first_hash)
-            device.launch(
-                call.kernel("sum_buckets"),
-                (stretches, group, heads),
-                (threads,),
-                (sorted_code[part], order[part], call.value[part], bucket_sum, n_k, num_hash, first, capacity, value_dim),
-            )
-            if stretches > 1:
-                device.launch(
-                    call.kernel("join_stretches"),
-                    (group, heads),
-                    (threads,),
-                    (sorted_code[part], bucket_sum, n_k, num_hash, first, capacity, value_dim),
-                )
-            device.launch(
-                call.kernel("gather_buckets"),
-                (layout.ceil_div(call.n_q, _ROWS), heads),
-                (_WARP, _ROWS),
-                (
-                    call.query_code[part],
-                    layout.part_of(call.query_mask, part),
-                    sorted_code[part],
-                    bucket_sum,
-                    layout.part_of(unfinished, part),
-                    call.flat_out[part],
-                    np.int32(call.n_q),
-                    n_k,
-                    num_hash,
-                    first,
-                    np.int32(group),
-                    capacity,
-                    value_dim,
-                ),
-            )
-    return call.out
+
+def _gather_buckets(
+    call: _Call, sorted_keys: SortedCodes, bucket_sum: Array, unfinished: Array | None, heads: slice, first_hash: int, group: int
+) -> None:
+    """Let the queries of some heads read ``bucket_sum``, which holds ``group`` hashes from
+    ``first_hash`` on.
+    """
+    call.device.launch(
+        call.kernel("gather_buckets"),
+        grid=(layout.ceil_div(call.n_q, _ROWS), heads.stop - heads.start),
+        block=(_WARP, _ROWS),
+        args={
+            "query_hash_code": call.query_hash_code[heads],
+            "query_mask": layout.part_of(call.query_mask, heads),
+            "sorted_code": sorted_keys.code[heads],
+            "bucket_sum": bucket_sum,
+            "unfinished": layout.part_of(unfinished, heads),
+            "out": call.out[heads],
+            **layout.int32s(
+                n_q=call.n_q,
+                n_k=call.n_k,
+                num_hash=call.num_hash,
+                first_hash=first_hash,
+                group=group,
+                capacity=call.capacity,
+                value_dim=call.value_dim,
+            ),
+        },
+    )

@@ -1,7 +1,7 @@
-// Expected attention: out_i = sum_j (1 - arccos(q_i . k_j) / pi)^tau v_j for unit q and k, blocked,
-// so that no matrix of weights is stored.
+// Expected attention: out_i = sum_j (1 - arccos(q_i . k_j) / pi)^tau v_j for unit q and k. It works
+// in blocks and stores no matrix of weights.
 //
-// Compiled for VALUE, and for OUT, how the result is stored.
+// Compiled for VALUE, and for OUT, the type in which the result is stored.
 //
 // Arrays are contiguous: query, key (heads, n, d), value (heads, n_k, d_v), out (heads, n_q, d_v),
 // masks (heads, n).
@@ -9,16 +9,16 @@
 #include "tiles.cuh"
 
 constexpr int THREADS = 256;
-constexpr int BLOCKS = sizeof(ACC) == 8 ? 2 : 3;  // that share a multiprocessor: so many registers may a thread have
+constexpr int BLOCKS = sizeof(ACC) == 8 ? 2 : 3;  // that share a multiprocessor: this limits the registers of a thread
 #include "pairs.cuh"
 
-constexpr ACC STEEP = ACC(0.99);  // beyond this cosine arccos has lost too much
+constexpr ACC STEEP = ACC(0.99);  // beyond this cosine arccos is not accurate enough
 
 // normalize_rows
-//   A warp scales one row to unit length; VALUE is how the row is stored. It is divided by its
-//   largest entry first, so that no square overflows or vanishes. A zero row stays zero, a row that
-//   is not finite becomes NaN. Blocks of 8 rows. Moves d numbers in (again from cache, twice) and d
-//   out for each row. Deterministic.
+//   A warp scales one row to unit length; the row is stored as VALUE. It is divided by its largest
+//   entry first, so that no square overflows or vanishes. A zero row stays zero, and a non-finite
+//   row becomes NaN. A block has 8 rows. Moves d numbers in (twice more from cache) and d out for
+//   each row. Deterministic.
 extern "C" __global__ void normalize_rows(const VALUE* __restrict__ vectors, ACC* __restrict__ unit, long long rows, int dim) {
   const int lane = threadIdx.x;
   const long long row = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -26,24 +26,26 @@ extern "C" __global__ void normalize_rows(const VALUE* __restrict__ vectors, ACC
   const VALUE* vector = vectors + row * dim;
 
   const RowSize size = size_of_row(vector, dim, lane);
-  for (int c = lane; c < dim; c += 32) unit[row * dim + c] = size.finite ? size.unit(vector[c]) : not_a_number();
+  for (int i = lane; i < dim; i += 32) unit[row * dim + i] = size.finite ? size.unit(vector[i]) : not_a_number();
 }
 
 // expectation
 //   A block takes 64 queries and 64 value dims (32 of them in float64), and walks over the keys 32
 //   (16) at a time:
-//   1. queries, keys and values go to shared memory, 64 (32) coordinates at a time; queries stay
-//      there if they have no more;
-//   2. a thread takes 4 queries by 2 keys (2 by 2): cosines in registers, weights to shared memory;
-//   3. a thread takes 4 (2) queries by 4 value dims: weights times values, to sums in registers.
-//   Every product reads shared memory four entries at a time, in rows that are four entries longer
-//   than their content, so that the rows a warp reads at one time start in different banks.
-//   Where a cosine is beyond 0.99 on either side, the whole warp takes |q - k| and |q + k| of that
-//   pair together. grid (queries / 64, slices of value dims, heads). Shared memory: 43 KiB (37 in
-//   float64). Moves, for each block, n_k (d + 64) numbers, from the L2 cache but for the first
-//   block of a head: 16 multiply-adds to a byte. In all 2 n_q n_k (d + d_v) operations and n_q n_k
-//   arccosines for each head, the cosines again for each slice of 64. Deterministic: every sum is
-//   taken in the order of the keys, by itself for each tile.
+//   1. It copies queries, keys and values to shared memory, 64 (32) coordinates at a time. The
+//      queries stay there if they have no more coordinates.
+//   2. A thread takes 4 queries by 2 keys (2 by 2). It computes cosines in registers and writes
+//      weights to shared memory.
+//   3. A thread takes 4 (2) queries by 4 value dims. It adds weights times values to sums in
+//      registers.
+//   Every product reads shared memory four entries at a time. Rows there are four entries longer
+//   than their content, so that the rows that a warp reads at a time start in different banks.
+//   If a cosine is beyond +-0.99, the whole warp computes |q - k| and |q + k| of that pair.
+//   Grid (queries / 64, slices of value dims, heads). Shared memory: 43 KiB (37 in float64). Moves,
+//   for each block, n_k (d + 64) numbers, from the L2 cache except for the first block of a head:
+//   16 multiply-adds to a byte. Does 2 n_q n_k (d + d_v) operations and n_q n_k arccosines for each
+//   head; every slice of 64 value dims computes the cosines again. Deterministic: every sum is
+//   taken in the order of the keys, first within a tile, then over the tiles.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 expectation(const ACC* __restrict__ unit_query, const ACC* __restrict__ unit_key, const VALUE* __restrict__ value,
             const unsigned char* __restrict__ query_mask, const unsigned char* __restrict__ key_mask, OUT* __restrict__ out, int n_q,
@@ -53,7 +55,7 @@ expectation(const ACC* __restrict__ unit_query, const ACC* __restrict__ unit_key
   __shared__ Four value_tile[OTHERS][COLUMNS / 4];
   __shared__ Four weight_tile[ROWS][LONG_PAIRS];
 
-  const Place at = my_place();
+  const Position at = my_position();
   const int across = at.across(at.lane), down = at.down(at.lane);
   const int first_query = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
   const long long head = blockIdx.z;
@@ -62,7 +64,7 @@ expectation(const ACC* __restrict__ unit_query, const ACC* __restrict__ unit_key
   for (int first_key = 0; first_key < n_k; first_key += OTHERS) {
     ACC x[MY_PAIRS] = {};  // cosines, then chances, then weights
     for (int first_dim = 0; first_dim < dim; first_dim += DIMS) {
-      __syncthreads();  // the tiles have been read
+      __syncthreads();  // every thread has read the tiles
       if (first_key == 0 || dim > DIMS) fetch_rows<ROWS, DIMS>(query_tile, unit_query, query_mask, head, n_q, first_query, dim, first_dim);
       fetch_rows<OTHERS, DIMS>(key_tile, unit_key, key_mask, head, n_k, first_key, dim, first_dim);
       if (first_dim == 0) fetch_rows<OTHERS, COLUMNS>(value_tile, value, key_mask, head, n_k, first_key, value_dim, first_column);
@@ -95,11 +97,11 @@ expectation(const ACC* __restrict__ unit_query, const ACC* __restrict__ unit_key
     const int query = first_query + down + DOWN * i;
     const long long row = head * n_q + query;
     if (query >= n_q) continue;
-    const bool keep = kept(query_mask, row), spoiled = keep && unit_query[row * dim] != unit_query[row * dim];
+    const bool keep = kept(query_mask, row), nonfinite = keep && unit_query[row * dim] != unit_query[row * dim];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int column = first_column + 4 * across + c;
-      const ACC result = !keep ? ACC(0) : spoiled ? not_a_number() : nan_unless_finite(sum[i].at[c]);
+    for (int u = 0; u < 4; ++u) {
+      const int column = first_column + 4 * across + u;
+      const ACC result = !keep ? ACC(0) : nonfinite ? not_a_number() : nan_unless_finite(sum[i].at[u]);
       if (column < value_dim) out[row * value_dim + column] = narrow<OUT>(result);
     }
   }

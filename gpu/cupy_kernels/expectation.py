@@ -1,5 +1,5 @@
-"""Launcher of expected attention. The equation stands in
-`yoso_core.reference.expectation_attention`, the kernels in `expectation.cu`.
+"""Launcher of expected attention. The kernels are in `expectation.cu`, the equation is in
+`yoso_core.reference.expectation_attention`.
 """
 
 from typing import Any
@@ -15,8 +15,13 @@ _THREADS = 256
 
 
 def unit_rows(device: Device, vectors: Array) -> Array:
-    """Rows scaled to unit length, as contiguous ``(heads, n, d)`` of the accumulator's dtype; NaN
-    where a row is not finite.
+    """Rows scaled to unit length, as contiguous ``(heads, n, d)`` in the dtype of their sums.
+    Non-finite rows become NaN.
+
+    >>> from yoso_core.gpu.emulator import Emulator
+    >>> unit_rows(Emulator(), np.array([[3, 4], [0, 0]], np.float32))
+    array([[[0.6, 0.8],
+            [0. , 0. ]]], dtype=float32)
     """
     flat = layout.heads(device, vectors)
     unit = device.empty(flat.shape, layout.accumulator(flat))
@@ -24,9 +29,9 @@ def unit_rows(device: Device, vectors: Array) -> Array:
         rows = flat.shape[0] * flat.shape[1]
         device.launch(
             CudaKernel("expectation.cu", "normalize_rows", layout.value_define(flat)),
-            (layout.ceil_div(rows, _ROWS),),
-            (32, _ROWS),
-            (flat, unit, np.int64(rows), np.int32(flat.shape[2])),
+            grid=(layout.ceil_div(rows, _ROWS),),
+            block=(32, _ROWS),
+            args={"vectors": flat, "unit": unit, "rows": np.int64(rows), "dim": np.int32(flat.shape[2])},
         )
     return unit
 
@@ -42,10 +47,10 @@ def expectation_attention_blocked(
     key_mask: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """64 queries to a block, which walks over the keys: `expectation`. Working memory: unit copies
-    of query and key.
+    """A block of the kernel `expectation` takes 64 queries and walks over the keys. Working memory:
+    unit copies of query and key.
 
-    ``out_dtype``: that of the result, if not that of ``value``.
+    ``out_dtype`` : the dtype of the result, if not that of ``value``.
     """
     out = device.empty((*query.shape[:-1], value.shape[-1]), value.dtype if out_dtype is None else out_dtype)
     if out.size == 0:
@@ -59,16 +64,16 @@ def expectation_attention_blocked(
     for part in layout.grid_slices(heads):
         device.launch(
             kernel,
-            (layout.ceil_div(n_q, _QUERIES), layout.ceil_div(value_dim, columns), part.stop - part.start),
-            (_THREADS,),
-            (
-                unit_query[part],
-                unit_key[part],
-                values[part],
-                layout.part_of(keep_query, part),
-                layout.part_of(keep_key, part),
-                flat_out[part],
-                *map(np.int32, (n_q, n_k, dim, value_dim, hash_code_len)),
-            ),
+            grid=(layout.ceil_div(n_q, _QUERIES), layout.ceil_div(value_dim, columns), part.stop - part.start),
+            block=(_THREADS,),
+            args={
+                "unit_query": unit_query[part],
+                "unit_key": unit_key[part],
+                "value": values[part],
+                "query_mask": layout.part_of(keep_query, part),
+                "key_mask": layout.part_of(keep_key, part),
+                "out": flat_out[part],
+                **layout.int32s(n_q=n_q, n_k=n_k, dim=dim, value_dim=value_dim, hash_code_len=hash_code_len),
+            },
         )
     return out

@@ -1,6 +1,6 @@
-"""Launchers of the gradients of attention: the kernels in `gradients.cu`.
+"""Launchers of the gradients of attention. The kernels are in `gradients.cu`.
 
-The equations stand in `yoso_core.reference.expectation_attention_backward` and
+The equations are in `yoso_core.reference.expectation_attention_backward` and
 `yoso_core.reference.lsh_attention_backward`.
 """
 
@@ -25,8 +25,8 @@ _WARPS = 8
 
 @dataclass(frozen=True)
 class _Side:
-    """Queries with the gradients of their outputs, or keys with their values, as the kernels want
-    them: ``(heads, n, ...)``.
+    """One side of the pairs as the kernels take it, ``(heads, n, ...)``: queries, with the
+    gradients of their outputs as companions, or keys, with their values.
     """
 
     vectors: Array
@@ -43,79 +43,98 @@ class _Side:
 def _side(device: Device, vectors: Array, companion: Array, mask: Array | None, code: Array | None = None) -> _Side:
     flat = layout.heads(device, vectors)
     return _Side(
-        flat,
-        unit_rows(device, flat),
-        layout.heads(device, companion),
-        layout.mask_bytes(device, mask, vectors.shape[:-1]),
-        None if code is None else layout.heads(device, code),
+        vectors=flat,
+        unit=unit_rows(device, flat),
+        companion=layout.heads(device, companion),
+        mask=layout.mask_bytes(device, mask, vectors.shape[:-1]),
+        code=None if code is None else layout.heads(device, code),
     )
 
 
-def _pull(device: Device, side: _Side, other: _Side, spread: Array | None, hash_code_len: int, grad: Grad) -> Array:
-    """``pull`` of `pull_rows`, the gradient by the unit rows of a side; ``spread`` is filled where
-    one is given.
+def _grad_unit(device: Device, side: _Side, other: _Side, grad_companion: Array | None, hash_code_len: int, grad: Grad) -> Array:
+    """The gradient by the unit rows of a side, by the kernel `gradient_rows`. It also fills
+    ``grad_companion``, if that is given.
     """
     heads, n, dim = side.unit.shape
     companion_dim = side.companion.shape[2]
-    pull = device.empty(side.unit.shape, side.unit.dtype)
+    grad_unit = device.empty(side.unit.shape, side.unit.dtype)
     columns = 32 if side.unit.dtype == np.float64 else 64
-    widest = max(dim, 0 if spread is None else companion_dim)
-    num_hash = 0 if side.code is None else side.code.shape[2]
-    sizes = (n, other.unit.shape[1], dim, companion_dim, num_hash, hash_code_len, grad == "exact")
-    for part in layout.grid_slices(heads) if pull.size else ():
+    widest = max(dim, 0 if grad_companion is None else companion_dim)
+    for part in layout.grid_slices(heads) if grad_unit.size else ():
         device.launch(
-            CudaKernel("gradients.cu", "pull_rows", layout.value_define(side.companion)),
-            (layout.ceil_div(n, _ROWS), layout.ceil_div(widest, columns), part.stop - part.start),
-            (_THREADS,),
-            (
-                *(layout.part_of(x, part) for x in (side.unit, side.companion, side.code, side.mask)),
-                *(layout.part_of(x, part) for x in (other.unit, other.companion, other.code, other.mask)),
-                pull[part],
-                layout.part_of(spread, part),
-                *map(np.int32, sizes),
-            ),
+            CudaKernel("gradients.cu", "gradient_rows", layout.value_define(side.companion)),
+            grid=(layout.ceil_div(n, _ROWS), layout.ceil_div(widest, columns), part.stop - part.start),
+            block=(_THREADS,),
+            args={
+                "unit": side.unit[part],
+                "companion": side.companion[part],
+                "code": layout.part_of(side.code, part),
+                "mask": layout.part_of(side.mask, part),
+                "other_unit": other.unit[part],
+                "other_companion": other.companion[part],
+                "other_code": layout.part_of(other.code, part),
+                "other_mask": layout.part_of(other.mask, part),
+                "grad_unit": grad_unit[part],
+                "grad_companion": layout.part_of(grad_companion, part),
+                **layout.int32s(
+                    n=n,
+                    n_other=other.unit.shape[1],
+                    dim=dim,
+                    companion_dim=companion_dim,
+                    num_hash=0 if side.code is None else side.code.shape[2],
+                    hash_code_len=hash_code_len,
+                    exact=grad == "exact",
+                ),
+            },
         )
-    return pull
+    return grad_unit
 
 
-def _spoiled_heads(device: Device, side: _Side) -> Array:
-    """int32 ``(heads,)``: 1 where a kept row of the side, or its companion, is not finite."""
-    spoiled = device.zeros(side.unit.shape[:1], np.int32)
+def _nonfinite_heads(device: Device, side: _Side) -> Array:
+    """int32 ``(heads,)``: 1 if a kept row of the side, or its companion, is non-finite."""
+    nonfinite = device.zeros(side.unit.shape[:1], np.int32)
     if side.rows:
-        numbers = (np.int64(side.rows), np.int64(side.unit.shape[1]), *map(np.int32, (side.unit.shape[2], side.companion.shape[2])))
         device.launch(
-            CudaKernel("gradients.cu", "note_spoiled_heads", layout.value_define(side.companion)),
-            (layout.ceil_div(side.rows, _WARPS),),
-            (32 * _WARPS,),
-            (side.unit, side.companion, side.mask, spoiled, *numbers),
+            CudaKernel("gradients.cu", "scan_nonfinite_heads", layout.value_define(side.companion)),
+            grid=(layout.ceil_div(side.rows, _WARPS),),
+            block=(32 * _WARPS,),
+            args={
+                "unit": side.unit,
+                "companion": side.companion,
+                "mask": side.mask,
+                "head_nonfinite": nonfinite,
+                "num_rows": np.int64(side.rows),
+                "rows_per_head": np.int64(side.unit.shape[1]),
+                "dim": np.int32(side.unit.shape[2]),
+                "companion_dim": np.int32(side.companion.shape[2]),
+            },
         )
-    return spoiled
+    return nonfinite
 
 
-def _through_normalization(
-    device: Device, side: _Side, pull: Array, like: Array, factor: float = 1.0, head_spoiled: Array | None = None
+def _l2_normalize_backward(
+    device: Device, side: _Side, grad_unit: Array, like: Array, factor: float = 1.0, head_nonfinite: Array | None = None
 ) -> Array:
-    """The gradient by the caller's vectors, ``like`` them, from that by their unit rows, which is
-    ``factor * pull``.
+    """The gradient by the caller's vectors, ``like`` them, from the gradient by their unit rows,
+    which is ``factor * grad_unit``.
     """
     out = device.empty(like.shape, like.dtype)
     if out.size:
-        dim = like.shape[-1]
         device.launch(
-            CudaKernel("gradients.cu", "through_normalization", layout.value_define(side.vectors)),
-            (layout.ceil_div(side.rows, _WARPS),),
-            (32 * _WARPS,),
-            (
-                side.vectors,
-                pull,
-                side.mask,
-                head_spoiled,
-                out.reshape(side.vectors.shape),
-                np.int64(side.rows),
-                np.int64(side.vectors.shape[1]),
-                np.int32(dim),
-                layout.accumulator(like)(factor),
-            ),
+            CudaKernel("gradients.cu", "l2_normalize_backward", layout.value_define(side.vectors)),
+            grid=(layout.ceil_div(side.rows, _WARPS),),
+            block=(32 * _WARPS,),
+            args={
+                "vectors": side.vectors,
+                "grad_unit": grad_unit,
+                "mask": side.mask,
+                "head_nonfinite": head_nonfinite,
+                "out": out.reshape(side.vectors.shape),
+                "num_rows": np.int64(side.rows),
+                "rows_per_head": np.int64(side.vectors.shape[1]),
+                "dim": np.int32(like.shape[-1]),
+                "factor": layout.accumulator(like)(factor),
+            },
         )
     return out
 
@@ -123,13 +142,17 @@ def _through_normalization(
 def _by_pairs(
     device: Device, queries: _Side, keys: _Side, query: Array, key: Array, value: Array, hash_code_len: int, grad: Grad
 ) -> Gradients:
-    """All three gradients from all pairs, with the collisions of the codes as weights if there are
-    codes, else with the expectation.
+    """All three gradients from all pairs. The weights are the collisions of the codes if there are
+    codes, else the expectation.
     """
     grad_value = device.empty(value.shape, value.dtype)
-    pull_query = _pull(device, queries, keys, None, hash_code_len, grad)
-    pull_key = _pull(device, keys, queries, grad_value.reshape(keys.companion.shape), hash_code_len, grad)
-    return _through_normalization(device, queries, pull_query, query), _through_normalization(device, keys, pull_key, key), grad_value
+    grad_unit_query = _grad_unit(device, queries, keys, None, hash_code_len, grad)
+    grad_unit_key = _grad_unit(device, keys, queries, grad_value.reshape(keys.companion.shape), hash_code_len, grad)
+    return (
+        _l2_normalize_backward(device, queries, grad_unit_query, query),
+        _l2_normalize_backward(device, keys, grad_unit_key, key),
+        grad_value,
+    )
 
 
 def expectation_attention_backward_blocked(
@@ -144,10 +167,10 @@ def expectation_attention_backward_blocked(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Gradients:
-    """32 rows to a block, which walks over the other side: once by query, once by key. Repeatable
-    bit by bit.
+    """A block of the kernel `gradient_rows` takes 32 rows and walks over the other side: once for
+    the queries, once for the keys. Repeatable bit by bit.
 
-    Working memory: unit copies of query and key, and their gradients before the normalization.
+    Working memory: unit copies of query and key, and the gradients by them.
     """
     queries, keys = _side(device, query, grad_out, query_mask), _side(device, key, value, key_mask)
     return _by_pairs(device, queries, keys, query, key, value, hash_code_len, grad)
@@ -167,12 +190,12 @@ def lsh_attention_backward_outer_products(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
 ) -> Gradients:
-    """``grad="lower_bound"``: three cumulations, linear in ``n_q + n_k``; ``"exact"``: all pairs,
-    blocked, with their collisions counted.
+    """``grad="lower_bound"``: three cumulations, linear in ``n_q + n_k``. ``grad="exact"``: all
+    pairs in blocks, with their collisions counted. Repeatable bit by bit.
 
-    With the lower bound the gradient of the query is a cumulation of unit keys, weighted by
-    ``grad_out`` and ``value``; that of the key is the same from the other side, and that of the
-    value a plain cumulation of ``grad_out``. Repeatable bit by bit.
+    With the lower bound, the gradient by the unit queries is a cumulation of the unit keys with the
+    weights ``grad_out`` and ``value``. The gradient by the unit keys is the same with the sides
+    exchanged. The gradient by the values is a cumulation of ``grad_out`` without weights.
     """
     queries = _side(device, query, grad_out, query_mask, query_hash_code)
     keys = _side(device, key, value, key_mask, key_hash_code)
@@ -180,27 +203,27 @@ def lsh_attention_backward_outer_products(
         return _by_pairs(device, queries, keys, query, key, value, hash_code_len, grad)
     capacity = 1 << hash_code_len
     sorted_query, sorted_key = (sort_codes(device, side.code, capacity, side.mask) for side in (queries, keys))
-    g, v = (layout.widened(x) for x in (grad_out, value))  # as the unit rows are: the kernel takes all of one dtype
-    pull_query = lsh_weighted_cumulation_outer_products(
+    g, v = (layout.widened(x) for x in (grad_out, value))  # the kernel takes them in the dtype of the unit rows
+    grad_unit_query = lsh_weighted_cumulation_outer_products(
         device,
-        query_hash_code,
-        g,
-        key_hash_code,
-        v,
-        keys.unit.reshape(key.shape),
-        capacity,
+        query_hash_code=query_hash_code,
+        query_weight=g,
+        key_hash_code=key_hash_code,
+        key_weight=v,
+        value=keys.unit.reshape(key.shape),
+        hashtable_capacity=capacity,
         query_mask=query_mask,
         key_mask=key_mask,
         sorted_codes=(sorted_query, sorted_key),
     )
-    pull_key = lsh_weighted_cumulation_outer_products(
+    grad_unit_key = lsh_weighted_cumulation_outer_products(
         device,
-        key_hash_code,
-        v,
-        query_hash_code,
-        g,
-        queries.unit.reshape(query.shape),
-        capacity,
+        query_hash_code=key_hash_code,
+        query_weight=v,
+        key_hash_code=query_hash_code,
+        key_weight=g,
+        value=queries.unit.reshape(query.shape),
+        hashtable_capacity=capacity,
         query_mask=key_mask,
         key_mask=query_mask,
         sorted_codes=(sorted_key, sorted_query),
@@ -212,7 +235,7 @@ def lsh_attention_backward_outer_products(
         grad_value = lsh_cumulation_sorted_buckets(*plain, query_mask=key_mask, key_mask=query_mask, sorted_codes=sorted_query)
     half = hash_code_len / 2
     return (
-        _through_normalization(device, queries, pull_query, query, half, _spoiled_heads(device, keys)),
-        _through_normalization(device, keys, pull_key, key, half, _spoiled_heads(device, queries)),
+        _l2_normalize_backward(device, queries, grad_unit_query, query, half, _nonfinite_heads(device, keys)),
+        _l2_normalize_backward(device, keys, grad_unit_key, key, half, _nonfinite_heads(device, queries)),
         grad_value,
     )

@@ -1,28 +1,28 @@
-// Fast Hadamard hashing: tau sign bits of H D3 H D2 H D1 x to a code. Codes are the same bits as
-// those of the reference.
+// Fast Hadamard hashing: a code is tau sign bits of H D3 H D2 H D1 x, bit for bit as in the
+// reference.
 //
-// Compiled for VALUE and for D, the vector's dimension rounded up to a power of two.
+// Compiled for VALUE and for D, the dimension of the vectors rounded up to a power of two.
 //
-// H is log2(D) stages of butterflies: at stride s the entries i and i ^ s become their sum (the
-// lower) and their difference (the upper). The stages run from the largest stride to the smallest
-// in both kernels, as the definition says, so that every sum is the same float.
+// H is log2(D) stages of butterflies. At stride s, entry i (the lower) and entry i ^ s (the upper)
+// become their sum and their difference. Both kernels run the stages from the largest stride to the
+// smallest, as the definition does, so every sum is the same float.
 #include "common.cuh"
 
-// One butterfly, seen from the entry that holds `mine`; `other` is its partner's. The upper entry
-// takes lower minus upper.
+// One butterfly, seen from the entry `mine`; `other` is its partner. The upper entry becomes lower
+// minus upper.
 __device__ inline ACC butterfly(ACC mine, ACC other, bool upper) { return upper ? other - mine : mine + other; }
 
 // block_per_part
-//   A block rotates one vector by one part; thread i holds entry i. Strides of 32 and more go
-//   through shared memory (D entries), smaller ones by shuffle within a warp. grid (vectors,
-//   parts), max(D, 32) threads: where D is below 32 the lanes beyond it work on zeros and are not
-//   looked at. Reads the vector once for each part: parts * d entries and 3 * D signs for codes of
-//   4 bytes. Deterministic.
+//   A block rotates one vector by one part, and thread i holds entry i. Strides of 32 and more go
+//   through shared memory (D entries), smaller strides are shuffles within a warp. Grid (vectors,
+//   parts), max(D, 32) threads. If D is below 32, the lanes beyond D work on zeros that nobody
+//   reads. Moves, for each vector and part, d entries and 3 D signs in, and 4 bytes for each code
+//   out. Deterministic.
 extern "C" __global__ void __launch_bounds__(D < 32 ? 32 : D)
 block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
                long long vectors_per_head, int sign_sets, int dim, int num_hash, int hash_code_len) {
   __shared__ ACC buffer[D < 32 ? 32 : D];
-  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and a zero: a code is cut from two neighbors
+  __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and a zero: a code may need two neighboring words
   __shared__ ACC largest_of_warp[32];
 
   const int i = threadIdx.x, lane = i % 32, part = blockIdx.y, parts = gridDim.y;
@@ -42,7 +42,7 @@ block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict_
   for (int round = 0; round < 3; ++round) {
     if (i < D) x *= ACC(diagonal[static_cast<long long>(round) * parts * D + i]);
     for (int stride = D / 2; stride >= 32; stride /= 2) {
-      __syncthreads();  // the stage before has been read
+      __syncthreads();  // every thread has read the stage before
       buffer[i] = x;
       __syncthreads();
       x = butterfly(x, buffer[i ^ stride], i & stride);
@@ -52,7 +52,7 @@ block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict_
     }
   }
 
-  if (hash_code_len > D) {  // a code spans parts: every block adds its bits to codes that were zeroed
+  if (hash_code_len > D) {  // a code spans parts: every block adds its bits to codes that start as zero
     const long long position = static_cast<long long>(part) * D + i, hash = position / hash_code_len;
     if (i < D && hash < num_hash && x > ACC(0)) {
       atomicOr(&codes[vector * num_hash + hash], 1 << (position % hash_code_len));
@@ -74,16 +74,41 @@ block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict_
 constexpr int WARPS = 4;
 constexpr int ENTRIES = D < 32 ? 1 : D / 32;
 
+// H times a diagonal, for a vector in the registers of a warp: lane l holds the entries l, l + 32,
+// ...
+__device__ inline void rotate(ACC (&y)[ENTRIES], const signed char* diagonal, int lane) {
+#pragma unroll
+  for (int e = 0; e < ENTRIES; ++e) {
+    if (e * 32 + lane < D) y[e] *= ACC(diagonal[e * 32 + lane]);
+  }
+#pragma unroll
+  for (int step = ENTRIES / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) {
+      if (e & step) continue;
+      const ACC lower = y[e], upper = y[e + step];
+      y[e] = lower + upper;
+      y[e + step] = lower - upper;
+    }
+  }
+#pragma unroll
+  for (int stride = D / 2 < 16 ? D / 2 : 16; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) y[e] = butterfly(y[e], __shfl_xor_sync(FULL_WARP, y[e], stride), lane & stride);
+  }
+}
+
 // warp_per_vector
-//   A warp hashes one vector, part after part; lane l holds the entries l, l + 32, l + 64, ... in
-//   registers. Strides of 32 and more are then between registers of one lane, smaller ones are
-//   shuffles: no barrier, and no shared memory but for the sign bits, of which one ballot packs 32
-//   into a word. Where `spoiled` is wanted, it says which vectors hold an infinity or NaN, whose
-//   codes mean nothing. Blocks of 4 warps, each on its own. Reads the vector once: d entries and,
-//   from cache, 3 * parts * D signs. Deterministic.
+//   A warp hashes one vector, part after part. Lane l holds the entries l, l + 32, l + 64, ... in
+//   registers. Strides of 32 and more are between registers of one lane, smaller strides are
+//   shuffles. So no barrier is needed, and shared memory only for the sign bits, which a ballot
+//   packs 32 to a word. If `nonfinite` is not null, it marks the vectors that hold an infinity or
+//   NaN: their codes mean nothing. A block has 4 independent warps. Moves d entries and, from
+//   cache, 3 parts D signs in and 4 m bytes out for each vector. Deterministic.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
-                unsigned char* __restrict__ spoiled, long long num_vectors, long long vectors_per_head, int sign_sets, int parts, int dim, int num_hash, int hash_code_len) {
+                unsigned char* __restrict__ nonfinite, long long num_vectors, long long vectors_per_head, int sign_sets, int parts, int dim,
+                int num_hash, int hash_code_len) {
   __shared__ unsigned words_of_warp[WARPS][ENTRIES + 1];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -93,7 +118,7 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
   const signed char* diagonals = signs + static_cast<long long>(set) * 3 * parts * D;
   int* code = codes + vector * num_hash;
   unsigned* words = words_of_warp[warp];
-  if (lane == 0) words[ENTRIES] = 0;  // a code is cut from two neighbors
+  if (lane == 0) words[ENTRIES] = 0;  // a code may need two neighboring words
 
   ACC x[ENTRIES], largest = 0;
   bool finite = true;
@@ -105,13 +130,13 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
     finite = finite && is_finite(x[e]);
   }
   finite = __all_sync(FULL_WARP, finite);
-  if (spoiled != nullptr && lane == 0) spoiled[vector] = !finite;
+  if (nonfinite != nullptr && lane == 0) nonfinite[vector] = !finite;
   for (int stride = 16; stride > 0; stride /= 2) largest = larger(largest, __shfl_xor_sync(FULL_WARP, largest, stride));
   const ACC scale = range_scale(largest);
 
   const int per = D / hash_code_len;
   const unsigned mask = (1u << hash_code_len) - 1;
-  unsigned long long stream = 0;  // where a code spans parts: bits that have not made a code yet
+  unsigned long long stream = 0;  // if codes span parts: bits that have not made a code yet
   int waiting = 0, made = 0;
 
   for (int part = 0; part < parts; ++part) {
@@ -120,29 +145,10 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
     for (int e = 0; e < ENTRIES; ++e) y[e] = x[e] * scale;
 
     for (int round = 0; round < 3; ++round) {
-      const signed char* diagonal = diagonals + (static_cast<long long>(round) * parts + part) * D;
-#pragma unroll
-      for (int e = 0; e < ENTRIES; ++e) {
-        if (e * 32 + lane < D) y[e] *= ACC(diagonal[e * 32 + lane]);
-      }
-#pragma unroll
-      for (int step = ENTRIES / 2; step > 0; step /= 2) {
-#pragma unroll
-        for (int e = 0; e < ENTRIES; ++e) {
-          if (e & step) continue;
-          const ACC lower = y[e], upper = y[e + step];
-          y[e] = lower + upper;
-          y[e + step] = lower - upper;
-        }
-      }
-#pragma unroll
-      for (int stride = D / 2 < 16 ? D / 2 : 16; stride > 0; stride /= 2) {
-#pragma unroll
-        for (int e = 0; e < ENTRIES; ++e) y[e] = butterfly(y[e], __shfl_xor_sync(FULL_WARP, y[e], stride), lane & stride);
-      }
+      rotate(y, diagonals + (static_cast<long long>(round) * parts + part) * D, lane);
     }
 
-    if (per == 0) {  // hash_code_len > D: the parts' bits form one stream, cut every hash_code_len bits
+    if (per == 0) {  // hash_code_len > D: the bits of all parts form one stream, cut every hash_code_len bits
       const unsigned bits = __ballot_sync(FULL_WARP, lane < D && y[0] > ACC(0));
       stream |= static_cast<unsigned long long>(bits) << waiting;
       waiting += D;
@@ -160,11 +166,11 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
       if (lane == 0) words[e] = word;
     }
     __syncwarp();
-    for (int c = lane; c < per && part * per + c < num_hash; c += 32) {
-      const int first = c * hash_code_len;
+    for (int in_part = lane; in_part < per && part * per + in_part < num_hash; in_part += 32) {
+      const int first = in_part * hash_code_len;
       const unsigned long long bits = words[first / 32] | static_cast<unsigned long long>(words[first / 32 + 1]) << 32;
-      code[part * per + c] = int(unsigned(bits >> (first % 32)) & mask);
+      code[part * per + in_part] = int(unsigned(bits >> (first % 32)) & mask);
     }
-    __syncwarp();  // the words have been read
+    __syncwarp();  // all lanes have read the words
   }
 }

@@ -1,8 +1,7 @@
-// Looking up buckets in sorted codes.
+// Lookup of buckets in sorted codes.
 #pragma once
 
-// The first position of ascending `codes` whose code is not less than `code`; n where there is
-// none.
+// The first position in ascending `codes` whose code is at least `code`; n if there is none.
 __device__ inline int lower_bound(const int* codes, int n, int code) {
   int low = 0, high = n;
   while (low < high) {

@@ -57,6 +57,18 @@ def kernels_in(file: str) -> tuple[str, ...]:
     return tuple(KERNEL.findall((HERE / file).read_text("utf-8")))
 
 
+@cache
+def parameter_names(text: str, kernel: str) -> tuple[str, ...]:
+    """The names of the parameters of a kernel; empty if the text is not as expected.
+
+    >>> parameter_names("__global__ void scale(float* __restrict__ x, int n) {}", "scale")
+    ('x', 'n')
+    """
+    plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    found = re.search(rf"\b{re.escape(kernel)}\s*\(([^()]*)\)\s*\{{", plain)
+    return tuple(re.findall(r"(\w+)\s*(?:,|$)", found[1].strip())) if found else ()
+
+
 def options(kernel: CudaKernel | KernelText) -> tuple[str, ...]:
     """The options of the compiler beside the target: the standard, and the kernel's macros.
 

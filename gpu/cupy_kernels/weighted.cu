@@ -1,7 +1,7 @@
-// Weighted cumulation: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i .
-// key_weight_j) v_j, three ways.
+// Weighted cumulation in three ways:
+//   out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] (query_weight_i . key_weight_j) v_j.
 //
-// Compiled for VALUE, and for OUT, how the result is stored.
+// Compiled for VALUE, and for OUT, the type in which the result is stored.
 //
 // Arrays are contiguous: codes (heads, n, m), weights (heads, n, d_w), value (heads, n_k, d_v), out
 // (heads, n_q, d_v), masks (heads, n), sorted codes and their order (heads, m, n), sums (heads,
@@ -12,24 +12,23 @@
 
 __device__ inline long long padded(int value_dim) { return ceil_div(value_dim, 4) * 4; }
 
-// Whether a whole row is finite, for a warp to ask together.
+// Whether a whole row is finite. All lanes of a warp call it together.
 __device__ inline bool finite_row(const VALUE* row, int dim, int lane) {
   bool all = true;
-  for (int c = lane; c < dim; c += 32) all = all && is_finite(widen(row[c]));
+  for (int i = lane; i < dim; i += 32) all = all && is_finite(widen(row[i]));
   return __all_sync(FULL_WARP, all);
 }
 
 // ------------------------------------------------------------------------------------------------
-// weight_by_weight: the paper's algorithm. The weights leave the sum, coordinate by coordinate:
-// sum_j (a . b_j) v_j is sum_r a_r (sum_j b_jr v_j). So for each coordinate r, and 32 value dims at
-// a time, there is a table in global memory, (heads, m, capacity, 32), which the keys fill and the
-// queries read.
+// weight_by_weight: the paper's algorithm. The query's weight leaves the sum, one coordinate at a
+// time: sum_j (a . b_j) v_j = sum_r a_r (sum_j b_jr v_j). So for each coordinate r, and 32 value
+// dims at a time, the keys fill a table in global memory, (heads, m, capacity, 32), and the queries
+// read it.
 
 // weight_by_weight_scatter
-//   A warp takes one key: lane l adds key_weight_r times value dim first_dim + l to the key's
-//   bucket of every hash. Blocks of 8 keys. Moves 4 m bytes of codes and 33 numbers in, and 32 m
-//   atomic additions out for each key. Not deterministic: the order of the additions is that of
-//   chance.
+//   A warp takes one key. Lane l adds key_weight_r times value dim first_dim + l to the key's
+//   bucket of every hash. A block has 8 keys. Moves 4 m bytes of codes and 33 numbers in and 32 m
+//   atomic additions out for each key. Not deterministic: the atomic additions come in any order.
 extern "C" __global__ void weight_by_weight_scatter(const int* __restrict__ key_hash_code, const VALUE* __restrict__ key_weight,
                                                     const VALUE* __restrict__ value, const unsigned char* __restrict__ key_mask,
                                                     ACC* __restrict__ table, int n_k, int num_hash, int capacity, int weight_dim,
@@ -45,10 +44,10 @@ extern "C" __global__ void weight_by_weight_scatter(const int* __restrict__ key_
 }
 
 // weight_by_weight_gather
-//   A warp takes one query: lane l adds up value dim first_dim + l of the query's buckets, hash
-//   after hash, and adds query_weight_r times that to the query's sums. Blocks of 8 queries.
+//   A warp takes one query. Lane l adds up value dim first_dim + l of the query's buckets, hash
+//   after hash, and adds query_weight_r times that to the query's sums. A block has 8 queries.
 //   Moves 4 m bytes of codes and 32 m table entries in, and 32 sums in and out for each query.
-//   Deterministic, given the table.
+//   Deterministic for a given table.
 extern "C" __global__ void weight_by_weight_gather(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight,
                                                    const unsigned char* __restrict__ query_mask, const ACC* __restrict__ table,
                                                    ACC* __restrict__ sums, int n_q, int num_hash, int capacity, int weight_dim,
@@ -65,19 +64,19 @@ extern "C" __global__ void weight_by_weight_gather(const int* __restrict__ query
 }
 
 // finish_rows
-//   The sums of all hashes become the result: divided by m, rounded once, and NaN in the row of a
-//   query whose weight is not finite. A warp takes one row, blocks have 8. Moves d_w weights and
-//   d_v sums in and d_v results out for each. Deterministic.
+//   Turns the sums over all hashes into the result: divides by m, rounds once, and writes NaN to
+//   the row of a query with a non-finite weight. A warp takes one row, and a block has 8. Moves d_w
+//   weights and d_v sums in and d_v results out for each row. Deterministic.
 extern "C" __global__ void finish_rows(const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
                                        const ACC* __restrict__ sums, OUT* __restrict__ out, long long rows, int num_hash, int weight_dim,
                                        int value_dim) {
   const int lane = threadIdx.x;
   const long long row = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;  // the whole warp
-  const bool spoiled = kept(query_mask, row) && !finite_row(query_weight + row * weight_dim, weight_dim, lane);
+  const bool nonfinite = kept(query_mask, row) && !finite_row(query_weight + row * weight_dim, weight_dim, lane);
   for (int dim = lane; dim < value_dim; dim += 32) {
     const ACC sum = sums[row * padded(value_dim) + dim] / ACC(num_hash);
-    out[row * value_dim + dim] = narrow<OUT>(spoiled ? not_a_number() : nan_unless_finite(sum));
+    out[row * value_dim + dim] = narrow<OUT>(nonfinite ? not_a_number() : nan_unless_finite(sum));
   }
 }
 
@@ -86,13 +85,13 @@ constexpr int HELD = 4;  // entries of a vector that a lane holds in registers: 
 
 // sorted_pairs
 //   A warp takes one query and 128 value dims. Its lanes look up 32 buckets at once, one hash each,
-//   by bisection of the sorted codes; then the warp goes through these buckets together, key by
-//   key: the product of the weights by shuffles, times the value, to sums in registers. Blocks of 8
-//   queries; grid (queries / 8, slices of value dims, heads). Registers: 128 coordinates of the
-//   query's weight (those beyond come from cache), 128 sums of the bucket and 128 of the query.
-//   Moves, for each query, m codes, and d_w + 128 numbers for each key that it meets, mostly from
-//   cache; n_q d_v results. Deterministic: every sum is taken in the order of hash and key. Any
-//   capacity.
+//   by bisection of the sorted codes. Then the warp goes through these buckets together, key by
+//   key: it adds up the product of the weights by shuffles, and adds the product times the value to
+//   sums in registers. A block has 8 queries; grid (queries / 8, slices of value dims, heads).
+//   Registers of a warp: 128 coordinates of the query's weight (further ones come from cache), 128
+//   sums of the bucket and 128 sums of the query. Moves, for each query, m codes and, mostly from
+//   cache, d_w + 128 numbers for each key that it meets, and d_v results. Any capacity.
+//   Deterministic: every sum is taken in the order of hash and key.
 extern "C" __global__ void __launch_bounds__(256)
 sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
              const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ key_weight,
@@ -119,9 +118,9 @@ sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ 
         end_of_lane = begin_of_lane + lower_bound(codes + begin_of_lane, n_k - begin_of_lane, code + 1);
       }
     }
-    for (int h = 0; h < 32 && base_hash + h < num_hash; ++h) {
-      const int begin = __shfl_sync(FULL_WARP, begin_of_lane, h), end = __shfl_sync(FULL_WARP, end_of_lane, h);
-      const int* bucket = order + (head * num_hash + base_hash + h) * n_k;
+    for (int owner = 0; owner < 32 && base_hash + owner < num_hash; ++owner) {  // the lane that has looked up the hash
+      const int begin = __shfl_sync(FULL_WARP, begin_of_lane, owner), end = __shfl_sync(FULL_WARP, end_of_lane, owner);
+      const int* bucket = order + (head * num_hash + base_hash + owner) * n_k;
       ACC sum[HELD] = {};
       for (int i = begin; i < end; ++i) {
         const long long key_row = head * n_k + bucket[i];
@@ -145,52 +144,87 @@ sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ 
     }
   }
 
-  const bool spoiled = keep && !finite_row(query_weights, weight_dim, lane);
+  const bool nonfinite = keep && !finite_row(query_weights, weight_dim, lane);
 #pragma unroll
   for (int u = 0; u < HELD; ++u) {
     const int dim = first_dim + u * 32 + lane;
     const ACC mean = nan_unless_finite(total[u] / ACC(num_hash));
-    if (dim < value_dim) out[query_row * value_dim + dim] = narrow<OUT>(spoiled ? not_a_number() : mean);
+    if (dim < value_dim) out[query_row * value_dim + dim] = narrow<OUT>(nonfinite ? not_a_number() : mean);
   }
 }
 
 // ------------------------------------------------------------------------------------------------
 constexpr int THREADS = 128;
-constexpr int WEIGHTS = 64;                          // coordinates of the weights at one time
+constexpr int WEIGHTS = 64;                          // coordinates of the weights at a time
 constexpr int COLUMNS = sizeof(ACC) == 8 ? 32 : 64;  // value dims of a block
-constexpr int KEYS = 16;                             // keys at one time
-constexpr int QUERIES = 32;                          // queries at one time
+constexpr int KEYS = 16;                             // keys at a time
+constexpr int QUERIES = 32;                          // queries at a time
 
 __device__ inline Four operator+(Four a, Four b) {
 #pragma unroll
-  for (int v = 0; v < 4; ++v) a.at[v] += b.at[v];
+  for (int u = 0; u < 4; ++u) a.at[u] += b.at[u];
   return a;
 }
 
-// Rows order[0 .. count) of a matrix, WIDTH of their entries from `from` on, go to a tile. What
-// lies beyond the matrix is zeros, and so is what fills up the last four rows.
+// Copies rows order[0], ..., order[count - 1] of a matrix to a tile: WIDTH entries of each, from
+// entry `from` on. Entries beyond the matrix are zeros, and so are the rows that fill up the last
+// four.
 template <int WIDTH, int STRIDE>
 __device__ inline void fetch_rows(Four (*tile)[STRIDE], const VALUE* matrix, const int* order, int count, int dim, int from) {
-  const int c = threadIdx.x % WIDTH;
+  const int column = threadIdx.x % WIDTH;
   for (int row = threadIdx.x / WIDTH; row < ceil_div(count, 4) * 4; row += THREADS / WIDTH) {
-    const bool there = row < count && from + c < dim;
-    tile[row][c / 4].at[c % 4] = there ? widen(matrix[static_cast<long long>(order[row]) * dim + from + c]) : ACC(0);
+    const bool inside = row < count && from + column < dim;
+    tile[row][column / 4].at[column % 4] = inside ? widen(matrix[static_cast<long long>(order[row]) * dim + from + column]) : ACC(0);
+  }
+}
+
+// The sum over `count` rows of a^T b, for four entries of each row in either tile.
+template <int A, int B>
+__device__ inline void sum_outer(Four (&sum)[4], const Four (*a_tile)[A], int a_four, const Four (*b_tile)[B], int b_four, int count) {
+  for (int j = 0; j < count; ++j) {
+    const Four a = a_tile[j][a_four], b = b_tile[j][b_four];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sum[u].at[v] += a.at[u] * b.at[v];
+    }
+  }
+}
+
+// The product of four rows of a tile, 4 fours entries long, and four columns of a matrix. `rows`
+// and `columns` count fours.
+template <int A, int B>
+__device__ inline void multiply_rows(Four (&sum)[4], const Four (*tile)[A], int rows, const Four (*matrix)[B], int columns, int fours) {
+  for (int four = 0; four < fours; ++four) {
+    Four a[4], s[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) a[u] = tile[4 * rows + u][four], s[u] = matrix[4 * four + u][columns];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum[u].at[v] += a[u].at[k] * s[k].at[v];
+      }
+    }
   }
 }
 
 // outer_products
 //   Inside a bucket the weighted sum is linear attention: S = sum_j key_weight_j v_j^T, and every
 //   query of the bucket gets query_weight_i S. Keys and queries are sorted by the code of one hash,
-//   so that a bucket is a run of either. A block takes a stretch of sorted keys, does every bucket
-//   that starts in it, and skips those that no query asks for. S is taken in pieces of 64
-//   coordinates by 64 value dims (32 in float64), which stand in shared memory: first the keys
-//   come, 16 at a time, and a thread adds up pieces of 4 by 4 in registers; then the queries, 32 at
-//   a time, and a thread takes 4 by 4 of their sums. grid (stretches, slices of value dims, heads);
-//   one launch for each hash: a query is in one bucket, so nobody else writes its row. Shared
-//   memory: S, keys and queries: 33 KiB (45 in float64). Moves, for each hash, n_k (d_w + d_v) and
-//   n_q d_w numbers in and n_q d_v sums in and out, and does 2 (n_q + n_k) d_w d_v operations,
-//   however skewed the buckets; but a bucket is the work of one block. Deterministic: every sum is
-//   taken in the order of hash and key.
+//   so a bucket is a run of keys and a run of queries. A block takes a stretch of sorted keys and
+//   does every bucket that starts in it, except those without a query.
+//   A block makes S in pieces of 64 coordinates by 64 value dims (32 in float64) in shared memory.
+//   First it adds the keys, 16 at a time; a thread takes 4 by 4 entries of S. Then it multiplies
+//   the queries, 32 at a time; a thread takes 4 queries by 4 value dims. Below, `rows` counts
+//   fours of coordinates or queries, and `columns` fours of value dims.
+//   Grid (stretches, slices of value dims, heads). There is one launch for each hash: in one hash a
+//   query is in one bucket, so one block writes its row. Shared memory: S, keys, values and
+//   queries, 33 KiB (45 in float64). Moves, for each hash, n_k (d_w + d_v) and n_q d_w numbers in
+//   and n_q d_v sums in and out. Does 2 (n_q + n_k) d_w d_v operations, however skewed the buckets,
+//   but one bucket is the work of one block. Deterministic: every sum is taken in the order of hash
+//   and key.
 extern "C" __global__ void __launch_bounds__(THREADS)
 outer_products(const int* __restrict__ sorted_query_code, const int* __restrict__ query_order, const VALUE* __restrict__ query_weight,
                const int* __restrict__ sorted_key_code, const int* __restrict__ key_order, const VALUE* __restrict__ key_weight,
@@ -199,7 +233,7 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
   __shared__ Four outer[WEIGHTS][COLUMNS / 4];
   __shared__ Four key_tile[KEYS][WEIGHTS / 4];
   __shared__ Four value_tile[KEYS][COLUMNS / 4];
-  __shared__ Four query_tile[QUERIES][WEIGHTS / 4 + 1];  // one more, so that neighboring rows do not start in the same bank
+  __shared__ Four query_tile[QUERIES][WEIGHTS / 4 + 1];  // one more, so that neighboring rows start in different banks
 
   const long long head = blockIdx.z, sorted = head * num_hash + hash;
   const int* key_codes = sorted_key_code + sorted * n_k;
@@ -214,7 +248,7 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
   const int stretch = ceil_div(n_k, static_cast<int>(gridDim.x));
   int next = smaller(static_cast<int>(blockIdx.x) * stretch, n_k);
   const int last = smaller(next + stretch, n_k);
-  if (next > 0 && next < last && key_codes[next] == key_codes[next - 1]) {  // this bucket began in another stretch
+  if (next > 0 && next < last && key_codes[next] == key_codes[next - 1]) {  // the first bucket began in another stretch
     next += lower_bound(key_codes + next, n_k - next, key_codes[next] + 1);
   }
 
@@ -226,54 +260,37 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
     if (first_asked == last_asked) continue;
 
     for (int first_weight = 0; first_weight < weight_dim; first_weight += WEIGHTS) {
-      const int groups = ceil_div(smaller(WEIGHTS, weight_dim - first_weight), 4);
+      const int fours = ceil_div(smaller(WEIGHTS, weight_dim - first_weight), 4);
 
       for (int first = begin; first < end; first += KEYS) {
         const int count = smaller(KEYS, end - first);
-        __syncthreads();  // the keys before have been added, and S before has been asked
+        __syncthreads();  // the keys before have been added, and the S before has been read
         fetch_rows<WEIGHTS>(key_tile, key_weights, keys + first, count, weight_dim, first_weight);
         fetch_rows<COLUMNS>(value_tile, values, keys + first, count, value_dim, first_column);
         __syncthreads();
-        for (int piece = threadIdx.x; piece < groups * (COLUMNS / 4); piece += THREADS) {
-          const int r = piece / (COLUMNS / 4), c = piece % (COLUMNS / 4);
+        for (int piece = threadIdx.x; piece < fours * (COLUMNS / 4); piece += THREADS) {
+          const int rows = piece / (COLUMNS / 4), columns = piece % (COLUMNS / 4);
           Four sum[4] = {};
-          for (int j = 0; j < count; ++j) {
-            const Four a = key_tile[j][r], b = value_tile[j][c];
+          sum_outer(sum, key_tile, rows, value_tile, columns, count);
 #pragma unroll
-            for (int u = 0; u < 4; ++u) {
-#pragma unroll
-              for (int v = 0; v < 4; ++v) sum[u].at[v] += a.at[u] * b.at[v];
-            }
+          for (int u = 0; u < 4; ++u) {
+            outer[4 * rows + u][columns] = first > begin ? outer[4 * rows + u][columns] + sum[u] : sum[u];
           }
-#pragma unroll
-          for (int u = 0; u < 4; ++u) outer[4 * r + u][c] = first > begin ? outer[4 * r + u][c] + sum[u] : sum[u];
         }
       }
 
       for (int first = first_asked; first < last_asked; first += QUERIES) {
         const int count = smaller(QUERIES, last_asked - first);
-        __syncthreads();  // the queries before have been answered
+        __syncthreads();  // the queries before have been multiplied
         fetch_rows<WEIGHTS>(query_tile, query_weights, queries + first, count, weight_dim, first_weight);
-        __syncthreads();  // these are there, and S is complete
+        __syncthreads();  // these queries are in the tile, and S is complete
         for (int piece = threadIdx.x; piece < ceil_div(count, 4) * (COLUMNS / 4); piece += THREADS) {
-          const int i = piece / (COLUMNS / 4), c = piece % (COLUMNS / 4);
+          const int rows = piece / (COLUMNS / 4), columns = piece % (COLUMNS / 4);
           Four sum[4] = {};
-          for (int r = 0; r < groups; ++r) {
-            Four a[4], s[4];
-#pragma unroll
-            for (int u = 0; u < 4; ++u) a[u] = query_tile[4 * i + u][r], s[u] = outer[4 * r + u][c];
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-#pragma unroll
-              for (int k = 0; k < 4; ++k) {
-#pragma unroll
-                for (int v = 0; v < 4; ++v) sum[u].at[v] += a[u].at[k] * s[k].at[v];
-              }
-            }
-          }
-          if (first_column + 4 * c >= value_dim) continue;
-          for (int u = 0; u < 4 && 4 * i + u < count; ++u) {
-            Four* to = sums + (head * n_q + queries[first + 4 * i + u]) * (padded(value_dim) / 4) + first_column / 4 + c;
+          multiply_rows(sum, query_tile, rows, outer, columns, fours);
+          if (first_column + 4 * columns >= value_dim) continue;
+          for (int u = 0; u < 4 && 4 * rows + u < count; ++u) {
+            Four* to = sums + (head * n_q + queries[first + 4 * rows + u]) * (padded(value_dim) / 4) + first_column / 4 + columns;
             *to = *to + sum[u];
           }
         }

@@ -1,5 +1,5 @@
-"""From the text of a `.cu` file to a library: what is rewritten, how it is compiled, where it is
-kept.
+"""From the text of a `.cu` file to a library: what is rewritten in the text, how it is compiled,
+where the library is kept.
 """
 
 import ctypes
@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from yoso_core.gpu.emulator.places import CALLS
+from yoso_core.gpu.cupy_kernels.source import parameter_names
+from yoso_core.gpu.emulator.source_lines import CALLS
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent / "cupy_kernels"
 
 FLAVOURS = ("plain", "counted", "address", "thread")
-"""How a kernel is built: as it is, with every access reported, for AddressSanitizer, for
+"""How a kernel is built: plain, with every access reported, for AddressSanitizer, for
 ThreadSanitizer.
 """
 
-# Comments and strings are skipped; what is left are the declarations of shared memory.
+# Matches declarations of shared memory. It also matches comments and strings, to skip them.
 _SHARED = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?\b__shared__\b(?P<declaration>[^;{}]*);', re.DOTALL)
 _TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _NAME = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
@@ -39,7 +40,7 @@ _ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
 
 
 class Parameter(ctypes.Structure):
-    """One parameter of a kernel, as the compiler sees it: `Parameter` in `runtime.hpp`."""
+    """One parameter of a kernel, from the compiler: `Parameter` in `runtime.hpp`."""
 
     kind: bytes
     size: int
@@ -61,9 +62,9 @@ class Function:
 
     name: str
     call: int
-    """Address of the function that the runtime calls in every thread."""
+    """The address of the function that the runtime calls in every thread."""
     max_threads: int
-    """What its ``__launch_bounds__`` allow a block; 0 where it has none."""
+    """The largest block that its ``__launch_bounds__`` allow; 0 if it has none."""
     parameters: tuple[Parameter, ...]
     parameter_names: tuple[str, ...]
 
@@ -74,7 +75,7 @@ class Library:
 
     path: Path
     loaded: ctypes.CDLL
-    """It also finds the functions of the runtime that it is linked to."""
+    """The functions of the runtime are found in it, too."""
     functions: dict[str, Function]
 
 
@@ -82,12 +83,12 @@ class Library:
 class Compiler:
     command: tuple[str, ...]
     identity: str
-    """Changes when the compiler does."""
+    """A text that changes when the compiler does."""
 
 
 @cache
 def _compiler_for(cxx: str | None, path: str | None) -> Compiler | str:
-    """The compiler that these settings of the environment name, or why there is none."""
+    """The compiler for these settings of the environment, or the reason why there is none."""
     if sys.platform not in ("linux", "darwin"):
         return f"the emulator of CUDA kernels needs Linux or macOS, this is {sys.platform}"
     for command in [shlex.split(cxx)] if cxx else [["g++"], ["clang++"], ["c++"]]:
@@ -106,7 +107,11 @@ def _found() -> Compiler | str:
 
 
 def missing() -> str | None:
-    """Why nothing can be emulated here, in one line with the remedy; ``None`` if it can."""
+    """Why nothing can be emulated here, in one line with the remedy; ``None`` if it can.
+
+    >>> missing() is None or "install" in missing()
+    True
+    """
     found = _found()
     return found if isinstance(found, str) else None
 
@@ -120,8 +125,11 @@ def _is_clang(command: tuple[str, ...]) -> bool:
 def missing_for_counting() -> str | None:
     """Why `count_traffic` and `checked` cannot work here; ``None`` if they can.
 
-    clang takes vectors apart before it reports an access, so that what it reports is not what a GPU
-    would do.
+    They need g++, because clang splits vectors before it reports an access: the reported accesses
+    are then not those of a GPU.
+
+    >>> missing_for_counting() is None or "g++" in missing_for_counting()
+    True
     """
     if missing() or (sys.platform == "linux" and not _is_clang(compiler().command)):
         return missing()
@@ -129,7 +137,7 @@ def missing_for_counting() -> str | None:
 
 
 def compiler() -> Compiler:
-    """Raises ``RuntimeError`` with what `missing` says."""
+    """The C++ compiler. Raises ``RuntimeError`` with the reason from `missing` if there is none."""
     found = _found()
     if isinstance(found, str):
         raise RuntimeError(found)
@@ -137,8 +145,11 @@ def compiler() -> Compiler:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: ``$YOSO_CORE_CACHE``, or else the user's cache. Everything in it
+    """Where libraries are kept: in ``$YOSO_CORE_CACHE``, else in the user's cache. Everything in it
     may be deleted at any time.
+
+    >>> cache_folder().name
+    'emulator'
     """
     named = os.environ.get("YOSO_CORE_CACHE")
     if named:
@@ -149,8 +160,8 @@ def cache_folder() -> Path:
 
 
 def _split(declaration: str) -> list[str]:
-    """At the commas that stand in no bracket. Inside ``[]`` and ``()`` a ``<`` compares, elsewhere
-    it opens a template's arguments.
+    """Split at the commas outside brackets. Inside ``[]`` and ``()`` a ``<`` compares; elsewhere it
+    opens the arguments of a template.
     """
     parts, round_or_square, angle, start = [], 0, 0, 0
     for i, letter in enumerate(declaration):
@@ -171,8 +182,11 @@ def _line_of(text: str, position: int) -> int:
 
 
 def rewrite_bounds(text: str) -> str:
-    """The ``__launch_bounds__`` of kernels as constants, for the check of launches. Lines stay
-    where they stood.
+    """Turn the ``__launch_bounds__`` of kernels into constants, for the check of launches. Line
+    numbers stay the same.
+
+    >>> rewrite_bounds('extern "C" __global__ void __launch_bounds__(64) k() {}').split("; } ")[1]
+    'extern "C" __global__ void k() {}'
     """
 
     def replace(found: re.Match[str]) -> str:
@@ -183,12 +197,15 @@ def rewrite_bounds(text: str) -> str:
 
 
 def rewrite_shared(text: str) -> str:
-    """Declarations of shared memory as references into the emulator's own, line by line where they
-    stood.
+    """Turn declarations of shared memory into references to the emulator's memory. Line numbers
+    stay the same.
 
-    ``__shared__ float a[4], b;`` becomes a struct of these members and references to them;
-    ``extern __shared__ float c[];`` a pointer. Raises ``ValueError`` for a declaration that is not
-    understood.
+    ``__shared__ float a[4], b;`` becomes a struct with these members, and references to them.
+    ``extern __shared__ float c[];`` becomes a pointer. Raises ``ValueError`` for a declaration that
+    it does not understand.
+
+    >>> rewrite_shared("extern __shared__ float c[];")
+    'float* const c = cuda_emulator::whole_dynamic_shared<float>();'
     """
     numbers = iter(range(len(text)))
 
@@ -196,8 +213,8 @@ def rewrite_shared(text: str) -> str:
         if found["declaration"] is None:
             return found[0]
         first, *others = _split(found["declaration"])
-        # Only what stands before the name counts as the type: a template's commas or an array's
-        # size may hold names too.
+        # The type ends before the name: the arguments of a template and the size of an array may
+        # hold names, too.
         head = _TYPE_AND_NAME.fullmatch(first)
         tails = [_NAME.fullmatch(other) for other in others]
         if head is None or None in tails:
@@ -220,7 +237,7 @@ def rewrite_shared(text: str) -> str:
 _ALWAYS = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-fsigned-char", "-g", "-w")
 _FLAGS = {
     "plain": ("-O1",),
-    # A vector that is moved in one piece must not be taken apart before its accesses are counted.
+    # The compiler must not split a vector before its accesses are counted.
     "counted": ("-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-ipa-sra"),
     "address": ("-O1", "-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-fsanitize=thread"),
@@ -232,10 +249,10 @@ def _key(*parts: str) -> str:
 
 
 def _make(to: Path, file: str, text: str, flags: tuple[str, ...], inputs: tuple[str, ...], sanitizer: bool = True) -> None:
-    """Compile a text to a shared library, put into its place in one step, so that nobody ever sees
-    half a file.
+    """Compile a text to a shared library. It is moved to its path in one step, so that no process
+    sees half a file.
 
-    Without ``sanitizer`` a library compiled for one is not linked to it.
+    Without ``sanitizer``, a library that is compiled for a sanitizer is not linked to it.
     """
     name = "-install_name,@rpath/" if sys.platform == "darwin" else "-soname,"
     rpath = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
@@ -260,9 +277,7 @@ def _make(to: Path, file: str, text: str, flags: tuple[str, ...], inputs: tuple[
 
 
 def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
-    """Load a library, made first where it is not there, and made again where it cannot be
-    loaded.
-    """
+    """Load a library. It is made first if it is missing, and made again if it cannot be loaded."""
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
@@ -274,8 +289,8 @@ def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
 
 @cache
 def _texts() -> tuple[str, ...]:
-    """Everything that a library depends on beside the kernel: the emulator's own files, and how
-    this one compiles.
+    """Everything that a library depends on beside the kernel: the emulator's own files, and the way
+    this file compiles.
     """
     return tuple((HERE / name).read_text("utf-8") for name in ("build.py", "runtime.hpp", "cuda.hpp", "traffic.hpp", "runtime.cpp"))
 
@@ -288,22 +303,13 @@ def _runtime(flavour: str) -> Path:
     return path
 
 
-def _parameter_names(text: str, kernel: str) -> tuple[str, ...]:
-    """The names of a kernel's parameters, for messages; empty where the text does not read as
-    expected.
-    """
-    plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    found = re.search(rf"\b{kernel}\s*\(([^()]*)\)\s*\{{", plain)
-    return tuple(re.findall(r"(\w+)\s*(?:,|$)", found[1].strip())) if found else ()
-
-
 @cache
 def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...], flavour: str) -> Library:
-    """The library of a `.cu` file, compiled with these options unless that has been done before,
-    for all its kernels at once.
+    """The library of a `.cu` file, with all its kernels. It is compiled with these options on first
+    use.
 
-    ``-DNAME=value`` becomes a line before the text, so that it touches no header of the emulator.
-    Raises ``RuntimeError`` where there is no compiler, or with its messages.
+    ``-DNAME=value`` becomes a line before the text, so that it changes no header of the emulator.
+    Raises ``RuntimeError`` if there is no compiler, or with the messages of the compiler.
     """
     defines = [option[2:].partition("=") for option in options if option.startswith("-D")]
     flags = (*(option for option in options if not option.startswith("-D")), *_FLAGS[flavour], f"-DCUDA_EMULATOR_{flavour.upper()}")
@@ -332,5 +338,5 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
         assert call is not None
         found = tuple(Parameter.from_buffer_copy(parameters[i]) for i in range(count.value))
         bound = getattr(library, f"cuda_emulator_bound_{name}")()
-        functions[name] = Function(name, call, bound, found, _parameter_names(text, name))
+        functions[name] = Function(name, call, bound, found, parameter_names(text, name))
     return Library(path, library, functions)

@@ -1,5 +1,5 @@
-"""What the emulator of CUDA C++ and the stepper of Numba's kernels share: orders, faults, and the
-launches that a GPU refuses.
+"""What the emulator of CUDA C++ and the stepper of Numba kernels share: orders, faults, and the
+check of launches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,16 @@ _order: ContextVar[Order | None] = ContextVar("order", default=None)
 
 
 class KernelFault(RuntimeError):
-    """A kernel did what it must not, or was launched as it cannot be.
+    """A kernel has a fault, or a GPU would refuse its launch.
 
-    ``kernel`` is its name; ``block`` and ``thread`` are indices ``(x, y, z)`` and ``file`` and
-    ``line`` a place in the source, each ``None`` where the fault has none.
+    ``kernel`` is the name of the kernel. ``block`` and ``thread`` are indices ``(x, y, z)``;
+    ``file`` and ``line`` are the source line. Each of them is ``None`` if it is not known.
+
+    >>> fault = KernelFault("scale", "divides by zero", block=(1, 0, 0), file="mine.cu", line=3)
+    >>> print(fault)
+    scale: divides by zero (block (1, 0, 0), mine.cu:3)
+    >>> fault.line
+    3
     """
 
     def __init__(
@@ -46,11 +52,24 @@ class KernelFault(RuntimeError):
 
 @contextmanager
 def order(order: Order) -> Iterator[None]:
-    """Launches in the body, by any emulator, run their blocks and threads in this order.
+    """Run the blocks and threads of all launches in the body in this order, in the emulator and in
+    the stepper.
 
-    ``"forward"``, ``"reverse"``, or an int, the seed of a random order, which also lets the warps
-    of a block overtake each other. A kernel without a race gives the same result in all of them, up
-    to the order of its float atomics.
+    The order is ``"forward"``, ``"reverse"``, or an int, which is the seed of a random order. In a
+    random order, warps of a block also overtake each other. A kernel without a race gives the same
+    result in every order, up to the order of its float atomics.
+
+    >>> import numpy as np
+    >>> from yoso_core.gpu import KernelText
+    >>> from yoso_core.gpu.emulator import Emulator
+    >>> text = 'extern "C" __global__ void last(int* x) { *x = threadIdx.x; }'
+    >>> x = np.zeros(1, np.int32)
+    >>> for chosen in ("forward", "reverse"):
+    ...     with order(chosen):
+    ...         Emulator().launch(KernelText(text, "last"), grid=(1,), block=(32,), args=(x,))
+    ...     print(x)
+    [31]
+    [0]
     """
     token = _order.set(checked_order(order))
     try:
@@ -60,14 +79,24 @@ def order(order: Order) -> Iterator[None]:
 
 
 def checked_order(order: Order) -> Order:
-    """Raises ``ValueError`` for anything else than an order."""
+    """The order itself. Raises ``ValueError`` if it is none.
+
+    >>> checked_order("backward")
+    Traceback (most recent call last):
+    ...
+    ValueError: order: got 'backward', must be "forward", "reverse" or a seed (an int from 0 on)
+    """
     if order in ("forward", "reverse") or (isinstance(order, int | np.integer) and not isinstance(order, bool) and order >= 0):
         return order
     raise ValueError(f'order: got {order!r}, must be "forward", "reverse" or a seed (an int from 0 on)')
 
 
 def order_here(otherwise: Order) -> Order:
-    """The order that `order` asks for in this context, or the one given."""
+    """The order that the context manager `order` has set here, or else the one given.
+
+    >>> order_here("reverse")
+    'reverse'
+    """
     chosen = _order.get()
     return otherwise if chosen is None else chosen
 
@@ -78,7 +107,10 @@ def launch_sizes(
     """Grid and block with three sizes each. Raises `KernelFault` for a launch that a GPU would
     refuse.
 
-    ``max_threads`` is what the kernel itself allows a block, by its ``__launch_bounds__``.
+    ``max_threads`` is the largest block that the ``__launch_bounds__`` of the kernel allow.
+
+    >>> launch_sizes("scale", (5,), (8, 4), 0, 48 << 10)
+    ((5, 1, 1), (8, 4, 1))
     """
     whole = []
     for name, sizes, most in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):

@@ -1,5 +1,5 @@
-// The part of CUDA C++ that the kernels use, for a C++ compiler. What is not here is not emulated,
-// and using it is a compile error.
+// The part of CUDA C++ that the kernels use, for a C++ compiler. Anything else is not emulated: its
+// use is a compile error.
 #pragma once
 #include "runtime.hpp"
 
@@ -67,8 +67,8 @@ template <class... Rest> constexpr int first_of(int first, Rest...) { return fir
 // `__shared__ T a[4], b;` is rewritten as a struct of these members and a reference to each.
 template <class Members> inline Members& shared(const char* names, CUDA_EMULATOR_SITE) {
   static Slot slot{0, nullptr};
-  if (slot.launch != launch_number) place_shared(slot, sizeof(Members), alignof(Members), names, site);
-  return *reinterpret_cast<Members*>(slot.place);
+  if (slot.launch != launch_number) allocate_shared(slot, sizeof(Members), alignof(Members), names, site);
+  return *reinterpret_cast<Members*>(slot.address);
 }
 template <class T> inline T* whole_dynamic_shared() { return reinterpret_cast<T*>(dynamic_shared); }
 
@@ -107,8 +107,8 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T value, cuda
   const unsigned long long bits = cuda_emulator::bits_as<unsigned long long>(value);
   return static_cast<unsigned>(cuda_emulator::warp_operation(cuda_emulator::WarpOperation::match_any, mask, bits, -1, site));
 }
-// Which threads happen to run together is the hardware's choice: no kernel should ask, and here
-// there is no answer.
+// The hardware chooses which threads run together. No kernel should depend on it, so it is not
+// emulated.
 unsigned __activemask() = delete;
 
 template <class T> inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, cuda_emulator::CUDA_EMULATOR_SITE) {
@@ -137,8 +137,8 @@ inline void __threadfence_system() {}
 inline void __trap(cuda_emulator::CUDA_EMULATOR_SITE) { cuda_emulator::trap("__trap()", site); }
 #define assert(condition) ((condition) ? void() : cuda_emulator::trap("assertion failed: " #condition, {__builtin_FILE(), __builtin_LINE()}))
 
-// Atomics. Threads take turns, so a plain update is one; only the thread sanitizer must be shown
-// that they are.
+// Atomics. Threads take turns, so a plain update is atomic. Only ThreadSanitizer needs real
+// atomics.
 
 namespace cuda_emulator {
 
@@ -227,8 +227,8 @@ inline unsigned __float_as_uint(float x) { return cuda_emulator::bits_as<unsigne
 inline double __longlong_as_double(long long x) { return cuda_emulator::bits_as<double>(x); }
 inline long long __double_as_longlong(double x) { return cuda_emulator::bits_as<long long>(x); }
 
-// Mathematics. On the device some of these round differently in the last place; those called __name
-// are coarser there.
+// Mathematics. On the device some of these round differently in the last bit, and those called
+// __name are less accurate.
 
 #define CUDA_EMULATOR_MATH1(name)                                 \
   extern "C" double name(double);                                 \
@@ -301,7 +301,7 @@ inline int __float2int_rd(float x) { return static_cast<int>(floorf(x)); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __double2float_rn(double x) { return static_cast<float>(x); }
 
-// For floats these give the number where the other is NaN, as on the device.
+// If one of two floats is NaN, the result is the other, as on the device.
 #define CUDA_EMULATOR_MIN_MAX(T)                              \
   inline T min(T x, T y) { return y < x ? y : x; }            \
   inline T max(T x, T y) { return x < y ? y : x; }
@@ -317,11 +317,11 @@ inline double min(double x, float y) { return fmin(x, static_cast<double>(y)); }
 inline double max(float x, double y) { return fmax(static_cast<double>(x), y); }
 inline double max(double x, float y) { return fmax(x, static_cast<double>(y)); }
 
-// So that every library is linked to the runtime, even if its kernels call nothing there.
+// Links every library to the runtime, even if its kernels call nothing there.
 extern "C" const void* cuda_emulator_launch(const void* request);
 extern "C" __attribute__((visibility("default"))) const void* cuda_emulator_run(const void* request) { return cuda_emulator_launch(request); }
 
-// The call of a kernel, and what its parameters are.
+// The call of a kernel, and the description of its parameters.
 
 namespace cuda_emulator {
 
@@ -361,7 +361,7 @@ template <int... all> struct UpTo<0, all...> { typedef Numbers<all...> type; };
 template <class T> struct Plain { typedef T type; };
 template <class T> struct Plain<const T> { typedef T type; };
 
-#define CUDA_EMULATOR_UNSEEN __attribute__((no_sanitize("thread", "address")))  // the arguments' place is none of the kernel's
+#define CUDA_EMULATOR_UNSEEN __attribute__((no_sanitize("thread", "address")))  // the array of arguments is not the kernel's
 
 template <class... T, int... i> CUDA_EMULATOR_UNSEEN inline void call(void (*kernel)(T...), void** args, Numbers<i...>) {
   kernel(*static_cast<typename Plain<T>::type*>(args[i])...);
@@ -376,15 +376,15 @@ template <class... T> inline const Parameter* parameters(void (*)(T...), int* co
   return all;
 }
 
-// Stands in for a kernel that the file does not define under these macros.
+// Stands for a kernel that the file does not define under these macros.
 struct Absent {};
 inline void call(Absent, void**) {}
 inline const Parameter* parameters(Absent, int*) { return nullptr; }
 
 }  // namespace cuda_emulator
 
-// The global `name`, where there is one, hides that of a namespace which is only used; and so does
-// the bound of a kernel that has one.
+// If there is a global `name`, it hides the one from the namespace that is only used. In the same
+// way the bound of a kernel, if it has one, hides the default.
 #define CUDA_EMULATOR_KERNEL(name)                                                                                                \
   namespace cuda_emulator_absent { constexpr cuda_emulator::Absent name{}; }                                                      \
   using namespace cuda_emulator_absent;                                                                                           \

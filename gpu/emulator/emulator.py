@@ -1,4 +1,4 @@
-"""The emulator as a device: what launchers hand their arrays and kernels to."""
+"""The emulator as a `Device` for launchers."""
 
 import ctypes
 import threading
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from yoso_core.gpu.cupy_kernels import source
-from yoso_core.gpu.device import Array, CudaKernel, KernelText, Launch, Shape, record
+from yoso_core.gpu.device import Arguments, Array, CudaKernel, KernelText, Launch, Shape, in_order, record
 from yoso_core.gpu.emulator import build
 from yoso_core.gpu.emulator.common import MAX_THREADS, KernelFault, Order, checked_order, launch_sizes, order_here
-from yoso_core.gpu.emulator.places import places
+from yoso_core.gpu.emulator.source_lines import source_lines
 from yoso_core.gpu.emulator.traffic import checks, is_counted, log_traffic, tallies
 
 MAX_SHARED = 1 << 20
@@ -25,8 +25,8 @@ _flavour: ContextVar[str] = ContextVar("flavour", default="plain")
 
 @contextmanager
 def build_for(flavour: str) -> Iterator[None]:
-    """Build the kernels launched in the body for a sanitizer, whose library must have been in the
-    process from its start.
+    """Build the kernels that are launched in the body for a sanitizer. The sanitizer's library must
+    be in the process from its start.
     """
     token = _flavour.set(flavour)
     try:
@@ -35,7 +35,7 @@ def build_for(flavour: str) -> Iterator[None]:
         _flavour.reset(token)
 
 
-# The runtime has one set of fibers.
+# The runtime has one set of fibers, so one launch runs at a time.
 _running = threading.Lock()
 
 
@@ -78,12 +78,30 @@ class Emulator:
 
     Parameters
     ----------
-    max_shared : bytes of shared memory to a block; those of an H100 unless told otherwise.
+    max_shared : bytes of shared memory for a block; by default those of an H100.
     max_table : bytes that a launcher may take for a table in global memory.
-    order : of blocks and threads, unless `order` says otherwise: ``"forward"``, ``"reverse"`` or a
-        seed.
+    order : the order of blocks and threads, ``"forward"``, ``"reverse"`` or a seed. The context
+        manager `order` overrides it.
 
-    It can be made anywhere; `launch` raises ``RuntimeError`` where `missing` has a reason.
+    It can be made anywhere. `launch` raises ``RuntimeError`` if `missing` gives a reason.
+
+    >>> from yoso_core.gpu import KernelText
+    >>> text = '''
+    ... extern "C" __global__ void block_sum(const float* x, float* sum) {
+    ...   __shared__ float part[64];
+    ...   const int i = threadIdx.x;
+    ...   part[i] = x[blockIdx.x * 64 + i];
+    ...   for (int stride = 32; stride > 0; stride /= 2) {
+    ...     __syncthreads();
+    ...     if (i < stride) part[i] += part[i + stride];
+    ...   }
+    ...   if (i == 0) sum[blockIdx.x] = part[0];
+    ... }'''
+    >>> emulator = Emulator()
+    >>> x, total = np.ones(128, np.float32), emulator.empty((2,), np.float32)
+    >>> emulator.launch(KernelText(text, "block_sum"), grid=(2,), block=(64,), args=(x, total))
+    >>> total
+    array([64., 64.], dtype=float32)
     """
 
     xp: ModuleType = np
@@ -99,23 +117,22 @@ class Emulator:
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         return np.zeros(shape, dtype)
 
-    def launch(
-        self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0
-    ) -> None:
+    def launch(self, kernel: CudaKernel | KernelText, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
         """Run a kernel to its end.
 
         Parameters
         ----------
         grid, block : one to three sizes.
-        args : for a pointer a C-contiguous array of its type (two bytes of a float16 or bfloat16:
-            float16 or uint16) or ``None``, for anything else a NumPy scalar of exactly its type.
+        args : for a pointer, a C-contiguous array of its type or ``None``; for anything else, a
+            NumPy scalar of exactly its type. A pointer to a type of two bytes that the kernel
+            defines takes float16, or uint16 with the bits of bfloat16.
         shared : bytes of dynamic shared memory.
 
         Raises
         ------
-        TypeError, ValueError : an argument does not fit its parameter, or there are too many or too
-            few.
-        KernelFault : a launch that a GPU would refuse, or a fault of the kernel.
+        TypeError, ValueError : an argument does not fit its parameter, or the number of arguments
+            is wrong.
+        KernelFault : a GPU would refuse the launch, or the kernel has a fault.
         RuntimeError : there is no compiler, or it refuses the kernel.
         """
         flavour = _flavour.get()
@@ -128,7 +145,7 @@ class Emulator:
             flavour = "counted"
         function, library = _function(kernel, flavour)
         sizes = launch_sizes(function.name, grid, block, shared, self.max_shared, function.max_threads or MAX_THREADS)
-        arguments = _Arguments(function, args)
+        arguments = _Arguments(function, in_order(args, function.parameter_names, function.name))
         chosen = order_here(self.order)
         request = _Request(
             call=function.call,
@@ -143,11 +160,11 @@ class Emulator:
             num_ranges=len(arguments.ranges),
             checked=checks(),
         )
-        run = library.loaded.cuda_emulator_run
-        run.restype = ctypes.POINTER(_Fault)
+        launch = library.loaded.cuda_emulator_run
+        launch.restype = ctypes.POINTER(_Fault)
         record(Launch("emulated", function.name, sizes[0], sizes[1], shared))
         with _running:
-            fault = run(ctypes.byref(request))
+            fault = launch(ctypes.byref(request))
             if fault:
                 raise _kernel_fault(function.name, fault.contents)
             counted = tallies(library.loaded) if flavour == "counted" else None
@@ -166,8 +183,8 @@ def _function(kernel: CudaKernel | KernelText, flavour: str) -> tuple[build.Func
 
 
 class _Arguments:
-    """The arguments of one launch, checked against the kernel's parameters, in the form that the
-    runtime reads.
+    """The arguments of one launch as the runtime reads them, checked against the kernel's
+    parameters.
     """
 
     def __init__(self, function: build.Function, args: Sequence[Any]) -> None:
@@ -184,7 +201,7 @@ class _Arguments:
 
     @staticmethod
     def _value(function: build.Function, i: int, argument: Any) -> Array:
-        """One argument's bytes: an array of one entry. A pointer's are its address."""
+        """The bytes of one argument, as an array of one entry. For a pointer it is the address."""
         parameter, name = function.parameters[i], f"{function.name}: argument {i}, {_parameter_name(function, i)}"
         if not parameter.is_pointer:
             expected = _dtype_name(parameter)
@@ -207,7 +224,7 @@ class _Arguments:
 
 
 def _origin(x: Array) -> int:
-    """Where the memory begins that an array is a view of: on a GPU, a multiple of 512."""
+    """The start of the memory that an array is a view of. On a GPU it is a multiple of 512."""
     while isinstance(x.base, np.ndarray):
         x = x.base
     return int(x.ctypes.data)
@@ -239,14 +256,14 @@ def _fits(parameter: build.Parameter, dtype: np.dtype[Any]) -> bool:
 
 
 def _kernel_fault(kernel: str, fault: _Fault) -> KernelFault:
-    message, place = fault.message.decode(errors="replace"), None
+    message, source_line = fault.message.decode(errors="replace"), None
     if fault.file:
-        place = (fault.file.decode(), int(fault.line))
+        source_line = (fault.file.decode(), int(fault.line))
     elif fault.image:
-        found = places(fault.image.decode(), [fault.offset, fault.other_offset])
-        place, other = found[fault.offset], found[fault.other_offset]
+        found = source_lines(fault.image.decode(), [fault.offset, fault.other_offset])
+        source_line, other = found[fault.offset], found[fault.other_offset]
         if fault.other_offset and other:
             message += f" at {other[0]}:{other[1]}"
-    file, line = place or (None, None)
+    file, line = source_line or (None, None)
     thread = tuple(fault.thread) if fault.in_thread else None
     return KernelFault(kernel, message, block=tuple(fault.block), thread=thread, file=file, line=line)

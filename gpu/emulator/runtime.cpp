@@ -1,6 +1,9 @@
-// Runs a kernel's blocks one after another, every thread of a block as a fiber: it runs until it
-// ends, meets a barrier, or meets an operation of its warp. The order in which the fibers take
-// turns is chosen; nothing else differs from run to run.
+// Runs the blocks of a kernel one after another. Every thread of a block is a fiber: it runs until
+// it ends, meets a barrier, or meets an operation of its warp. The order in which the fibers take
+// turns is chosen, and nothing else differs from run to run.
+//
+// A launch calls execute_launch, which calls execute_block for every block, which calls
+// let_warps_run until the block has ended; that resumes fibers.
 //
 // This file is never instrumented. In the builds for a sanitizer it tells the sanitizer about the
 // fibers.
@@ -59,11 +62,11 @@ dim3 blockDim, gridDim;
 unsigned long long launch_number = 0;
 char* dynamic_shared = nullptr;
 
-// What Python hands over, and gets back.
+// What Python passes, and gets back.
 
 struct Range {
   const char *begin, *end;
-  const char* origin;  // of the memory that the array is a part of
+  const char* origin;  // the start of the memory that the array is a part of
   const char* name;
 };
 
@@ -76,18 +79,18 @@ struct Request {
   unsigned long long seed;
   const Range* ranges;
   int num_ranges;
-  int checked;  // in the build that counts. 1: races are faults; 2: reads of shared memory that nobody has written too
+  int checked;  // in the build that counts. 1: races are faults; 2: uninitialized reads of shared memory, too
 };
 
 struct Fault {
   char message[512];
   unsigned block[3], thread[3];
   int in_thread;     // 0: of the launch as a whole
-  const char* file;  // null: to be found from image and offset, if there is an image
+  const char* file;  // null: Python finds it from image and offset, if there is an image
   int line;
   const char* image;
   unsigned long long offset;
-  unsigned long long other_offset;  // of a second place in the same image, 0 if there is none
+  unsigned long long other_offset;  // of a second instruction in the same image, 0 if there is none
 };
 
 namespace {
@@ -96,16 +99,16 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t PAGE = 4096;
 constexpr size_t ARENA_BYTES = 2 << 20;
 constexpr size_t RED_ZONE = 256;
-constexpr unsigned MAX_STATIC_SHARED = 48 << 10;  // more must be dynamic
+constexpr unsigned MAX_STATIC_SHARED = 48 << 10;  // anything more must be dynamic
 constexpr unsigned long long NEVER_WRITTEN = ~0ull;  // as floats NaN, as integers -1
 enum Order { FORWARD, REVERSE, SEEDED };
 
-// Contexts: what a fiber is when it does not run.
+// A context is the state of a fiber that does not run.
 
 #if defined(__x86_64__) && !defined(CUDA_EMULATOR_UCONTEXT)
 struct Context { void* stack_pointer; };
-// swapcontext() would make a system call for the signal mask. The System V ABI lets a callee change
-// all but these six registers.
+// swapcontext() would make a system call for the signal mask. In the System V ABI, a callee may
+// change all registers except these six.
 __attribute__((naked, noinline, used)) void switch_context(Context*, Context*) {
   __asm__ volatile(
       "push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
@@ -133,7 +136,7 @@ void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
 
 struct Stack {
   char* memory;
-  void* owner;  // in the eyes of ThreadSanitizer
+  void* owner;  // for ThreadSanitizer
 };
 
 enum class State : char { fresh, ready, at_barrier, in_warp_operation, finished };
@@ -178,10 +181,10 @@ Context hub;
 Random generator;
 
 char* arena;
-char* next_place;  // of static shared memory
+char* next_free;  // address in static shared memory
 unsigned static_shared;
 
-// What threads synchronize on, for ThreadSanitizer: a page of addresses, which it forgets with
+// The addresses on which threads synchronize, for ThreadSanitizer: a page that it forgets with
 // every block.
 constexpr unsigned MEETINGS = PAGE / 8;
 char* meetings;
@@ -255,9 +258,8 @@ Text waiting(const Fiber& fiber) {
   return made;
 }
 
-// Where an access beyond every array lies, from the array that is nearest: "4 bytes past the end of
-// values".
-Text place_of(const char* address) {
+// An address outside every array, relative to the nearest array: "4 bytes past the end of values".
+Text describe_address(const char* address) {
   Text made;
   const Range* nearest = nullptr;
   unsigned long long least = 1 << 30;
@@ -290,7 +292,7 @@ Text place_of(const char* address) {
   for (;;) to_hub();
 }
 
-bool at_same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+bool same_site(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
 
 char* map(void* where, size_t bytes) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (where ? MAP_FIXED : 0);
@@ -299,7 +301,7 @@ char* map(void* where, size_t bytes) {
   return static_cast<char*>(made);
 }
 
-// What the sanitizers are told, and nothing in the other builds.
+// What the sanitizers are told. In the other builds these functions do nothing.
 
 #if defined(CUDA_EMULATOR_THREAD)
 void release(void* meeting) { __tsan_release(meeting); }
@@ -308,8 +310,9 @@ void forget(char* memory, size_t bytes) {
   munmap(memory, bytes);
   map(memory, bytes);
 }
-// A stack stands for one thread after another, all of one owner, between which no race is seen. So
-// its turn comes again only after many others. Making one for each thread would take far longer.
+// A stack serves one thread after another. They all have the same owner, so no race between them is
+// seen: therefore many other stacks are used before this one is used again. Making a stack for each
+// thread would take far longer.
 constexpr size_t STACKS_BETWEEN = 2048;
 #else
 void release(void*) {}
@@ -363,7 +366,7 @@ void give_back_stack(Fiber& fiber) {
   fiber.stack = {};
 }
 
-// Of a thread that has been cut short.
+// For a thread that has been stopped before its end.
 void drop_stack(Fiber& fiber) {
 #if defined(CUDA_EMULATOR_THREAD)
   __tsan_destroy_fiber(fiber.stack.owner);
@@ -395,7 +398,8 @@ void run_fiber() {
 void resume(Fiber& fiber) {
   if (fiber.state == State::fresh) {
     fiber.stack = take_stack();
-    // Stacks whose tops differ in their last bits do not compete for the same lines of the cache.
+    // The tops of stacks differ in their last bits, so that they do not compete for the same cache
+    // lines.
     prepare(fiber.context, fiber.stack.memory + PAGE, STACK_BYTES - PAGE - fiber.number % 64 * 192, run_fiber);
   }
   fiber.state = State::ready;
@@ -442,8 +446,8 @@ Warp warp_of(unsigned number) {
 
 void* new_meeting() { return meetings + 8 * (next_meeting++ % MEETINGS); }
 
-// The threads of one __syncwarp meet at one address; two under way at once, of different masks, do
-// not. The other operations order nothing that the lanes do to memory.
+// The threads of one __syncwarp meet at one address. Two that are under way at once, with different
+// masks, have different addresses. The other operations order nothing that the lanes do to memory.
 void* meeting_of(const Fiber& fiber) {
   if (fiber.operation != WarpOperation::sync) return nullptr;
   const Warp warp = warp_of(fiber.number);
@@ -470,8 +474,8 @@ unsigned long long result_for(const Warp& warp, unsigned mask, unsigned votes, c
   }
 }
 
-// Completes every operation of the warp whose lanes have all come, and says whether there was one.
-// Called when no lane can run on.
+// Completes every operation of the warp for which all lanes have arrived, and says whether there
+// was one. It is called when no lane can run on.
 bool complete_operations(const Warp& warp) {
   unsigned in_operation = 0, finished = 0;
   for (unsigned i = 0; i < warp.size; ++i) {
@@ -495,9 +499,9 @@ bool complete_operations(const Warp& warp) {
     for (unsigned i = 0; complete && i < warp.size; ++i) {
       if (!(mask >> i & 1)) continue;
       const Fiber& other = warp.lane(i);
-      // A lane in another operation may still come here once that one is done.
+      // A lane in another operation may still come here when that operation is done.
       complete = other.mask == first.mask && other.operation == first.operation;
-      if (!at_same_place(other.site, first.site)) elsewhere = &other;
+      if (!same_site(other.site, first.site)) elsewhere = &other;
       votes |= (other.value != 0) << i;
     }
     if (!complete) continue;
@@ -519,7 +523,7 @@ bool complete_operations(const Warp& warp) {
   return progress;
 }
 
-// A turn for every lane of a warp that can run.
+// Gives a turn to every lane of a warp that can run.
 void take_turns(const Warp& warp) {
   unsigned char order[32];
   for (unsigned i = 0; i < warp.size; ++i) order[i] = static_cast<unsigned char>(request->order == REVERSE ? warp.size - 1 - i : i);
@@ -530,8 +534,8 @@ void take_turns(const Warp& warp) {
   }
 }
 
-// Until every thread of the block waits at a barrier, waits for ever, or has ended.
-void run_warps() {
+// Runs fibers until every thread of the block waits at a barrier, waits for ever, or has ended.
+void let_warps_run() {
   const unsigned count = (static_cast<unsigned>(fibers.size()) + 31) / 32;
   if (request->order != SEEDED) {
     for (unsigned i = 0; i < count && !failed; ++i) {
@@ -551,8 +555,8 @@ void run_warps() {
   }
 }
 
-// Lets the block pass its barrier when all threads that have not ended stand at it. False when the
-// block has ended, or never will.
+// Lets the block pass its barrier if all threads that have not ended are at it. Returns false if
+// the block has ended, or never will.
 bool pass_barrier() {
   const Fiber *at_barrier = nullptr, *in_operation = nullptr, *elsewhere = nullptr;
   int yes = 0, all = 0;
@@ -560,7 +564,7 @@ bool pass_barrier() {
     if (fiber.state == State::in_warp_operation) in_operation = &fiber;
     if (fiber.state != State::at_barrier) continue;
     if (!at_barrier) at_barrier = &fiber;
-    if (!at_same_place(at_barrier->site, fiber.site) || at_barrier->barrier != fiber.barrier) elsewhere = &fiber;
+    if (!same_site(at_barrier->site, fiber.site) || at_barrier->barrier != fiber.barrier) elsewhere = &fiber;
     yes += fiber.predicate != 0;
     ++all;
   }
@@ -596,7 +600,7 @@ bool pass_barrier() {
   return true;
 }
 
-void fill(char* from, char* to) {  // both multiples of 8; not by memset, which a sanitizer would see
+void fill(char* from, char* to) {  // both are multiples of 8; a sanitizer would see memset
   for (volatile unsigned long long* p = reinterpret_cast<unsigned long long*>(from); p < reinterpret_cast<unsigned long long*>(to); ++p) {
     *p = NEVER_WRITTEN;
   }
@@ -606,16 +610,16 @@ char* aligned_up(char* p, size_t alignment) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + alignment - 1) / alignment * alignment);
 }
 
-// Shared memory of a launch: red zone, dynamic, red zone, and the static declarations, each with a
-// red zone behind it.
+// The shared memory of a launch: a red zone, the dynamic memory, a red zone, then the static
+// declarations, each with a red zone after it.
 void lay_out_shared() {
   if (!arena) arena = map(nullptr, ARENA_BYTES), meetings = map(nullptr, PAGE);
 #if defined(CUDA_EMULATOR_ADDRESS)
   __asan_unpoison_memory_region(arena, ARENA_BYTES);
 #endif
   dynamic_shared = arena + RED_ZONE;
-  next_place = aligned_up(dynamic_shared + request->shared + RED_ZONE, 128);
-  fill(arena, next_place);
+  next_free = aligned_up(dynamic_shared + request->shared + RED_ZONE, 128);
+  fill(arena, next_free);
 #if defined(CUDA_EMULATOR_ADDRESS)
   __asan_poison_memory_region(arena, ARENA_BYTES);
   __asan_unpoison_memory_region(dynamic_shared, request->shared);
@@ -624,19 +628,19 @@ void lay_out_shared() {
   ++launch_number;
 }
 
-void run_block(unsigned long long number) {
+void execute_block(unsigned long long number) {
   blockIdx.x = static_cast<unsigned>(number % gridDim.x);
   blockIdx.y = static_cast<unsigned>(number / gridDim.x % gridDim.y);
   blockIdx.z = static_cast<unsigned>(number / gridDim.x / gridDim.y);
-  if (request->shared || static_shared) forget(arena, static_cast<size_t>(next_place - arena) / PAGE * PAGE + PAGE);
+  if (request->shared || static_shared) forget(arena, static_cast<size_t>(next_free - arena) / PAGE * PAGE + PAGE);
   if (next_meeting > 1) forget(meetings, PAGE);
   next_meeting = 0;
   barrier_meeting = new_meeting();
   release(&whole_block);
-  fill(arena, next_place);
+  fill(arena, next_free);
   observe_block();
   for (Fiber& fiber : fibers) fiber.state = State::fresh;
-  do run_warps();
+  do let_warps_run();
   while (!failed && pass_barrier());
   for (unsigned warp = 0; warp * 32 < fibers.size(); ++warp) observe_convergence(warp);
 }
@@ -649,7 +653,7 @@ struct sigaction old_actions[NUM_SIGNALS];
 pthread_t launching_thread;
 
 void on_signal(int number, siginfo_t* info, void* context) {
-  if (!pthread_equal(pthread_self(), launching_thread) || !current) {  // not the kernel's: as if this handler were not there
+  if (!pthread_equal(pthread_self(), launching_thread) || !current) {  // not in the kernel: act as if this handler were not there
     for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
     if (number == SIGABRT) raise(SIGABRT);
     return;
@@ -662,7 +666,7 @@ void on_signal(int number, siginfo_t* info, void* context) {
   } else if (address >= current->stack.memory && address < current->stack.memory + PAGE) {
     report(current, {nullptr, 0}, "local memory overflows: the emulator has %zu KiB for each thread", STACK_BYTES >> 10);
   } else {
-    report(current, {nullptr, 0}, "invalid access %s", place_of(address).text);
+    report(current, {nullptr, 0}, "invalid access %s", describe_address(address).text);
   }
   const void* pc = nullptr;
 #if defined(__x86_64__) && defined(__linux__)
@@ -696,7 +700,7 @@ struct SignalGuard {
   }
 };
 
-void run_launch() {
+void execute_launch() {
 #if !defined(CUDA_EMULATOR_ADDRESS) && !defined(CUDA_EMULATOR_THREAD)
   SignalGuard guard;
 #endif
@@ -708,15 +712,15 @@ void run_launch() {
     generator.shuffle(order.data(), order.size());
   }
   for (unsigned long long i = 0; i < blocks && !failed; ++i) {
-    run_block(request->order == SEEDED ? order[i] : request->order == REVERSE ? blocks - 1 - i : i);
+    execute_block(request->order == SEEDED ? order[i] : request->order == REVERSE ? blocks - 1 - i : i);
   }
 }
 
 }  // namespace
 
-// What kernels call
+// The functions that kernels call
 
-char* place_shared(Slot& slot, unsigned bytes, unsigned alignment, const char* names, Site site) {
+char* allocate_shared(Slot& slot, unsigned bytes, unsigned alignment, const char* names, Site site) {
   static_shared += bytes;
   if (static_shared > MAX_STATIC_SHARED) {
     fail(site, "%u bytes of static shared memory with %s: the compiler allows %u, more must be dynamic", static_shared, names, MAX_STATIC_SHARED);
@@ -725,16 +729,16 @@ char* place_shared(Slot& slot, unsigned bytes, unsigned alignment, const char* n
     fail(site, "%u bytes of shared memory, %u static with %s and %u dynamic: a block here has %u", static_shared + request->shared,
          static_shared, names, request->shared, request->max_shared);
   }
-  slot.place = aligned_up(next_place, alignment < 16 ? 16 : alignment);
-  next_place = aligned_up(slot.place + bytes + RED_ZONE, 128);
-  if (next_place > arena + ARENA_BYTES) fail(site, "so many declarations of shared memory that the emulator has no room for them");
+  slot.address = aligned_up(next_free, alignment < 16 ? 16 : alignment);
+  next_free = aligned_up(slot.address + bytes + RED_ZONE, 128);
+  if (next_free > arena + ARENA_BYTES) fail(site, "so many declarations of shared memory that the emulator has no room for them");
   slot.launch = launch_number;
-  fill(slot.place - reinterpret_cast<uintptr_t>(slot.place) % 8, next_place);
+  fill(slot.address - reinterpret_cast<uintptr_t>(slot.address) % 8, next_free);
 #if defined(CUDA_EMULATOR_ADDRESS)
-  __asan_unpoison_memory_region(slot.place, bytes);
+  __asan_unpoison_memory_region(slot.address, bytes);
 #endif
-  observe_shared(slot.place, bytes, names);
-  return slot.place;
+  observe_shared(slot.address, bytes, names);
+  return slot.address;
 }
 
 unsigned warp_lane() { return current->number % 32; }
@@ -786,7 +790,7 @@ extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cu
 #if defined(CUDA_EMULATOR_THREAD)
   hub_fiber = __tsan_get_current_fiber();
 #endif
-  run_launch();
+  execute_launch();
   for (Fiber& fiber : fibers) {
     if (fiber.stack.memory) drop_stack(fiber);
   }

@@ -1,4 +1,4 @@
-"""Kernels under the sanitizers of the compiler: AddressSanitizer for accesses beyond memory,
+"""Kernels under the compiler's sanitizers: AddressSanitizer for accesses outside of arrays,
 ThreadSanitizer for races.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from yoso_core.gpu.emulator import build
-from yoso_core.gpu.emulator.places import Frame, frames, place_in
+from yoso_core.gpu.emulator.source_lines import Frame, SourceLine, frames, source_line
 
 Kind = Literal["address", "thread"]
 
@@ -39,34 +39,34 @@ with build_for(kind):
 
 @dataclass(frozen=True)
 class Report:
-    """What a sanitizer found, once for each place."""
+    """What a sanitizer found; one report for each set of source lines."""
 
     kind: str
     """In the sanitizer's words: ``data race``, ``heap-buffer-overflow``, ``use-after-poison``
-    (beyond an array in shared memory).
+    (outside of an array in shared memory).
     """
     kernel: str
     file: str
     line: int
-    places: tuple[tuple[str, int], ...]
+    source_lines: tuple[SourceLine, ...]
     """Every line of the kernel's source that the report names: of a race, both sides."""
     text: str
     """The whole report."""
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {self.kind} at " + ", ".join(f"{file}:{line}" for file, line in self.places)
+        return f"{self.kernel}: {self.kind} at " + ", ".join(f"{file}:{line}" for file, line in self.source_lines)
 
 
 @cache
 def _preloaded(compiler: tuple[str, ...], kind: str) -> list[str] | str:
-    """How a program is started with the sanitizer's library in it, or why that cannot be."""
+    """How to start a program with the sanitizer's library in it, or why that is not possible."""
     name = {"address": "libasan.so", "thread": "libtsan.so"}[kind]
     path = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False).stdout.strip()
     if not os.path.exists(path):
         return f"{compiler[0]} has no {name}: use g++, and install the package with that library if it has one of its own"
     start = ["env", f"LD_PRELOAD={path}"]
-    # Addresses that Linux draws at random may lie where ThreadSanitizer's own must be. Some
-    # containers do not allow to switch that off.
+    # ThreadSanitizer needs some addresses that Linux may give away at random. `setarch -R` switches
+    # that off, but some containers do not allow it.
     fixed = ["setarch", platform.machine(), "-R", *start]
     tried = [fixed, start] if kind == "thread" and shutil.which("setarch") else [start]
     for command in tried:
@@ -77,7 +77,11 @@ def _preloaded(compiler: tuple[str, ...], kind: str) -> list[str] | str:
 
 
 def missing(kind: Kind) -> str | None:
-    """Why kernels cannot run under this sanitizer here; ``None`` if they can."""
+    """Why kernels cannot run under this sanitizer here; ``None`` if they can.
+
+    >>> missing("thread") is None or "Linux" in missing("thread") or "libtsan" in missing("thread")
+    True
+    """
     reason = build.missing()
     if reason:
         return reason
@@ -88,24 +92,32 @@ def missing(kind: Kind) -> str | None:
 
 
 def sanitized(kind: Kind, code: str, *, timeout: float = 600, **names: Any) -> list[Report]:
-    """Run Python code in a child process, with every kernel that it launches in the emulator built
+    """Run Python code in a child process. Every kernel that it launches in the emulator is built
     for a sanitizer.
 
     Parameters
     ----------
-    kind : ``"address"`` finds accesses beyond arrays and shared memory, ``"thread"`` accesses of
-        two threads that nothing orders.
+    kind : ``"address"`` finds accesses outside of arrays and shared memory; ``"thread"`` finds
+        accesses of two threads that nothing orders.
     code : a text, since the sanitizer must be in the process from its start.
-    names : what the code finds defined; they travel by pickle.
+    names : names that the code finds defined; their values are pickled.
 
     Raises
     ------
-    RuntimeError : what `missing` says, or the code has raised; the message holds its traceback.
+    RuntimeError : the reason that `missing` gives, or the traceback of an exception in the code.
 
-    >>> from yoso_core.gpu.emulator import sanitizers
-    >>> code = "print('no kernel, no report')"
-    >>> [] if sanitizers.missing("thread") else sanitizers.sanitized("thread", code)
-    []
+    >>> from yoso_core.gpu.emulator import sanitized
+    >>> code = '''
+    ... import numpy as np
+    ... from yoso_core.gpu import KernelText
+    ... from yoso_core.gpu.emulator import Emulator
+    ... kernel = KernelText(text, "fill", file="fill.cu")
+    ... Emulator().launch(kernel, grid=(1,), block=(8,), args=(np.zeros(7, np.int32),))
+    ... '''
+    >>> text = 'extern "C" __global__ void fill(int* x) { x[threadIdx.x] = 1; }'
+    >>> for report in sanitized("address", code, text=text):
+    ...     print(report)
+    fill: heap-buffer-overflow at fill.cu:1
     """
     if kind not in _OPTIONS:
         raise ValueError(f'kind: got {kind!r}, must be "address" or "thread"')
@@ -136,13 +148,13 @@ _HEAD = re.compile(
     re.MULTILINE,
 )
 _FRAME = re.compile(r"#\d+ .*?\((?P<library>[^()]+)\+0x(?P<offset>[0-9a-f]+)\).*")
-# What follows is about other matters: where memory comes from, where a thread was made.
+# The rest of a report is about other things: where memory comes from, where a thread was made.
 _REST = re.compile(r"^ *(?:.* is located |Location is |Thread |Address |SUMMARY)", re.MULTILINE)
 _CALL = "cuda_emulator_call_"
 
 
 def _parse(text: str) -> list[Report]:
-    """The reports that concern a kernel, those of one kind and the same places once. Others are of
+    """The reports about kernels, each kind once for the same source lines. Other reports are about
     the interpreter's own libraries.
     """
     heads = list(_HEAD.finditer(text))
@@ -153,15 +165,15 @@ def _parse(text: str) -> list[Report]:
         body = _REST.split(whole, maxsplit=1)[0]
         stack = [frame for line in _FRAME.finditer(body) for frame in _frames(line)]
         kernels = [frame.function.removeprefix(_CALL) for frame in stack if frame.function.startswith(_CALL)]
-        places = tuple(dict.fromkeys(place for line in _FRAME.finditer(body) if (place := place_in(_frames(line)))))
-        if kernels and places:
-            report = Report(head["kind"].strip(), kernels[0], *places[0], places, _FRAME.sub(_named, whole).strip())
-            found.setdefault((report.kind, report.kernel, places), report)
+        lines = tuple(dict.fromkeys(known for line in _FRAME.finditer(body) if (known := source_line(_frames(line)))))
+        if kernels and lines:
+            report = Report(head["kind"].strip(), kernels[0], *lines[0], lines, _FRAME.sub(_named, whole).strip())
+            found.setdefault((report.kind, report.kernel, lines), report)
     return list(found.values())
 
 
 def _frames(line: re.Match[str]) -> tuple[Frame, ...]:
-    """The functions of one line of a report, if it is one of a kernel's library."""
+    """The frames of one line of a report, if the line is about a kernel's library."""
     library = build.cache_folder() / Path(line["library"]).name  # ThreadSanitizer names no folder
     offset = int(line["offset"], 16)
     return frames(str(library), [offset])[offset] if library.exists() else ()

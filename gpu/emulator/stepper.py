@@ -1,26 +1,25 @@
 """A device that runs the Python source of Numba's CUDA kernels on the CPU, thread by thread, and
-watches them.
+checks them.
 
 Every CUDA thread is a greenlet. It runs until it meets a barrier or ends, then the next thread of
-the block has its turn: no two run at the same time, and the order is chosen, so a result is
-repeatable, and one that depends on the order shows itself under another (`order`).
+the block has its turn. No two threads run at the same time, and the order of turns is chosen. So a
+result can be repeated, and a result that depends on the order shows under another one (`order`).
 
-What the stepper reports, as a `KernelFault` that names the kernel, block, thread and line:
+The stepper reports, as a `KernelFault` that names the kernel, block, thread and line:
 
-- an index out of bounds, of a global, shared or local array; a negative one too, which on a GPU
-  does not count from the end;
-- a barrier that some threads of a block wait at while others wait at another, or have left the
-  kernel;
+- an index out of bounds, of a global, shared or local array; a negative index is out of bounds;
+- a barrier at which some threads of a block wait while others wait at another barrier, or have left
+  the kernel;
 - threads that wait for each other for ever, at a barrier or by a compare-and-swap that never
   succeeds (a loop that only reads, and waits for another thread to write, never ends here);
 - any exception in a thread.
 
-Shared and local memory begins as NaN, and as -1 in arrays of integers: memory that was not
+Shared and local memory begins as NaN, and as -1 in arrays of integers. So memory that was not
 initialized shows in the result.
 
-Python's integers stand in for integers of every width and do not wrap around. float32 is added up
-in float32; Numba's rule that a float32 and an int64 make a float64 does not hold: here they make a
-float32.
+Python's integers stand in for integers of every width and do not wrap around. Sums in float32 are
+taken in float32. Numba's rule that a float32 and an int64 make a float64 does not hold: here they
+make a float32.
 """
 
 import functools
@@ -37,21 +36,26 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from yoso_core.gpu.device import Launch, Shape, record
+from yoso_core.gpu.device import Arguments, Launch, Shape, in_order, record
 from yoso_core.gpu.emulator.common import KernelFault, launch_sizes, order_here
 
 T = TypeVar("T")
 
 _STOPS = frozenset({"syncthreads", "syncthreads_count", "syncthreads_and", "syncthreads_or", "cas", "compare_and_swap"})
-"""Where a thread may have to wait for others. A kernel that names none of them needs no greenlets.
+"""Functions in which a thread may wait for others. A kernel that names none of them needs no
+greenlets.
 """
 
 _PATIENCE = 1000
-"""Turns for threads whose compare-and-swap fails, before they count as waiting for ever."""
+"""Turns of a thread whose compare-and-swap fails, before it counts as waiting for ever."""
 
 
 def missing() -> str | None:
-    """Why the stepper cannot run here, and what to install; ``None`` where it can."""
+    """Why the stepper cannot run here, and what to install; ``None`` if it can.
+
+    >>> missing() is None or "pip install" in missing()
+    True
+    """
     for package in ("numba", "greenlet"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package!r} is not installed: pip install {package}"
@@ -59,33 +63,55 @@ def missing() -> str | None:
 
 
 class _Fault(RuntimeError):
-    """What a thread did wrong, before it is known where."""
+    """A fault of a thread, before its source line is known."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One event of `Stepper.trace`: a thread is about to run a line, or all threads of a block have
-    reached a barrier.
+    met at a barrier.
     """
 
     block: Shape
     thread: Shape | None
-    """``None`` at a barrier, where all threads are."""
+    """``None`` at a barrier, which all threads have reached."""
     line: int
     text: str
-    """The line itself."""
+    """The text of the line."""
     shared: dict[str, NDArray[Any]]
-    """At a barrier: what the block's shared arrays hold, by the names they have in the kernel."""
+    """At a barrier, copies of the block's shared arrays, by their names in the kernel."""
 
 
 class Stepper:
-    """A device of NumPy arrays. Its kernels are functions under `numba.cuda.jit`, or plain ones
-    written like them.
+    """A `Device` with NumPy arrays. Its kernels are functions under `numba.cuda.jit`, or plain
+    functions written like them.
 
     Parameters
     ----------
-    max_shared : bytes of shared memory for a block; 48 KiB is what Numba has on any GPU.
-    max_table : bytes for a table in global memory.
+    max_shared : bytes of shared memory for a block; Numba has 48 KiB on every GPU.
+    max_table : bytes that a launcher may take for a table in global memory.
+
+    >>> from numba import cuda
+    >>> @cuda.jit
+    ... def reverse(x):
+    ...     copy = cuda.shared.array(4, x.dtype)
+    ...     i = cuda.threadIdx.x
+    ...     copy[i] = x[i]
+    ...     cuda.syncthreads()
+    ...     x[i] = copy[3 - i]
+    >>> x = np.arange(4.0)
+    >>> stepper = Stepper()
+    >>> stepper.launch(reverse, grid=(1,), block=(4,), args=(x,))
+    >>> x
+    array([3., 2., 1., 0.])
+
+    A trace tells each step:
+
+    >>> steps = stepper.trace(reverse, grid=(1,), block=(4,), args=(x,))
+    >>> steps[0].thread, steps[0].line > 0
+    ((0, 0, 0), True)
+    >>> [step.shared["copy"] for step in steps if step.thread is None]
+    [array([3., 2., 1., 0.])]
     """
 
     def __init__(self, max_shared: int = 48 << 10, max_table: int = 64 << 20) -> None:
@@ -93,38 +119,40 @@ class Stepper:
         self.max_shared, self.max_table = max_shared, max_table
 
     def empty(self, shape: Shape, dtype: Any) -> NDArray[Any]:
-        """Filled with NaN, or -1 in integers: an entry that no kernel writes shows."""
+        """A new array of NaN, or of -1 for integers: an entry that no kernel writes shows."""
         return _poisoned(shape, dtype)
 
     def zeros(self, shape: Shape, dtype: Any) -> NDArray[Any]:
         return np.zeros(shape, dtype)
 
-    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
-        """Run a kernel to its end. Raises `KernelFault` for what it does wrong, and for a launch
+    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
+        """Run a kernel to its end. Raises `KernelFault` for a fault of the kernel, and for a launch
         that a GPU would refuse.
         """
-        self._run(kernel, grid, block, args, shared, None)
+        self._execute(kernel, grid, block, args, shared, None)
 
-    def trace(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> list[Step]:
-        """Run a kernel as `launch` does, and tell what happened: every line that a thread ran and
-        every barrier, in the order they came.
+    def trace(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> list[Step]:
+        """Run a kernel as `launch` does, and return what happened: every line that a thread ran and
+        every barrier, in their order.
         """
         steps: list[Step] = []
-        self._run(kernel, grid, block, args, shared, steps)
+        self._execute(kernel, grid, block, args, shared, steps)
         return steps
 
-    def _run(
-        self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int, steps: list[Step] | None
+    def _execute(
+        self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int, steps: list[Step] | None
     ) -> None:
         name = getattr(kernel, "py_func", kernel).__name__
         grid_dim, block_dim = launch_sizes(name, grid, block, shared, self.max_shared)
-        running = _RunningKernel(kernel, grid_dim, block_dim, args, shared, self.max_shared, steps)
-        record(Launch("stepped", running.name, tuple(grid), tuple(block), shared))
-        running.run()
+        execution = _Execution(kernel, grid_dim, block_dim, args, shared=shared, max_shared=self.max_shared, steps=steps)
+        record(Launch("stepped", execution.name, tuple(grid), tuple(block), shared))
+        execution.run_blocks()
 
 
 def _poisoned(shape: Any, dtype: Any) -> NDArray[Any]:
-    """Bytes of ones: NaN in floats, -1 in signed integers, the largest number in others."""
+    """An array whose bits are all 1: NaN in floats, -1 in signed integers, the largest number in
+    unsigned ones.
+    """
     x = np.empty(shape, dtype)
     x.reshape(-1).view(np.uint8).fill(0xFF)
     return x
@@ -132,7 +160,7 @@ def _poisoned(shape: Any, dtype: Any) -> NDArray[Any]:
 
 @functools.cache
 def _dtype(given: Any) -> np.dtype[Any]:
-    """A NumPy dtype, from one or from a Numba type."""
+    """A NumPy dtype, from a dtype or a Numba type."""
     from numba import types
     from numba.np import numpy_support
 
@@ -140,10 +168,15 @@ def _dtype(given: Any) -> np.dtype[Any]:
 
 
 class CheckedArray:
-    """A NumPy array as a kernel sees it: every index must lie in bounds, and integers are read as
+    """A NumPy array as a kernel sees it. Every index must be in bounds, and integers are read as
     Python's.
 
-    Fewer indices than dimensions give a part of the array, as a view.
+    Fewer indices than dims give a part of the array, as a view.
+
+    >>> CheckedArray(np.zeros((2, 3)), "x")[1, 3]
+    Traceback (most recent call last):
+    ...
+    IndexError: x: index (1, 3) is out of bounds for the shape (2, 3)
     """
 
     __slots__ = ("data", "dtype", "name", "read", "shape")
@@ -193,7 +226,7 @@ class CheckedArray:
 
 
 class CheckedVector(CheckedArray):
-    """The same for one dimension, where an index is a number: twice as fast."""
+    """The same for one dim, where an index is a number. It is twice as fast."""
 
     __slots__ = ("_size",)
 
@@ -227,7 +260,7 @@ def _argument(x: Any, name: str) -> Any:
 
 
 class Atomic:
-    """`cuda.atomic`. Threads take turns, so each operation is a plain read and write; they return
+    """`cuda.atomic`. Threads take turns, so each operation is a plain read and write. It returns
     the old entry.
     """
 
@@ -240,7 +273,7 @@ class Atomic:
         return old
 
     def add(self, array: Any, index: Any, value: Any) -> Any:
-        old = array[index]  # written out, since this is the one in inner loops
+        old = array[index]  # without `_update`, since this one is in inner loops
         array[index] = old + value
         return old
 
@@ -283,7 +316,7 @@ class Atomic:
 
 
 class Dim3:
-    """`threadIdx` and its like."""
+    """`threadIdx` and the like."""
 
     __slots__ = ("x", "y", "z")
 
@@ -295,23 +328,23 @@ class Dim3:
 
 
 class Cuda:
-    """What a kernel finds under the name ``cuda`` while the stepper runs it; the indices are those
-    of the thread whose turn it is.
+    """The module ``cuda`` as a kernel sees it while the stepper runs it. The indices are those of
+    the thread whose turn it is.
     """
 
     warpsize = 32
 
-    def __init__(self, running: "_RunningKernel", grid: Shape, block: Shape) -> None:
+    def __init__(self, execution: "_Execution", grid: Shape, block: Shape) -> None:
         self.gridDim, self.blockDim = Dim3(*grid), Dim3(*block)
         self.blockIdx = self.threadIdx = Dim3(0, 0, 0)
-        self.atomic = Atomic(running.give_way)
-        self.shared = SimpleNamespace(array=running.shared_array)
+        self.atomic = Atomic(execution.give_way)
+        self.shared = SimpleNamespace(array=execution.shared_array)
         self.local = SimpleNamespace(array=lambda shape, dtype: _checked(_poisoned(shape, _dtype(dtype)), "a local array"))
         self.const = SimpleNamespace(array_like=lambda x: _checked(x, "a constant array"))
-        self.syncthreads = running.syncthreads
-        self.syncthreads_count: Callable[[Any], int] = lambda predicate: sum(running.vote(predicate))
-        self.syncthreads_and: Callable[[Any], int] = lambda predicate: int(all(running.vote(predicate)))
-        self.syncthreads_or: Callable[[Any], int] = lambda predicate: int(any(running.vote(predicate)))
+        self.syncthreads = execution.syncthreads
+        self.syncthreads_count: Callable[[Any], int] = lambda predicate: sum(execution.vote(predicate))
+        self.syncthreads_and: Callable[[Any], int] = lambda predicate: int(all(execution.vote(predicate)))
+        self.syncthreads_or: Callable[[Any], int] = lambda predicate: int(any(execution.vote(predicate)))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"cuda.{name}: the stepper has barriers, atomics, shared, local and constant arrays, and no {name}")
@@ -325,18 +358,21 @@ class Cuda:
         return size[0] if ndim == 1 else size[:ndim]
 
     def threadfence(self) -> None:
-        """Threads take turns: what one has written, the next one sees."""
+        """Nothing to do: threads take turns, so each sees what the others have written."""
 
     threadfence_block = threadfence_system = threadfence
 
 
-class _RunningKernel:
-    """One launch: its own copies of the kernel's functions, the memory of the block that is
-    running, and whose turn it is.
+class _Execution:
+    """One launch: copies of the kernel's functions, the memory of the current block, and the turns
+    of its threads.
+
+    `run_blocks` goes through the blocks. `run_one_by_one` or `run_in_turns` go through the threads
+    of a block, and `run_thread` runs one of them.
     """
 
     def __init__(
-        self, kernel: Any, grid: Shape, block: Shape, args: Sequence[Any], shared: int, max_shared: int, steps: list[Step] | None
+        self, kernel: Any, grid: Shape, block: Shape, args: Arguments, *, shared: int, max_shared: int, steps: list[Step] | None
     ) -> None:
         from numba import cuda
 
@@ -347,9 +383,10 @@ class _RunningKernel:
         self.function = self.copy(kernel)
         self.name: str = self.function.__name__
         names = self.function.__code__.co_varnames[: self.function.__code__.co_argcount]
-        if len(args) != len(names):
-            raise TypeError(f"args: {self.name} takes {len(names)} arguments, got {len(args)}")
-        self.args = [_argument(x, name) for x, name in zip(args, names, strict=True)]
+        values = in_order(args, names, self.name)
+        if len(values) != len(names):
+            raise TypeError(f"args: {self.name} takes {len(names)} arguments, got {len(values)}")
+        self.args = [_argument(x, name) for x, name in zip(values, names, strict=True)]
         self.blocks = [Dim3(x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(grid)))]
         self.threads = [Dim3(x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(block)))]
         self.shared, self.max_shared = shared, max_shared
@@ -358,9 +395,9 @@ class _RunningKernel:
         self.reverse = chosen == "reverse"
         self.random = np.random.default_rng(chosen) if not isinstance(chosen, str) else None
 
-    # What a kernel names (the module numba.cuda, device functions) it finds in its globals, or in
-    # the cells of a function around it. They are put in place in a copy of the function, so that
-    # neither another launch nor anybody else sees it.
+    # A kernel finds the names that it uses (the module numba.cuda, device functions) in its
+    # globals, or in the cells of a function around it. A copy of the function gets stand-ins for
+    # them, so that no other launch sees a change.
 
     def copy(self, function: Any) -> Any:
         function = getattr(function, "py_func", function)
@@ -385,24 +422,24 @@ class _RunningKernel:
     # The memory of a block.
 
     def shared_array(self, shape: Any, dtype: Any) -> CheckedArray:
-        """An array of a fixed shape belongs to the place that asks for it; shape 0 is the memory
-        that the launch gave, the same for all.
+        """`cuda.shared.array`. Every call in the kernel's source has an array of its own. Shape 0
+        is the dynamic memory of the launch, which all such calls share.
         """
         frame, dtype = sys._getframe(1), _dtype(dtype)
         if shape == 0:
             whole = self.shared // dtype.itemsize * dtype.itemsize
             return _checked(self.dynamic[:whole].view(dtype), f"the dynamic shared array of line {frame.f_lineno}")
-        place = frame.f_code, frame.f_lasti
-        if place not in self.static:
-            self.static[place] = _checked(_poisoned(shape, dtype), f"the shared array of line {frame.f_lineno}")
+        call = frame.f_code, frame.f_lasti
+        if call not in self.static:
+            self.static[call] = _checked(_poisoned(shape, dtype), f"the shared array of line {frame.f_lineno}")
             taken = self.shared + sum(x.data.nbytes for x in self.static.values())
             if taken > self.max_shared:
                 raise _Fault(f"{taken:,} bytes of shared memory are needed, a block here has {self.max_shared:,}")
-        return self.static[place]
+        return self.static[call]
 
-    # Whose turn it is.
+    # Blocks, threads and their turns.
 
-    def run(self) -> None:
+    def run_blocks(self) -> None:
         never_stops = self.steps is None and not any(_STOPS.intersection(code.co_names) for code in self.codes)
         run_block = self.run_one_by_one if never_stops else self.run_in_turns
         previous_trace = sys.gettrace()
@@ -437,9 +474,9 @@ class _RunningKernel:
     def run_in_turns(self) -> None:
         """Rounds from barrier to barrier, in which each thread has a turn.
 
-        A thread that arrives at a barrier switches to the next one itself (`arrive`); the last one,
-        and one that ends, come back here. In the first round all come back, since a greenlet that
-        another one starts would begin on top of its stack.
+        A thread that arrives at a barrier switches to the next thread itself (`arrive`). The last
+        thread, and a thread that ends, come back here. In the first round all come back, since a
+        greenlet that another greenlet starts would begin on top of its stack.
         """
         from greenlet import getcurrent, greenlet
 
@@ -465,8 +502,8 @@ class _RunningKernel:
                     turn.throw()
 
     def take_turns(self, turns: list[Any]) -> None:
-        """Until every thread has arrived or ended. Those whose compare-and-swap failed come again
-        after the others.
+        """Go on until every thread has arrived at a barrier or ended. Threads whose
+        compare-and-swap failed have another turn after the others.
         """
         for _ in range(_PATIENCE):
             self.retrying: list[Any] = []
@@ -484,7 +521,7 @@ class _RunningKernel:
         self.arrive(sys._getframe(1))
 
     def vote(self, predicate: Any) -> list[bool]:
-        """A barrier that tells every thread what all of them say."""
+        """A barrier that gives every thread the answers of all threads."""
         self.votes.append(bool(predicate))
         self.arrive(sys._getframe(2))
         return self.ballot
@@ -492,15 +529,15 @@ class _RunningKernel:
     def arrive(self, frame: FrameType) -> None:
         thread = self.cuda.threadIdx
         if self.arrived == 0:
-            self.place, self.first = (frame.f_code, frame.f_lasti), (thread, frame)
-        elif (frame.f_code, frame.f_lasti) != self.place:
+            self.barrier, self.first = (frame.f_code, frame.f_lasti), (thread, frame)
+        elif (frame.f_code, frame.f_lasti) != self.barrier:
             raise _Fault(f"waits at a barrier here, while {self.first_here()}: every thread of a block must meet the same barrier")
         self.arrived += 1
         next(self.queue, self.hub).switch()
         self.cuda.threadIdx = thread
 
     def give_way(self) -> None:
-        """A compare-and-swap of this thread has failed: the others first."""
+        """A compare-and-swap of this thread has failed: let the others run first."""
         from greenlet import getcurrent
 
         thread = self.cuda.threadIdx
@@ -513,12 +550,10 @@ class _RunningKernel:
         thread, frame = self.first
         return f"thread {tuple(thread)} waits at line {frame.f_lineno}"
 
-    # What is told.
+    # Faults and traces.
 
     def fault(self, error: Exception) -> KernelFault:
-        """The error with the place where it happened: the innermost line of the kernel, or of a
-        device function.
-        """
+        """The error with its source line, the innermost one in the kernel or a device function."""
         file, line, trace = None, None, error.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code

@@ -1,13 +1,13 @@
 // Part of runtime.cpp, in the build that counts. The compiler puts a call before every access of a
-// kernel, as for ThreadSanitizer, but the functions called are those below. They check the access,
-// and tally it by the place in the code that makes it.
+// kernel, as for ThreadSanitizer, but it calls the functions below. They check the access, and
+// count it for the instruction that makes it.
 //
-// The accesses that a warp makes together are found by place and number: the k-th time that each of
-// its lanes comes to a place, counted from the last point where the whole warp stood at one line, a
-// barrier or an operation of all its lanes.
+// Accesses that the lanes of a warp make together have the same instruction and the same number: it
+// is the k-th time that a lane executes the instruction since the whole warp last met, at a barrier
+// or in an operation of all its lanes.
 
 struct Tally {  // read by Python
-  unsigned long long offset;  // of the place, in its library
+  unsigned long long offset;  // of the instruction in its library
   int access, is_shared;
   unsigned long long accesses, bytes;  // by threads
   unsigned long long warp_accesses;
@@ -21,7 +21,7 @@ struct Totals {  // read by Python
   unsigned long long barriers, warp_syncs, shuffles, votes;
 };
 
-struct Place {
+struct Instruction {  // with one kind of access that it makes
   const void* pc;
   Access access;
   bool is_shared;
@@ -34,7 +34,7 @@ struct Together {
   unsigned long long at[32];
 };
 
-struct Visits {  // of one warp to one place
+struct Visits {  // executions of one instruction by one warp
   unsigned count[32];
   std::vector<Together> together;
 };
@@ -51,24 +51,24 @@ struct LastAccess {
   bool is_atomic;
 };
 
-struct Watched {  // a byte of memory
+struct Watched {  // the last accesses to one byte of memory
   LastAccess write, read, read_by_another;
 };
 
-struct GlobalMemory {  // that arrays are parts of
+struct GlobalMemory {  // an allocation, of which arrays are parts
   const char *begin, *end;
   Watched* watched;
 };
 
 constexpr unsigned SECTOR = 32, BANKS = 32, BANK_BYTES = 4;
 
-std::vector<Place> places;
-std::vector<int> place_table;  // numbers of places, hashed; -1 is empty
+std::vector<Instruction> instructions;
+std::vector<int> instruction_table;  // a hash table with numbers of instructions; -1 is empty
 std::vector<Visits> visits[32];
 std::vector<int> visited[32];
 std::vector<SharedArray> shared_arrays;
-// For every byte of the arena; of what is older than the block nothing counts. Most of it is never
-// touched, so it costs no memory.
+// One entry for every byte of the arena; entries from before the current block do not count. Most
+// of them are never touched, so they cost no memory.
 auto* const written_at = static_cast<unsigned*>(calloc(ARENA_BYTES, sizeof(unsigned)));
 auto* const shared_watched = static_cast<Watched*>(calloc(ARENA_BYTES, sizeof(Watched)));
 std::vector<GlobalMemory> global_memory;
@@ -78,7 +78,7 @@ std::pair<const char*, const char*> images[2];  // of the kernel and of this fil
 unsigned now = 1, block_start, last_barrier, last_sync[32][32][32];  // by warp, lane and lane
 unsigned block_number;
 
-// What happens when
+// Events of a launch
 
 int find_image(dl_phdr_info* info, size_t, void*) {
   const char* const inside[] = {reinterpret_cast<const char*>(request->call), reinterpret_cast<const char*>(&request)};
@@ -97,8 +97,8 @@ int find_image(dl_phdr_info* info, size_t, void*) {
 }
 
 void observe_launch() {
-  places.clear();
-  place_table.assign(256, -1);
+  instructions.clear();
+  instruction_table.assign(256, -1);
   for (auto& of_warp : visits) of_warp.clear();
   for (auto& of_warp : visited) of_warp.clear();
   shared_arrays.clear();
@@ -129,14 +129,14 @@ void observe_block() {
 
 void observe_shared(const char* begin, unsigned bytes, const char* names) { shared_arrays.push_back({begin, begin + bytes, names}); }
 
-void tally_together(Place& place, const Together& group);
+void tally_together(Instruction& instruction, const Together& group);
 
 void observe_convergence(unsigned warp) {
   for (int number : visited[warp]) {
-    Visits& of_place = visits[warp][number];
-    for (const Together& group : of_place.together) tally_together(places[number], group);
-    of_place.together.clear();
-    memset(of_place.count, 0, sizeof of_place.count);
+    Visits& of_instruction = visits[warp][number];
+    for (const Together& group : of_instruction.together) tally_together(instructions[number], group);
+    of_instruction.together.clear();
+    memset(of_instruction.count, 0, sizeof of_instruction.count);
   }
   visited[warp].clear();
 }
@@ -150,7 +150,7 @@ void observe_barrier() {
 void observe_operation(WarpOperation operation, unsigned warp, unsigned mask) {
   if (operation == WarpOperation::sync) {
     ++totals.warp_syncs;
-    ++now;  // alone among these it orders what the lanes do to memory
+    ++now;  // it is the only one that orders what the lanes do to memory
     for (unsigned a = 0; a < 32; ++a) {
       for (unsigned b = 0; b < 32; ++b) {
         if (mask >> a & mask >> b & 1) last_sync[warp][a][b] = now;
@@ -164,26 +164,26 @@ void observe_operation(WarpOperation operation, unsigned warp, unsigned mask) {
   }
 }
 
-// Tallies of a warp's access
+// Counts of one access of a warp
 
-void tally_together(Place& place, const Together& group) {
+void tally_together(Instruction& instruction, const Together& group) {
   unsigned long long at[32];
   unsigned count = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
     if (group.lanes >> lane & 1) at[count++] = group.at[lane];
   }
-  Tally& tally = place.tally;
+  Tally& tally = instruction.tally;
   ++tally.warp_accesses;
-  if (place.is_shared && place.access != Access::atomic) {
-    // 32 banks of 4 bytes each give one word at a time. A warp's access of 8 bytes goes in halves,
-    // one of 16 in quarters.
-    const unsigned lanes_at_once = place.bytes <= 4 ? 32 : 128 / place.bytes;
+  if (instruction.is_shared && instruction.access != Access::atomic) {
+    // Each of the 32 banks gives one word of 4 bytes at a time. A warp's access of 8 bytes is split
+    // into halves, one of 16 bytes into quarters.
+    const unsigned lanes_at_once = instruction.bytes <= 4 ? 32 : 128 / instruction.bytes;
     for (unsigned first = 0; first < 32; first += lanes_at_once) {
       unsigned long long words[32];
       unsigned num_words = 0, in_bank[BANKS] = {}, most = 0;
       for (unsigned lane = first; lane < first + lanes_at_once; ++lane) {
         if (!(group.lanes >> lane & 1)) continue;
-        for (unsigned byte = 0; byte < place.bytes; byte += BANK_BYTES) words[num_words++] = (group.at[lane] + byte) / BANK_BYTES;
+        for (unsigned byte = 0; byte < instruction.bytes; byte += BANK_BYTES) words[num_words++] = (group.at[lane] + byte) / BANK_BYTES;
       }
       std::sort(words, words + num_words);
       num_words = static_cast<unsigned>(std::unique(words, words + num_words) - words);
@@ -194,15 +194,15 @@ void tally_together(Place& place, const Together& group) {
     return;
   }
   std::sort(at, at + count);
-  if (place.access == Access::atomic) {
+  if (instruction.access == Access::atomic) {
     const unsigned distinct = static_cast<unsigned>(std::unique(at, at + count) - at);
     tally.collisions += count - distinct;
     count = distinct;
   }
-  if (place.is_shared) return;
+  if (instruction.is_shared) return;
   unsigned long long next_sector = 0, covered = 0, distinct_bytes = 0;  // addresses are ascending, and none is 0
   for (unsigned i = 0; i < count; ++i) {
-    const unsigned long long end = at[i] + place.bytes, from = std::max(at[i] / SECTOR, next_sector);
+    const unsigned long long end = at[i] + instruction.bytes, from = std::max(at[i] / SECTOR, next_sector);
     const unsigned long long to = (end - 1) / SECTOR + 1;
     if (to > from) tally.sectors += to - from, next_sector = to;
     if (end > covered) distinct_bytes += end - std::max(at[i], covered), covered = end;
@@ -210,29 +210,31 @@ void tally_together(Place& place, const Together& group) {
   tally.least_sectors += (distinct_bytes + SECTOR - 1) / SECTOR;
 }
 
-int place_number(const void* pc, Access access, bool is_shared, unsigned bytes, unsigned piece) {
+int instruction_number(const void* pc, Access access, bool is_shared, unsigned bytes, unsigned piece) {
   const auto hash = [](const void* pc, unsigned more) { return (reinterpret_cast<uintptr_t>(pc) * 31 + more) * 0x9e3779b97f4a7c15ull >> 32; };
   const unsigned more = static_cast<unsigned>(access) << 20 | unsigned(is_shared) << 19 | bytes << 12 | piece;
-  size_t slot = hash(pc, more) & (place_table.size() - 1);
-  for (; place_table[slot] >= 0; slot = (slot + 1) & (place_table.size() - 1)) {
-    const Place& place = places[place_table[slot]];
-    if (place.pc == pc && place.access == access && place.is_shared == is_shared && place.bytes == bytes && place.piece == piece) {
-      return place_table[slot];
+  size_t slot = hash(pc, more) & (instruction_table.size() - 1);
+  for (; instruction_table[slot] >= 0; slot = (slot + 1) & (instruction_table.size() - 1)) {
+    const Instruction& instruction = instructions[instruction_table[slot]];
+    if (instruction.pc == pc && instruction.access == access && instruction.is_shared == is_shared && instruction.bytes == bytes &&
+        instruction.piece == piece) {
+      return instruction_table[slot];
     }
   }
-  const int number = static_cast<int>(places.size());
-  place_table[slot] = number;
-  places.push_back({pc, access, is_shared, bytes, piece, {}});
-  places.back().tally.access = static_cast<int>(access);
-  places.back().tally.is_shared = is_shared;
-  if (places.size() * 2 > place_table.size()) {
-    place_table.assign(place_table.size() * 2, -1);
-    for (size_t i = 0; i < places.size(); ++i) {
-      const Place& place = places[i];
-      const unsigned its = static_cast<unsigned>(place.access) << 20 | unsigned(place.is_shared) << 19 | place.bytes << 12 | place.piece;
-      size_t free = hash(place.pc, its) & (place_table.size() - 1);
-      while (place_table[free] >= 0) free = (free + 1) & (place_table.size() - 1);
-      place_table[free] = static_cast<int>(i);
+  const int number = static_cast<int>(instructions.size());
+  instruction_table[slot] = number;
+  instructions.push_back({pc, access, is_shared, bytes, piece, {}});
+  instructions.back().tally.access = static_cast<int>(access);
+  instructions.back().tally.is_shared = is_shared;
+  if (instructions.size() * 2 > instruction_table.size()) {
+    instruction_table.assign(instruction_table.size() * 2, -1);
+    for (size_t i = 0; i < instructions.size(); ++i) {
+      const Instruction& instruction = instructions[i];
+      const unsigned its = static_cast<unsigned>(instruction.access) << 20 | unsigned(instruction.is_shared) << 19 |
+                           instruction.bytes << 12 | instruction.piece;
+      size_t free = hash(instruction.pc, its) & (instruction_table.size() - 1);
+      while (instruction_table[free] >= 0) free = (free + 1) & (instruction_table.size() - 1);
+      instruction_table[free] = static_cast<int>(i);
     }
   }
   return number;
@@ -240,8 +242,8 @@ int place_number(const void* pc, Access access, bool is_shared, unsigned bytes, 
 
 void note(const void* pc, Access access, bool is_shared, unsigned bytes, unsigned piece, unsigned long long at) {
   const unsigned warp = current->number / 32, lane = current->number % 32;
-  const int number = place_number(pc, access, is_shared, bytes, piece);
-  Tally& tally = places[number].tally;
+  const int number = instruction_number(pc, access, is_shared, bytes, piece);
+  Tally& tally = instructions[number].tally;
   ++tally.accesses;
   tally.bytes += bytes;
   if (access == Access::atomic) tally.contended += !atomics_of_interval.insert(at << 1 | is_shared).second;
@@ -258,7 +260,7 @@ void note(const void* pc, Access access, bool is_shared, unsigned bytes, unsigne
 
 const char* verb(Access access) { return access == Access::read ? "reads" : access == Access::write ? "writes" : "updates"; }
 
-struct Where {  // an access goes, for a message
+struct Where {  // the target of an access, for a message
   const char* array;
   std::ptrdiff_t offset;
   bool is_shared;
@@ -280,8 +282,8 @@ void check_race(const LastAccess& last, const char* what, Where where, Access ac
 }
 
 void watch(Watched* watched, unsigned bytes, Where where, Access access, const void* pc) {
-  const auto place = static_cast<unsigned>(static_cast<const char*>(pc) - 1 - images[0].first);
-  const LastAccess mine{now, block_number, place, static_cast<unsigned short>(current->number), access == Access::atomic};
+  const auto offset = static_cast<unsigned>(static_cast<const char*>(pc) - 1 - images[0].first);
+  const LastAccess mine{now, block_number, offset, static_cast<unsigned short>(current->number), access == Access::atomic};
   for (unsigned i = 0; i < bytes; ++i, ++where.offset) {
     Watched& byte = watched[i];
     if (access != Access::atomic || !byte.write.is_atomic) check_race(byte.write, "wrote", where, access, pc);
@@ -319,15 +321,15 @@ void access_shared(const char* address, unsigned bytes, Access access, const voi
       fail_at(pc, "%s %s at byte %td, shared memory that no thread of the block has written so far", verb(access), array->names,
               address - array->begin);
     }
-    ++places[place_number(pc, access, true, bytes, 0)].tally.uninitialized;
+    ++instructions[instruction_number(pc, access, true, bytes, 0)].tally.uninitialized;
   }
   if (request->checked) watch(&shared_watched[address - arena], bytes, {array->names, address - array->begin, true}, access, pc);
 }
 
 }  // namespace
 
-// `whole` where the compiler knows the address to be a multiple of the size, so that a GPU moves it
-// in one piece.
+// `whole`: the compiler knows that the address is a multiple of the size, so a GPU moves it in one
+// piece.
 void about_to_access(const void* where, unsigned bytes, Access access, const void* pc, bool whole) {
   if (!current) return;  // not in a kernel
   const char* address = static_cast<const char*>(where);
@@ -335,7 +337,7 @@ void about_to_access(const void* where, unsigned bytes, Access access, const voi
   for (const auto& image : images) {
     if (address >= image.first && address < image.second) return;  // constants
   }
-  unsigned long long at = 0;  // as if every array began at a multiple of a sector, as it does on a GPU
+  unsigned long long at = 0;  // every array begins at a multiple of a sector, as on a GPU
   const bool is_shared = address >= arena && address < arena + ARENA_BYTES;
   if (is_shared) {
     access_shared(address, bytes, access, pc);
@@ -350,7 +352,7 @@ void about_to_access(const void* where, unsigned bytes, Access access, const voi
         watch(memory.watched + (address - memory.begin), bytes, {range.name, address - range.begin, false}, access, pc);
       }
     }
-    if (!at) fail_at(pc, "%s %u bytes %s", verb(access), bytes, place_of(address).text);
+    if (!at) fail_at(pc, "%s %u bytes %s", verb(access), bytes, describe_address(address).text);
   }
   if (whole && at % bytes) fail_at(pc, "%s %u bytes at an address that is no multiple of %u", verb(access), bytes, bytes);
   if (whole) {
@@ -361,7 +363,7 @@ void about_to_access(const void* where, unsigned bytes, Access access, const voi
   }
 }
 
-// What the compiler calls.
+// The functions that the compiler calls.
 
 #define CUDA_EMULATOR_HOOK __attribute__((visibility("default"))) void
 #define CUDA_EMULATOR_HOOKS(bytes)                                                                                                       \
@@ -387,13 +389,13 @@ CUDA_EMULATOR_HOOK __tsan_init() {}
 CUDA_EMULATOR_HOOK __tsan_func_entry(void*) {}
 CUDA_EMULATOR_HOOK __tsan_func_exit() {}
 
-// The tallies of the last launch.
+// The counts of the last launch.
 __attribute__((visibility("default"))) const Tally* cuda_emulator_tallies(int* count, const Totals** of_launch) {
   static std::vector<Tally> tallies;
   tallies.clear();
-  for (Place& place : places) {
-    place.tally.offset = static_cast<unsigned long long>(static_cast<const char*>(place.pc) - images[0].first);
-    tallies.push_back(place.tally);
+  for (Instruction& instruction : instructions) {
+    instruction.tally.offset = static_cast<unsigned long long>(static_cast<const char*>(instruction.pc) - images[0].first);
+    tallies.push_back(instruction.tally);
   }
   *count = static_cast<int>(tallies.size());
   *of_launch = &totals;

@@ -1,4 +1,4 @@
-"""What a kernel moves, counted access by access: bytes, sectors, bank conflicts, atomics,
+"""Traffic of a kernel, counted access by access: bytes, sectors, bank conflicts, atomics,
 barriers.
 """
 
@@ -9,50 +9,50 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 
 from yoso_core.gpu.device import Shape
-from yoso_core.gpu.emulator.places import places
+from yoso_core.gpu.emulator.source_lines import source_lines
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What is counted, of a launch or of one line. *Accesses* are those of warps: what its threads
-    do together counts once.
+    """The counts of a launch or of one line. An *access* is one of a warp: what its threads do
+    together counts once.
     """
 
     global_read_bytes: int = 0
-    """Asked for by threads; two threads that ask for the same bytes count twice."""
+    """Bytes that threads read. Two threads that read the same bytes count twice."""
     global_written_bytes: int = 0
     global_atomic_bytes: int = 0
     global_accesses: int = 0
     """Reads, writes and atomics of warps."""
     global_sectors: int = 0
-    """Pieces of 32 bytes that the accesses touch: what a GPU moves between its caches for them."""
+    """Pieces of 32 bytes that the accesses touch. A GPU moves these between its caches."""
     least_global_sectors: int = 0
-    """What they would touch if the same bytes lay side by side."""
+    """The sectors that they would touch if the same bytes were neighbors."""
     global_atomics: int = 0
-    """By threads."""
+    """Atomics of threads."""
     global_atomic_collisions: int = 0
-    """Atomics that must wait for another of the same access of their warp, since both are for one
+    """Atomics that must wait for another of the same access of their warp, since both have the same
     address.
     """
     global_atomics_contended: int = 0
-    """Atomics for an address that another atomic of the block was for since the last barrier."""
+    """Atomics whose address another atomic of the block has used since the last barrier."""
     shared_read_bytes: int = 0
     shared_written_bytes: int = 0
     shared_accesses: int = 0
     """Reads and writes of warps."""
     shared_wavefronts: int = 0
-    """Turns that the 32 banks need for them."""
+    """Turns that the 32 banks need for these accesses."""
     least_shared_wavefronts: int = 0
-    """Turns without a bank conflict: one for accesses of up to 4 bytes, two for 8, four for 16."""
+    """Turns without bank conflicts: one for accesses of up to 4 bytes, two for 8, four for 16."""
     shared_atomics: int = 0
     shared_atomic_collisions: int = 0
     shared_atomics_contended: int = 0
     uninitialized_reads: int = 0
-    """Reads by threads of shared memory that no thread of the block has written."""
+    """Reads of shared memory that no thread of the block has written."""
 
     @property
     def bank_conflicts(self) -> int:
-        """Turns of the banks beyond the least."""
+        """Turns of the banks beyond the least number."""
         return self.shared_wavefronts - self.least_shared_wavefronts
 
     @property
@@ -67,7 +67,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class LineTraffic(Counters):
-    """One line of the source."""
+    """The counts of one line of the source."""
 
     file: str = ""
     line: int = 0
@@ -75,36 +75,39 @@ class LineTraffic(Counters):
 
 @dataclass(frozen=True)
 class Traffic(Counters):
-    """One launch, or several added up."""
+    """The counts of one launch, or the sums over several."""
 
     kernel: str = ""
     launches: int = 1
     blocks: int = 0
     threads: int = 0
     barriers: int = 0
-    """Passed by blocks: a barrier that every block passes once counts once for each block."""
+    """Barriers that blocks pass: one that every block passes once counts once for each block."""
     warp_syncs: int = 0
     shuffles: int = 0
-    """Of warps; votes are ``__ballot_sync`` and its like."""
+    """Shuffles of warps."""
     votes: int = 0
+    """``__ballot_sync`` and the like, of warps."""
     lines: tuple[LineTraffic, ...] = field(default=(), repr=False)
-    """The same by line, in the order of the files; empty without `addr2line`, which comes with g++.
+    """The same for each line, sorted by file and line. It is empty without `addr2line`, which comes
+    with g++.
     """
 
 
 @dataclass
 class TrafficLog:
-    """What `count_traffic` fills. ``print`` shows a line for each kernel."""
+    """The launches that `count_traffic` has seen. ``print`` shows a line for each kernel."""
 
     launches: list[Traffic] = field(default_factory=list)
 
     @property
     def total(self) -> Traffic:
+        """The sums over all launches."""
         return _sum("total", self.launches)
 
     @property
     def kernels(self) -> list[Traffic]:
-        """The launches of each kernel added up, in the order of the first."""
+        """The sums over the launches of each kernel, in the order of first launches."""
         names = dict.fromkeys(launch.kernel for launch in self.launches)
         return [_sum(name, [launch for launch in self.launches if launch.kernel == name]) for name in names]
 
@@ -167,23 +170,32 @@ def _sum(kernel: str, launches: list[Traffic]) -> Traffic:
         for line in launch.lines:
             by_line.setdefault((line.file, line.line), []).append(line)
     lines = tuple(
-        LineTraffic(**{name: sum(getattr(line, name) for line in by_line[place]) for name in _COUNTED}, file=place[0], line=place[1])
-        for place in sorted(by_line)
+        LineTraffic(**{name: sum(getattr(part, name) for part in by_line[file, line]) for name in _COUNTED}, file=file, line=line)
+        for file, line in sorted(by_line)
     )
     return Traffic(kernel=kernel, lines=lines, **numbers)
 
 
 _logs: ContextVar[tuple[TrafficLog, ...]] = ContextVar("logs", default=())
-_NOT, _BUT_FOR_UNINITIALISED, _CHECKED = range(3)
-_checked: ContextVar[int] = ContextVar("checked", default=_NOT)
+_UNCHECKED, _EXCEPT_UNINITIALIZED, _CHECKED = range(3)
+_checked: ContextVar[int] = ContextVar("checked", default=_UNCHECKED)
 
 
 @contextmanager
 def count_traffic() -> Iterator[TrafficLog]:
-    """Count what the launches in the body move, of any emulator.
+    """Count the traffic of the emulator's launches in the body. It needs Linux and g++.
 
-    An access outside every array raises `KernelFault` here, where a plain launch may miss it. It
-    takes Linux and g++.
+    An access outside every array raises `KernelFault` here; a plain launch may miss it.
+
+    >>> import numpy as np
+    >>> from yoso_core.gpu import KernelText
+    >>> from yoso_core.gpu.emulator import Emulator
+    >>> text = 'extern "C" __global__ void fill(float* x) { x[2 * threadIdx.x] = 1; }'
+    >>> x = np.zeros(64, np.float32)
+    >>> with count_traffic() as log:
+    ...     Emulator().launch(KernelText(text, "fill"), grid=(1,), block=(32,), args=(x,))
+    >>> log.total.global_written_bytes, log.total.global_sectors, log.total.coalescing
+    (128, 8, 0.5)
     """
     log = TrafficLog()
     token = _logs.set((*_logs.get(), log))
@@ -195,14 +207,30 @@ def count_traffic() -> Iterator[TrafficLog]:
 
 @contextmanager
 def checked(*, uninitialized: bool = True) -> Iterator[None]:
-    """Check every access of the launches in the body, and raise `KernelFault` for the first that
-    must not be. It takes Linux and g++.
+    """Check every access of the emulator's launches in the body, and raise `KernelFault` for the
+    first forbidden one. It needs Linux and g++.
 
-    These are: one outside every array; a vector at an address that is no multiple of its size; two
-    accesses by different threads, one of them a write, not both atomic, with no barrier in between;
-    and, unless told otherwise, a read of shared memory that no thread of the block has written.
+    Forbidden are:
+
+    - an access outside every array;
+    - a vector at an address that is not a multiple of its size;
+    - a race: two accesses by different threads, at least one of them a write, not both atomic,
+      with no barrier in between;
+    - if ``uninitialized``, a read of shared memory that no thread of the block has written.
+
+    >>> import numpy as np
+    >>> from yoso_core.gpu import KernelText
+    >>> from yoso_core.gpu.emulator import Emulator
+    >>> text = 'extern "C" __global__ void count(int* x) { *x += 1; }'
+    >>> with checked():
+    ...     Emulator().launch(
+    ...         KernelText(text, "count"), grid=(1,), block=(8,), args=(np.zeros(1, np.int32),)
+    ...     )  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    yoso_core.gpu.emulator.common.KernelFault: count: reads x at byte 0, and no barrier orders ...
     """
-    token = _checked.set(_CHECKED if uninitialized else _BUT_FOR_UNINITIALISED)
+    token = _checked.set(_CHECKED if uninitialized else _EXCEPT_UNINITIALIZED)
     try:
         yield
     finally:
@@ -210,16 +238,19 @@ def checked(*, uninitialized: bool = True) -> Iterator[None]:
 
 
 def checks() -> int:
-    """What the runtime is told to check in this context."""
+    """The checks that the runtime makes in this context: 0 for none, 1 for all but uninitialized
+    reads, 2 for all.
+    """
     return _checked.get()
 
 
 def is_counted() -> bool:
-    return bool(_logs.get()) or _checked.get() != _NOT
+    """Whether launches in this context need the build that counts."""
+    return bool(_logs.get()) or _checked.get() != _UNCHECKED
 
 
 class Tally(ctypes.Structure):
-    """One place in the code: `Tally` in `traffic.hpp`."""
+    """The counts of one instruction: `Tally` in `traffic.hpp`."""
 
     _fields_ = (
         ("offset", ctypes.c_ulonglong),
@@ -264,7 +295,7 @@ def _counters(tally: Tally) -> dict[str, int]:
 
 
 def tallies(library: ctypes.CDLL) -> tuple[list[Tally], Totals]:
-    """Copies of what has been counted in the last launch from a library."""
+    """Copies of the counts of a library's last launch."""
     count, totals = ctypes.c_int(), ctypes.POINTER(Totals)()
     read = library.cuda_emulator_tallies
     read.restype = ctypes.POINTER(Tally)
@@ -273,14 +304,14 @@ def tallies(library: ctypes.CDLL) -> tuple[list[Tally], Totals]:
 
 
 def log_traffic(kernel: str, grid: Shape, block: Shape, library: str, counted: tuple[list[Tally], Totals]) -> None:
-    """Hand a launch to the logs that are open."""
+    """Add a launch to the logs that are open."""
     if not _logs.get():
         return
-    by_place, totals = counted
-    where = places(library, (tally.offset - 1 for tally in by_place))  # an offset is of the instruction after a call
+    instructions, totals = counted
+    lines = source_lines(library, (tally.offset - 1 for tally in instructions))  # an offset is that of the instruction after a call
     parts = []
-    for tally in by_place:
-        found = where[tally.offset - 1]
+    for tally in instructions:
+        found = lines[tally.offset - 1]
         parts.append(LineTraffic(**_counters(tally), file=found[0] if found else "", line=found[1] if found else 0))
     whole = _sum(kernel, [Traffic(lines=tuple(parts))])
     blocks = grid[0] * grid[1] * grid[2]

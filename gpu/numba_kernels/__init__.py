@@ -1,3 +1,3 @@
-"""CUDA kernels in Python: shared memory, barriers and atomics, and no warp intrinsics, so that a
-simulator can step through them.
+"""CUDA kernels in Python. They use shared memory, barriers and atomics, and no warp intrinsics, so
+that a simulator can step through them.
 """

@@ -1,5 +1,5 @@
-"""The real device: Numba's CUDA kernels on CuPy's arrays and the caller's stream, compiled on first
-use for the types they are given.
+"""The real device: Numba's CUDA kernels on CuPy's arrays and the caller's stream. Numba compiles a
+kernel on first use for the types of its arguments.
 """
 
 import warnings
@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from yoso_core.gpu.device import Array, Launch, Shape, record
+from yoso_core.gpu.device import Arguments, Array, Launch, Shape, in_order, record
 
 
 @cache
@@ -19,12 +19,22 @@ def _memory(device_id: int) -> int:
         return int(device.mem_info[1])
 
 
+def parameter_names(kernel: Any) -> tuple[str, ...]:
+    """The names of the parameters of a kernel in Python.
+
+    >>> from yoso_core.gpu.numba_kernels.cumulation import add_keys_to_table
+    >>> parameter_names(add_keys_to_table)
+    ('key_hash_code', 'value', 'keep_key', 'table', 'first_dim')
+    """
+    code = getattr(kernel, "py_func", kernel).__code__
+    return code.co_varnames[: code.co_argcount]
+
+
 class NumbaCuda:
-    """A GPU, with CuPy's current device and stream already set to the caller's.
+    """A GPU. CuPy's current device and stream must already be the caller's.
 
     The first launch of a kernel with new types compiles it (about a second; kept for the life of
-    the process). Nothing here ever waits for the GPU: arrays are passed as they are, and a stream
-    that they carry is not synchronized with.
+    the process). Nothing here waits for the GPU, or for a stream that an array carries.
 
     Parameters
     ----------
@@ -37,7 +47,7 @@ class NumbaCuda:
         from numba import cuda
 
         self.xp: ModuleType = cupy
-        self.max_shared = 48 << 10  # Numba has no way to ask for more, which every GPU but the oldest would give
+        self.max_shared = 48 << 10  # newer GPUs have more, but Numba cannot opt in to it
         self.max_table = _memory(device_id) // 4
         self._gpu = cuda.gpus[device_id]
         with self._gpu:
@@ -49,13 +59,15 @@ class NumbaCuda:
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         return self.xp.zeros(shape, dtype)
 
-    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int = 0) -> None:
+    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
+        """Launch a kernel on the stream: see `Device.launch`."""
         from numba import cuda
 
         with self._gpu:
-            passed = [cuda.as_cuda_array(x, sync=False) if isinstance(x, self.xp.ndarray) else x for x in args]
+            values = in_order(args, parameter_names(kernel), kernel.__name__)
+            passed = [cuda.as_cuda_array(x, sync=False) if isinstance(x, self.xp.ndarray) else x for x in values]
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Grid size")  # a small input makes a small grid: no news to the caller
+                warnings.filterwarnings("ignore", "Grid size")  # a small input makes a small grid
                 configured = kernel[tuple(grid), tuple(block), self._stream, shared]
             configured(*passed)
         record(Launch("numba_cuda", kernel.__name__, tuple(grid), tuple(block), shared))

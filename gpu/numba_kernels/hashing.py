@@ -1,9 +1,9 @@
-"""Fast Hadamard hashing: ``tau`` sign bits of ``H D3 H D2 H D1 x`` to a code. The equation stands
-in `yoso_core.reference.fast_hash`.
+"""Fast Hadamard hashing: a code is ``tau`` sign bits of ``H D3 H D2 H D1 x``. The equation is in
+`yoso_core.reference.fast_hash`.
 
-``H`` is ``log2(D)`` stages of butterflies: at stride ``s`` the entries ``i`` and ``i + s`` become
-their sum and their difference. The stages run from the largest stride to the smallest, as the
-definition says, so that every sum is the same float and every code the same number.
+``H`` is ``log2(D)`` stages of butterflies. At stride ``s``, the entries ``i`` and ``i + s`` become
+their sum and their difference. The stages run from the largest stride to the smallest, as in the
+definition, so every sum is the same float and every code the same number.
 """
 
 import numpy as np
@@ -26,12 +26,12 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
     vectors ``(vectors, d)``, signs ``(heads, 3, parts, D)``, codes ``(vectors, num_hash)``;
     ``shrink`` is a power of two.
 
-    *Shared memory*: the vector as it is rotated, ``D`` entries. *A thread*, of ``D / 2`` (or of any
-    smaller power of two), does one butterfly of each stage. It alone reads and writes these two
-    entries, so one barrier between stages is enough. Work is dealt out in turn: of the pairs,
-    entries and codes, thread ``t`` takes ``t``, ``t + threads``, ... *Bytes*: each vector once for
-    each part (from cache, but for the first), ``3 D`` signs for each part, 4 bytes for each code.
-    *Deterministic*: yes, and the same codes as the reference.
+    *Shared memory*: the rotated vector, ``D`` entries. *A thread*, of ``D / 2`` (or of any smaller
+    power of two), does one butterfly of each stage. No other thread reads or writes its two
+    entries, so one barrier between stages is enough. Of all pairs, entries and codes, thread ``t``
+    takes ``t``, ``t + threads``, ... *Bytes*: each vector once for each part (from cache, except
+    for the first), ``3 D`` signs for each part, 4 bytes for each code. *Deterministic*: yes, with
+    the same codes as the reference.
     """
     entry = cuda.shared.array(0, vectors.dtype)
     vector, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
@@ -39,18 +39,18 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
     parts, padded_dim = signs.shape[2], signs.shape[3]
     head = vector // vectors_per_head
 
-    # Codes are cut from a stream of bits. A part gives as many as make whole codes; if not even one
-    # fits in, all, and codes span parts.
+    # Codes are cut from a stream of bits. A part gives the bits of its whole codes. If not even one
+    # code fits into a part, it gives all its bits, and codes span parts.
     bits_per_part = padded_dim
     if hash_code_len <= padded_dim:
         bits_per_part -= padded_dim % hash_code_len
 
-    # Sums of huge entries would overflow. A sign does not see a scale, and a power of two is exact.
+    # Sums of huge entries would overflow. Scaling by a power of two is exact and changes no sign.
     huge_entries = 0
     for i in range(thread, dim, threads):
         if abs(vectors[vector, i]) > HUGE:
             huge_entries += 1
-    any_is_huge = cuda.syncthreads_or(huge_entries)  # a barrier that asks every thread
+    any_is_huge = cuda.syncthreads_or(huge_entries)  # a barrier that combines the answers of all threads
 
     for part in range(parts):
         for i in range(thread, padded_dim, threads):
@@ -66,11 +66,11 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
                 if signs[head, diagonal, part, i] < 0:
                     entry[i] = -entry[i]
             # No barrier: the first butterflies take entries i and i + D / 2, and one thread has
-            # dealt with both of them.
+            # written both of them.
             stride = padded_dim // 2
             while stride > 0:
                 for pair in range(thread, padded_dim // 2, threads):
-                    offset = pair & (stride - 1)  # pair % stride, quicker
+                    offset = pair & (stride - 1)  # pair % stride, but faster
                     i = 2 * pair - offset  # in blocks of 2 * stride entries, the first half meets the second
                     a, b = entry[i], entry[i + stride]
                     entry[i], entry[i + stride] = a + b, a - b
@@ -79,21 +79,21 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
 
         first_bit = part * bits_per_part
         last_bit = first_bit + bits_per_part - 1
-        for h in range(first_bit // hash_code_len + thread, min(last_bit // hash_code_len + 1, num_hash), threads):
+        for hash in range(first_bit // hash_code_len + thread, min(last_bit // hash_code_len + 1, num_hash), threads):
             code = 0
-            if h * hash_code_len < first_bit:
-                code = codes[vector, h]  # it began in an earlier part
-            for b in range(hash_code_len):
-                i = h * hash_code_len + b - first_bit
+            if hash * hash_code_len < first_bit:
+                code = codes[vector, hash]  # it began in an earlier part
+            for bit in range(hash_code_len):
+                i = hash * hash_code_len + bit - first_bit
                 if 0 <= i < bits_per_part and entry[i] > 0:
-                    code |= 1 << b
-            codes[vector, h] = code
+                    code |= 1 << bit
+            codes[vector, hash] = code
         cuda.syncthreads()
 
 
 def fast_hash_shared_memory(device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -> Array:
-    """One block for each vector, which is rotated in shared memory: `hash_vectors`. Raises
-    `DoesNotFit` for a vector too long for it.
+    """One block for each vector, which it rotates in shared memory: the kernel `hash_vectors`.
+    Raises `DoesNotFit` for a vector that is too long for shared memory.
     """
     hashed = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
     rows = vectors.shape[:-1]
@@ -108,14 +108,21 @@ def fast_hash_shared_memory(device: Device, vectors: Array, signs: Array, num_ha
             f"{device.max_shared:,}; the variant warp_per_vector of the CUDA C++ kernels takes more"
         )
     head_signs = layout.heads(device, device.xp.broadcast_to(signs, (*rows[:-1], *signs.shape[-3:])), tail=3)
-    # Huge entries end up in the middle of the range: far from overflow, and small entries beside
-    # them far from zero.
+    # This moves huge entries to the middle of the range: far from overflow, while the small entries
+    # beside them stay far from zero.
     shrink = x.dtype.type(2.0**-960 if x.dtype == np.float64 else 2.0**-64)
     device.launch(
         hash_vectors,
-        (layout.count(rows),),
-        (min(max(hashed.padded_dim // 2, 1), _MAX_THREADS),),
-        (x.reshape(-1, x.shape[-1]), head_signs, codes.reshape(-1, num_hash), np.int64(rows[-1]), np.int64(hash_code_len), shrink),
+        grid=(layout.count(rows),),
+        block=(min(max(hashed.padded_dim // 2, 1), _MAX_THREADS),),
+        args={
+            "vectors": x.reshape(-1, x.shape[-1]),
+            "signs": head_signs,
+            "codes": codes.reshape(-1, num_hash),
+            "vectors_per_head": np.int64(rows[-1]),
+            "hash_code_len": np.int64(hash_code_len),
+            "shrink": shrink,
+        },
         shared=shared,
     )
     return codes

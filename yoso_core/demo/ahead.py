@@ -1,9 +1,7 @@
 """Compiles kernels before they are needed; Numba keeps them in files.
 
-A second process, on another core, compiles what the training needs while the first one measures
-attention. ``python -m yoso_core.demo.ahead everything`` compiles all that the demo needs; the
-Makefile does so once, at the end of the installation. Where all is compiled already, both take a
-few seconds.
+A second process, on another core, runs `yoso_core.demo.compiling` while the first one measures
+attention. Where all is compiled already, it takes a few seconds.
 """
 
 import math
@@ -11,8 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 
 @contextmanager
@@ -21,7 +17,7 @@ def compiling_ahead(wanted: bool) -> Iterator["subprocess.Popen[bytes] | None"]:
     if not wanted:
         yield None
         return
-    command = [sys.executable, "-P", "-m", "yoso_core.demo.ahead"]  # -P: the package that is installed, not a folder of its name
+    command = [sys.executable, "-P", "-m", "yoso_core.demo.compiling"]  # -P: the package that is installed, not a folder of its name
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as process:
         try:
@@ -40,23 +36,3 @@ def compiled(process: "subprocess.Popen[bytes] | None", seconds: float) -> bool:
         except subprocess.TimeoutExpired:
             return False
     return True
-
-
-def compile_everything() -> None:
-    """Run the demo with as little work as there can be, on the default text."""
-    from yoso_core.demo import LanguageSizes, Sizes, run
-
-    language = LanguageSizes(steps=1, windows=1, nums_hash=(16,), fills=1)
-    sizes = Sizes(passage=512, words=1, nums_hash=(32, 64), hashes=64, lengths=(512,), repeats=1, agreement=64, language=language)
-    with TemporaryDirectory() as folder:
-        run(output=Path(folder) / "picture.png", show=False, budget=math.inf, sizes=sizes, ahead=False)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] == ["everything"]:
-        compile_everything()
-    else:
-        from yoso_core.demo import LanguageSizes
-        from yoso_core.demo.language import compile_kernels
-
-        compile_kernels(LanguageSizes())

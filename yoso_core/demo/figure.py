@@ -4,7 +4,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX, AttentionTimes, SamplingError, WordAttention
 from yoso_core.demo.tables import LABELS, time_label
-from yoso_core.draw import BLUE, DASHES, FAINT, GRAY, INK, ORANGE, STYLE, legend_under_title
+from yoso_core.draw import BLUE, DASHES, FAINT, GRAY, INK, ORANGE, legend_under_title, look
 
 if TYPE_CHECKING:
     from yoso_core.demo import DemoResult
@@ -29,7 +28,7 @@ def save_figure(result: "DemoResult", path: Path) -> None:
     """
     sizes, language = result.sizes, result.language
     rows, columns, size, ratios = (1, 3, (12, 4.2), [1.05, 0.95, 1.1]) if language is None else (2, 2, (10.4, 8), [1, 1.05])
-    with mpl.rc_context(STYLE):
+    with look():
         figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03))
         panels = figure.subplots(rows, columns, width_ratios=ratios).flat
         draw_words(panels[0], result.words[0])

@@ -1,0 +1,141 @@
+"""The last touch to output rows: the factor ``1/m``, unit length if wanted, zeros for masked
+queries, NaN where something was not finite.
+"""
+
+import math
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numba import from_dtype, types
+
+from yoso_core.cpu.compiling import helper, kernel
+from yoso_core.cpu.lanes import LANES, fill, load, store, total
+from yoso_core.cpu.threads import share
+from yoso_core.cpu.views import Array, input_array, output_array
+from yoso_core.reference.normalize import TINY_NORM
+
+ROW_BLOCK = 512
+"""Rows to a task."""
+
+
+@helper
+def scale_row(out, head, i, scale):
+    """Multiply by ``scale``; infinities become NaN (``y - y`` is 0 for a finite number and NaN for
+    any other).
+    """
+    d_v = out.shape[3]
+    full = d_v - d_v % LANES
+    for c in range(0, full, LANES):
+        y = load(out, (*head, i, c)) * fill(scale)
+        store(out, (*head, i, c), y + (y - y))
+    for c in range(full, d_v):
+        y = out[(*head, i, c)] * scale
+        out[(*head, i, c)] = y + (y - y)
+
+
+@helper
+def normalize_row(out, head, i, scale):
+    """Multiply by ``scale``, then scale to unit length. A row shorter than 1e-12 becomes zeros, one
+    that is not finite NaN.
+    """
+    d_v = out.shape[3]
+    full = d_v - d_v % LANES
+    squares = fill(out.dtype.type(0))
+    for c in range(0, full, LANES):
+        y = load(out, (*head, i, c)) * fill(scale)
+        squares = squares + y * y
+    length2 = total(squares)
+    for c in range(full, d_v):
+        y = out[(*head, i, c)] * scale
+        length2 += y * y
+    if 1e-20 < length2 < 1e30:
+        to_unit = scale / out.dtype.type(math.sqrt(length2))
+        for c in range(0, full, LANES):
+            store(out, (*head, i, c), load(out, (*head, i, c)) * fill(to_unit))
+        for c in range(full, d_v):
+            out[(*head, i, c)] *= to_unit
+    else:
+        normalize_extreme_row(out, head, i, scale)
+
+
+@helper
+def normalize_extreme_row(out, head, i, scale):
+    """`normalize_row` where squares overflow, vanish or are NaN: divide by the largest entry
+    first.
+    """
+    d_v = out.shape[3]
+    largest = 0.0
+    finite = True
+    for c in range(d_v):
+        entry = abs(float(out[(*head, i, c)]))
+        finite = finite and math.isfinite(entry)
+        largest = max(largest, entry)
+    length2 = 0.0
+    if finite and largest > 0:
+        for c in range(d_v):
+            length2 += (out[(*head, i, c)] / largest) ** 2
+    length = largest * math.sqrt(length2)
+    for c in range(d_v):
+        if not finite:
+            out[(*head, i, c)] = np.nan
+        elif length * scale <= TINY_NORM:
+            out[(*head, i, c)] = 0
+        else:
+            out[(*head, i, c)] = out[(*head, i, c)] / largest / math.sqrt(length2)
+
+
+@helper
+def finish_rows(out, keep, nonfinite, head, first, last, scale, normalize):
+    """The last touch to rows ``first ... last - 1`` of a head.
+
+    ``nonfinite (batch, heads, 1 + n_q)`` marks what makes NaN: at 0 the whole head, where a key was
+    not finite, and from 1 on the queries.
+    """
+    for i in range(first, last):
+        if not keep[(*head, i)]:
+            out[(*head, i)] = 0
+        elif nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]:
+            out[(*head, i)] = np.nan
+        elif normalize:
+            normalize_row(out, head, i, scale)
+        else:
+            scale_row(out, head, i, scale)
+
+
+@cache
+def _finish_kernel(dtype: Any) -> Any:
+    """`finish_rows` without normalization, for results that are summed elsewhere. A task is (head,
+    block of rows).
+    """
+
+    @kernel(out=output_array(dtype, 4), keep=input_array(types.uint8, 3), nonfinite=input_array(types.uint8, 3), scale=types.float64)
+    def finish(first, last, out, keep, nonfinite, scale):
+        n = out.shape[2]
+        blocks = (n + ROW_BLOCK - 1) // ROW_BLOCK
+        for task in range(first, last):
+            head_index, block = divmod(task, blocks)
+            finish_rows(
+                out=out,
+                keep=keep,
+                nonfinite=nonfinite,
+                head=divmod(head_index, out.shape[1]),
+                first=block * ROW_BLOCK,
+                last=min((block + 1) * ROW_BLOCK, n),
+                scale=out.dtype.type(scale),
+                normalize=False,
+            )
+
+    return finish
+
+
+def finish(out: Array, keep: Array, nonfinite: Array, scale: float, num_threads: int | None) -> None:
+    """``out (batch, heads, n, d_v)`` times ``scale``, in place; zeros in masked rows, NaN for
+    infinities and in rows that ``nonfinite`` marks, as in `finish_rows`.
+    """
+    share(
+        out.shape[0] * out.shape[1] * -(-out.shape[2] // ROW_BLOCK),
+        partial(_finish_kernel(from_dtype(out.dtype)), out=out, keep=keep, nonfinite=nonfinite, scale=scale),
+        num_threads=num_threads,
+        cost=float(out.size),
+    )

@@ -1,0 +1,212 @@
+"""The two rounds of every cumulation by tables, and how they are cut into tasks.
+
+*Scatter*: each task owns the tables of one part (a few hashes) of one head, clears them and adds
+the value of every key to its bucket. *Gather*: each task owns a block of queries of one head and
+adds up the buckets they fall into. One task alone writes a table, and one task alone writes an
+output row, hash after hash, so nothing depends on which thread does what.
+
+The rounds are the same for codes that are stored (`yoso_core.cpu.cumulation`) and for codes that
+are made on the spot and forgotten (`yoso_core.cpu.attention`). Only the kernels differ.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+from numba import from_dtype, types
+
+from yoso_core.cpu.compiling import helper, kernel
+from yoso_core.cpu.scratch import aligned_empty
+from yoso_core.cpu.threads import default_threads, share
+from yoso_core.cpu.views import Array, output_array
+
+TABLE_BYTES = 32 << 20
+"""Tables that exist at the same time, at most. More heads or hashes than fit are done in groups.
+One part of one head is always held.
+"""
+
+KEY_BLOCK = QUERY_BLOCK = 2048
+"""Keys and queries that one thread takes through all its parts before it goes on: they are read
+from memory once, not for every part.
+"""
+
+SMALL_QUERY_BLOCK = 512
+"""Queries to a gather task where all threads share a head."""
+
+SPLIT_TASKS = 16
+SPLIT_KEYS = 4096
+"""Where there are fewer (head, part) pairs than `SPLIT_TASKS`, the keys are split as well, in
+pieces of at least `SPLIT_KEYS`.
+"""
+
+
+class Cut(NamedTuple):
+    """How the hashes and keys of a head are cut up. This decides what is added up with what, so it
+    follows from shapes alone.
+    """
+
+    num_hash: int
+    per: int
+    """Hashes to a part (the last may have fewer)."""
+    splits: int
+    """Pieces of the keys."""
+    table_size: int
+    """Entries of one hash's table."""
+
+
+class Group(NamedTuple):
+    """What has tables at the same time: some parts of some heads."""
+
+    head0: int
+    """Number of the first head."""
+    part0: int
+    """Number of the first part."""
+    parts: int
+
+
+class Part(NamedTuple):
+    """One part of one head and one piece of its keys, in the kernels."""
+
+    number: int
+    """Of the part, among all of its head."""
+    hash0: int
+    """Number of the first hash."""
+    hashes: int
+    start: int
+    """Where the first table begins; the others follow."""
+    table_size: int
+
+
+def tables_fit(per: int, table_size: int, itemsize: int) -> bool:
+    """Whether the tables of one part, ``per`` hashes, stay within `TABLE_BYTES`."""
+    return per * table_size * itemsize <= TABLE_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is dealt out. What depends on the number of threads changes no sum; `Cut` does
+    not depend on it.
+    """
+
+    cut: Cut
+    parts: int
+    by_head: bool
+    """If there are enough heads for every thread, one thread scatters and gathers a head, in tables
+    of its own that stay in its cache. Otherwise all threads scatter first, into tables of many
+    heads, and then gather.
+    """
+    heads_at_once: int
+    parts_at_once: int
+
+    @property
+    def entries(self) -> int:
+        """Size of the tables that one group needs."""
+        return self.heads_at_once * self.parts_at_once * self.cut.splits * self.cut.per * self.cut.table_size
+
+
+def make_plan(out: Array, n_k: int, *, num_hash: int, per: int, table_size: int, num_threads: int | None) -> Plan:
+    """``out (batch, heads, n_q, d_v)`` is where the result goes; ``per`` hashes make a part."""
+    num_heads, threads = out.shape[0] * out.shape[1], num_threads or default_threads()
+    parts = -(-num_hash // per)
+    part_bytes = max(per * table_size * out.itemsize, 1)
+    affordable = max(1, TABLE_BYTES // part_bytes)
+    splits = max(1, min(SPLIT_TASKS // max(num_heads * parts, 1), n_k // SPLIT_KEYS, affordable))
+    cut = Cut(num_hash=num_hash, per=per, splits=splits, table_size=table_size)
+    if splits == 1 and num_heads >= 2 * threads and affordable >= threads:
+        return Plan(cut, parts, by_head=True, heads_at_once=1, parts_at_once=min(parts, affordable // threads))
+    slots = max(1, affordable // splits)
+    parts_at_once = min(parts, slots)
+    return Plan(cut, parts, by_head=False, heads_at_once=max(1, min(num_heads, slots // parts_at_once)), parts_at_once=parts_at_once)
+
+
+@helper
+def scatter_task(task, group, together, cut):
+    """A scatter task's head, its first part of ``together``, both counted from the first of the
+    group; and its piece of the keys.
+    """
+    slot, split = divmod(task, cut.splits)
+    head_index, turn = divmod(slot, (group.parts + together - 1) // together)
+    return head_index, turn * together, split
+
+
+@helper
+def part_of(cut, group, head_index, part, split):
+    """A part of a head, both counted from the first of the group, with one piece of its keys."""
+    number = group.part0 + part
+    hash0 = number * cut.per
+    start = ((head_index * group.parts + part) * cut.splits + split) * cut.per * cut.table_size
+    return Part(number=number, hash0=hash0, hashes=min(cut.per, cut.num_hash - hash0), start=start, table_size=cut.table_size)
+
+
+@helper
+def is_last(cut, group):
+    """Whether no part comes after those of the group."""
+    return (group.part0 + group.parts) * cut.per >= cut.num_hash
+
+
+@cache
+def _merge_kernel(dtype: Any) -> Any:
+    """The tables of the pieces of one part, added up into the first piece's, in order."""
+
+    @kernel(tables=output_array(dtype, 1), splits=types.intp, part_size=types.intp)
+    def merge(first, last, tables, splits, part_size):
+        for slot in range(first, last):
+            start = slot * splits * part_size
+            for split in range(1, splits):
+                piece = start + split * part_size
+                for c in range(part_size):
+                    tables[start + c] += tables[piece + c]
+
+    return merge
+
+
+def accumulate(
+    plan: Plan, out: Array, n_k: int, scatter: Callable[..., object], gather: Callable[..., object], *, num_threads: int | None
+) -> None:
+    """Both rounds, for as many heads and parts at a time as the plan says.
+
+    ``scatter(first, last, tables=, head0=, part0=, parts=, together=)`` does a range of tasks of
+    one `Group`, ``together`` parts to a task; ``gather(first, last, tables=, head0=, part0=,
+    parts=, block=)`` likewise, ``block`` queries to a task. These numbers come one by one, since a
+    NamedTuple costs two microseconds where Python calls a kernel.
+    """
+    batch, num_heads, n_q, d_v = out.shape
+    heads_in_all = batch * num_heads
+    head_work = plan.cut.num_hash * (d_v + 64)
+    part_size = plan.cut.per * plan.cut.table_size
+    if plan.by_head:
+        query_blocks = -(-n_q // QUERY_BLOCK)
+
+        def do_heads(first: int, last: int) -> None:
+            tables = aligned_empty(plan.entries, out.dtype)
+            for head in range(first, last):
+                for part0 in range(0, plan.parts, plan.parts_at_once):
+                    parts = min(plan.parts_at_once, plan.parts - part0)
+                    scatter(0, 1, tables=tables, head0=head, part0=part0, parts=parts, together=parts)
+                    gather(0, query_blocks, tables=tables, head0=head, part0=part0, parts=parts, block=QUERY_BLOCK)
+
+        cost = heads_in_all * (head_work * (n_q + n_k) + plan.parts * part_size)
+        share(heads_in_all, do_heads, num_threads=num_threads, cost=cost)
+        return
+    tables = aligned_empty(plan.entries, out.dtype)
+    merge = partial(_merge_kernel(from_dtype(out.dtype)), tables=tables, splits=plan.cut.splits, part_size=part_size)
+    for head0 in range(0, heads_in_all, plan.heads_at_once):
+        heads_now = min(plan.heads_at_once, heads_in_all - head0)
+        for part0 in range(0, plan.parts, plan.parts_at_once):
+            parts = min(plan.parts_at_once, plan.parts - part0)
+            slots = heads_now * parts
+            share(
+                slots * plan.cut.splits,
+                partial(scatter, tables=tables, head0=head0, part0=part0, parts=parts, together=1),
+                num_threads=num_threads,
+                cost=heads_now * head_work * n_k + slots * part_size,
+            )
+            if plan.cut.splits > 1:
+                share(slots, merge, num_threads=num_threads, cost=slots * plan.cut.splits * part_size)
+            share(
+                heads_now * -(-n_q // SMALL_QUERY_BLOCK),
+                partial(gather, tables=tables, head0=head0, part0=part0, parts=parts, block=SMALL_QUERY_BLOCK),
+                num_threads=num_threads,
+                cost=heads_now * head_work * n_q,
+            )
