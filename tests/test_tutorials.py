@@ -5,6 +5,7 @@ sources; and what does all this can fail.
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
@@ -70,6 +71,17 @@ def test_its_links_lead_to_files(tutorial):
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert any(link.startswith("../") for link in links), "a tutorial links to the source that it explains"
     assert [link for link in links if not link.startswith("https://") and not (tutorials.FOLDER / link.partition("#")[0]).exists()] == []
+
+
+@every_tutorial
+def test_no_line_of_a_text_becomes_a_list_by_accident(tutorial):
+    """A line that is wrapped in front of "+ a" or of "35. " would be one."""
+    begins = re.compile(r"([-+*]|\d+[.)]) ")
+    for cell in check.read_cells(tutorial.path):
+        lines = cell.source.splitlines() if cell.kind == "markdown" else []
+        for before, line in pairwise(lines):
+            in_a_list = before.strip() == "" or begins.match(before) or before.startswith("  ")
+            assert in_a_list or not begins.match(line), f"cell {cell.number}: {line!r}"
 
 
 def test_they_are_numbered_from_one():

@@ -98,9 +98,8 @@ figure
 
 # %% [markdown]
 # Follow $q_0$. Hash 0 puts it into row 00, with keys 0, 2 and 5: it reads 37. Hash 1 puts it into
-# row 11, with keys 0, 1 and 5: it reads
-# 35. Its output is the mean, 36. Key 0 was met twice, so it counts in full; key 1 was met once, so
-#     it counts half.
+# row 11, with keys 0, 1 and 5, whose sum is $35$. Its output is the mean, 36. Key 0 was met twice,
+# so it counts in full; key 1 was met once, so it counts half.
 #
 # And $q_4$ meets nobody, in neither hash. Its output is zero.
 #

@@ -238,8 +238,9 @@ for _, _, out in in_every_order(add, (3,), (4,), (x, y, gpu.empty((10,), np.floa
 # lies in *shared memory*, a small and quick piece of memory (48 KiB to a block are always there)
 # that the threads of one block share and no other block sees.
 #
-# Which two entries does thread $t$ take? It counts the pairs of a stage: pair $t$ begins at $i = 2t
-# - (t \bmod s)$. In the picture, a square says that this thread reads and writes this entry.
+# Which two entries does thread $t$ take? It counts the pairs of a stage: pair $t$ begins at
+# $i = 2t - (t \bmod s)$. In the picture, a square says that this thread reads and writes this
+# entry.
 
 # %%
 D = 8
@@ -368,7 +369,7 @@ figure
 # far ahead of each other as they may. That is why it finds in milliseconds what a GPU hides.
 #
 # One more rule of barriers: **all** threads of a block must reach **the same** one. If some leave
-# early, the rest wait for ever. Keep `return` and `if` away from `syncthreads`.
+# early, the rest wait forever. Keep `return` and `if` away from `syncthreads`.
 
 
 # %%

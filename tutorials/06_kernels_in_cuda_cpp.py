@@ -621,10 +621,11 @@ measures = {  # title: what is counted, and a part of it
     "Atomic additions": ("global_atomics", "global_atomics_contended", "contended"),
     "Turns of shared memory": ("shared_wavefronts", "bank_conflicts", "by bank conflicts"),
 }
-figure, panels = draw.picture(2, rows=2, width=9, height=4.8, sharey=True)
+figure, panels = draw.picture(2, rows=2, width=9, height=5.1, sharey=True)
+figure.suptitle(f"One head: n = {n} queries and keys, m = {m}, $\\tau$ = {tau}, d = {d}", fontsize=10)
 for axes, (title, (whole, part, label)) in zip(panels.flat, measures.items(), strict=True):
     numbers = [getattr(total, whole) / 1000 for total in totals]
-    bars = axes.barh(range(3), numbers, 0.62, color=draw.SKY, edgecolor=draw.INK)
+    bars = axes.barh(range(3), numbers, 0.62, color=draw.SKY, edgecolor=draw.INK, label="all")
     axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8.5)
     if part:
         shares = [getattr(total, part) / 1000 for total in totals]

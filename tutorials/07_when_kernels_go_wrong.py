@@ -2,7 +2,7 @@
 # # 7. When kernels go wrong
 #
 # **You will be able to** recognize the five faults that most broken kernels have, choose the tool
-# that shows each of them, read what it says, and mend the kernel so that it is right in every order
+# that shows each of them, read what it says, and fix the kernel so that it is right in every order
 # of its threads.
 #
 # **Time:** 40 minutes, and 25 for the exercises.
@@ -182,7 +182,7 @@ assert not np.array_equal(found, expected)
 assert np.array_equal(table_with_tail_dropped(code[:56], value[:56]), right_table(code[:56], value[:56])), "at 56 it looks right"
 
 # %% [markdown]
-# **The mending:** round up, and let a guard in the kernel turn away the threads that are too many.
+# **The fix:** round up, and let a guard in the kernel turn away the threads that are too many.
 # `-(-n // 8)` is Python for rounding up. And **the habit**: test at 1, 7, 63 and 137, not at 64.
 
 
@@ -215,7 +215,7 @@ assert "invalid launch: grid (0,)" in refused
 # %% [markdown]
 # ## Fault 2: a write out of bounds
 #
-# Rounding up is half of the mending. Forget the guard, and the threads that are too many write
+# Rounding up is half of the fix. Forget the guard, and the threads that are too many write
 # where they must not. The next kernel divides sums by the number of hashes. To see what it does to
 # others, we hand out memory as a GPU's allocator does, one array right behind another: `out` ends
 # where `neighbor` begins.
@@ -252,9 +252,9 @@ figure, axes = draw.picture(width=9, height=2.4)
 owner = np.where(np.arange(len(after)) < 4, 0.25, 0) * np.ones((2, 1))
 draw.heat_map(axes, owner, rows=["as it should be", "after the kernel"], limits=(0, 1))
 for (row, column), number in np.ndenumerate(np.stack([before, after])):
-    spoiled = number != before[column]
-    axes.text(column, row, f"{number:.1f}", ha="center", va="center", fontweight="bold" if spoiled else "normal")
-    if spoiled:
+    overwritten = number != before[column]
+    axes.text(column, row, f"{number:.1f}", ha="center", va="center", fontweight="bold" if overwritten else "normal")
+    if overwritten:
         axes.plot(column, row, "s", markersize=27, markerfacecolor="none", markeredgecolor=draw.VERMILION, markeredgewidth=2.5)
 axes.set_xticks(range(len(after)), range(n - 4, n + len(neighbor)))
 axes.axvline(3.5, color=draw.INK, linewidth=2)
@@ -303,14 +303,14 @@ assert "total: index 61 is out of bounds for the shape (61,)" in str(stepped)
 assert (stepped.block, stepped.thread) == ((7, 0, 0), (5, 0, 0))
 
 # %% [markdown]
-# **The mending** is one line, and no thread writes next door in any order.
+# **The fix** is one line, and no thread writes next door in any order.
 
 # %%
-finish_mended = KernelText(finish.text.replace("  out[i]", "  if (i < n) out[i]"), "finish", file="finish.cu")
-show(finish_mended, "if (i < n)")
+finish_fixed = KernelText(finish.text.replace("  out[i]", "  if (i < n) out[i]"), "finish", file="finish.cu")
+show(finish_fixed, "if (i < n)")
 for chosen in ORDERS:
     with order(chosen), checked():
-        total, out, neighbor = finish_beside_a_neighbor(finish_mended)
+        total, out, neighbor = finish_beside_a_neighbor(finish_fixed)
         assert np.array_equal(out, total / 8)
         assert (neighbor == 7).all()
 
@@ -397,7 +397,7 @@ assert "no barrier orders that" in str(fault)
 assert f"wrote it at race.cu:{line_of(race, '+=')}" in str(fault)
 
 # %% [markdown]
-# **The mending:** `atomicAdd` does the three steps as one, which is what our first kernel did. Its
+# **The fix:** `atomicAdd` does the three steps as one, which is what our first kernel did. Its
 # threads still come in any order, but none is lost, and `checked` agrees.
 
 # %%
@@ -466,12 +466,12 @@ assert all(not np.array_equal(row, right_transform) for row in racy)
 
 # %%
 second = "    const float mine = buffer[i], other = buffer[i ^ stride];\n"
-hadamard_mended = KernelText(hadamard_racy.text.replace(second, second + "    __syncthreads();\n"), "hadamard", file="hadamard.cu")
-show(hadamard_mended, "    __syncthreads")
-mended = in_every_order(hadamard_mended)
-assert all(np.array_equal(row, right_transform) for row in mended)
+hadamard_fixed = KernelText(hadamard_racy.text.replace(second, second + "    __syncthreads();\n"), "hadamard", file="hadamard.cu")
+show(hadamard_fixed, "    __syncthreads")
+fixed = in_every_order(hadamard_fixed)
+assert all(np.array_equal(row, right_transform) for row in fixed)
 
-shown = {"one barrier": np.vstack([racy, right_transform]), "two barriers": np.vstack([mended, right_transform])}
+shown = {"one barrier": np.vstack([racy, right_transform]), "two barriers": np.vstack([fixed, right_transform])}
 figure, grid = draw.picture(2, height=3.5, width=9, sharey=True)
 largest = 1.5 * np.abs(right_transform).max()  # wrong numbers beyond it take the colors of the ends
 for axes, (title, matrix) in zip(grid, shown.items(), strict=True):
@@ -494,13 +494,13 @@ print(fault)
 show(hadamard_racy, "mine = buffer[i]", "buffer[i] = i & stride")
 both = {line_of(hadamard_racy, "mine = buffer[i]"), line_of(hadamard_racy, "buffer[i] = i & stride")}
 assert {fault.line, int(str(fault).split("hadamard.cu:")[1].split()[0])} == both, "the two lines, whichever came first"
-assert fault_in(transformed, hadamard_mended, x) is None
+assert fault_in(transformed, hadamard_fixed, x) is None
 
 # %% [markdown]
 # ### A barrier in the wrong place is worse
 #
 # Barriers are for *all* threads of a block. Put one under an `if` that some threads take and others
-# do not, and they wait for each other at different places, for ever: a GPU hangs, or does whatever
+# do not, and they wait for each other at different places, forever: a GPU hangs, or does whatever
 # it likes. The emulator says so at once, without any special mode.
 
 # %%
@@ -533,7 +533,7 @@ assert "divergent barrier" in stuck
 assert all(f"divergent.cu:{number}" in stuck for number in barriers)
 
 # %% [markdown]
-# **The mending** is to take the barrier out of the branches: one for all, in front of the `if`.
+# **The fix** is to take the barrier out of the branches: one for all, in front of the `if`.
 
 # %%
 without = divergent.text.replace("    __syncthreads();\n", "")
@@ -579,7 +579,7 @@ figure
 # one seed drift apart. A test that fails once in ten runs cannot be told from noise. And when *all*
 # results wobble, a real race hides among them.
 #
-# **The mending:** give every sum one owner, who adds in a fixed order. Here a thread owns a bucket
+# **The fix:** give every sum one owner, who adds in a fixed order. Here a thread owns a bucket
 # and goes through all keys.
 
 # %%
@@ -769,11 +769,11 @@ figure
 #
 # Next: [8. Gradients](08_gradients.ipynb).
 #
-# ## Exercise 1: mend a kernel
+# ## Exercise 1: fix a kernel
 #
 # Each block of 16 threads should add up its 16 entries of `x`; the last block may have fewer. In
 # shared memory, the upper half is added to the lower, then the second quarter to the first, and so
-# on. There are three faults in it. Mend them. (The checker uses the stepper: several lengths, every
+# on. There are three faults in it. Fix them. (The checker uses the stepper: several lengths, every
 # order.)
 
 

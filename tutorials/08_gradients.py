@@ -234,8 +234,8 @@ def gradients_by_hand(weights, factor, query, key):
     the normalization.
     """
     q, k = l2_normalize(query), l2_normalize(key)
-    pull = weights * factor * (grad_out @ value.T)
-    return l2_normalize_backward(pull @ k, query), l2_normalize_backward(pull.T @ q, key), weights.T @ grad_out
+    grad_cosine = weights * factor * (grad_out @ value.T)
+    return l2_normalize_backward(grad_cosine @ k, query), l2_normalize_backward(grad_cosine.T @ q, key), weights.T @ grad_out
 
 
 theta = np.stack([angles(q, l2_normalize(key)) for q in l2_normalize(query)])
@@ -338,8 +338,8 @@ figure
 # %% [markdown]
 # The direction hardly suffers: from 15 degrees on, the cosine is 0.97 or more. The length does: the
 # better a query has found its key, the shorter the lower bound, down to a sixth at 5 degrees. It
-# pulls hard at what is far, and lets go of what is near. It is *not* the derivative of the forward
-# pass, though, and no test that compares it with finite differences can ever pass.
+# moves far pairs nearly as the derivative does, and near ones hardly. It is *not* the derivative of
+# the forward pass, though, and no test that compares it with finite differences can ever pass.
 #
 # ## Weighted cumulation: the shape of every gradient
 #
@@ -383,15 +383,15 @@ for mine, theirs in zip((l2_normalize_backward(dq, query), l2_normalize_backward
     assert np.allclose(mine, theirs), "the library does this, and goes back through the normalization"
 
 # %% [markdown]
-# In pictures: the share of hashes in which a pair meets, times the dot product, is how hard the
-# pair pulls.
+# In pictures: the share of hashes in which a pair meets, times the dot product. But for the factor
+# $\tau/2$ it is the gradient of the loss by the cosine of the pair.
 
 # %%
 rate = collision_rate(query_code, key_code)
 product = grad_out @ value.T
 assert np.allclose(dq, tau / 2 * (rate * product) @ k)
 figure, axes = draw.picture(3, width=8.6, height=2.9, sharey=True)
-shown = {"$C_{ij}$: share of hashes": rate, "$g_i \\cdot v_j$": product, "$C_{ij}\\, (g_i \\cdot v_j)$: the pull": rate * product}
+shown = {"$C_{ij}$: share of hashes": rate, "$g_i \\cdot v_j$": product, "$C_{ij}\\, (g_i \\cdot v_j)$": rate * product}
 for panel, (title, matrix) in zip(axes, shown.items(), strict=True):
     draw.heat_map(panel, matrix, title=title, numbers=".1f", signed=True, limits=(-1, 1) if matrix is rate else (-4, 4))
     panel.set(xlabel="key j", xticks=range(n_k), yticks=range(n_q))
@@ -802,8 +802,7 @@ def factor_of_the_new_hash(theta, rate):
 
 # %% tags=["solution-2"]
 def gradient_of_keys(grad_out, q, value, query_code, key_code, hash_code_len):
-    pulled = yoso_core.lsh_weighted_cumulation(key_code, value, query_code, grad_out, q, 2**hash_code_len)
-    return hash_code_len / 2 * pulled
+    return hash_code_len / 2 * yoso_core.lsh_weighted_cumulation(key_code, value, query_code, grad_out, q, 2**hash_code_len)
 
 
 # %% [markdown]
@@ -829,8 +828,8 @@ def factor_of_the_new_hash(theta, rate):
 
 # %% tags=["wrong-2"]
 def gradient_of_keys(grad_out, q, value, query_code, key_code, hash_code_len):
-    pulled = yoso_core.lsh_weighted_cumulation(query_code, grad_out, key_code, value, q, 2**hash_code_len)  # queries ask
-    return hash_code_len / 2 * pulled
+    cumulated = yoso_core.lsh_weighted_cumulation(query_code, grad_out, key_code, value, q, 2**hash_code_len)  # queries ask
+    return hash_code_len / 2 * cumulated
 
 
 # %% tags=["wrong-2"]

@@ -73,7 +73,7 @@ with torch.no_grad():
 assert query.shape == (2, 4, 10, 8)
 
 # %% [markdown]
-# In the middle stands the attention of tutorials 1 to 4: hash, scatter, gather, scale every row to
+# The attention of tutorials 1 to 4 stands in the middle: hash, scatter, gather, scale every row to
 # length 1. Where do the hashes come from? *In training* every call draws new ones. *In evaluation*
 # they follow from `config.hash_seed`, the number of the layer and the head: a model that is asked
 # twice must answer the same. With `conv_window` a small convolution over neighboring values is
@@ -488,8 +488,8 @@ with torch.no_grad():
 assert torch.equal(given, ignored), "in transformers the mask changes nothing at all"
 
 # %% [markdown]
-# Ours differ by nothing, or on another machine by float32's rounding. Sampled attention is right as
-# well, with one caveat: sums of another shape may round differently, and a bit of a hash turns
+# Ours do not differ, or on another machine only by float32's rounding. Sampled attention is right
+# as well, with one caveat: sums of another shape may round differently, and a bit of a hash turns
 # where a projection is nearly zero. In float64 none turns here.
 
 # %%

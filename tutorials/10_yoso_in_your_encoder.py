@@ -61,7 +61,7 @@ print(f"cosine of the outputs of both, over tokens: {same.min():.2f} to {same.ma
 #
 # To see what runs inside, we catch query, key and value of a layer on their way. The options say
 # how to attend: `num_hash` and `hash_code_len` are $m$ and $\tau$; `use_expectation` takes the
-# exact weights. They may be of all models, or of one.
+# exact weights. They apply to all models, or to one.
 
 # %%
 enable_yoso_attention(YosoAttentionOptions(hash_code_len=8, use_expectation=True), model=yoso)
@@ -127,7 +127,7 @@ assert np.all(np.diff(of_tau) > 0)
 figure
 
 # %% [markdown]
-# In a whole model the same: three times the queries, the same output. And there are no
+# The same holds in a whole model: three times the queries, the same output. And there are no
 # probabilities to drop, so the attention's dropout has no effect. The model's other dropouts work
 # as ever.
 
@@ -150,7 +150,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## A task that needs attention
 #
-# Which difference does it make to a model that is *trained* with it? We need a task that is small,
+# What difference does it make to a model that is *trained* with it? We need a task that is small,
 # and hopeless without attention.
 #
 # A sequence has 24 letters in random order, each with one of 8 colors; then the same 24 letters in
@@ -377,7 +377,7 @@ figure
 # What is good for one is good for the other here, and a too small or too large rate fails both. So
 # begin with the rate that your model has had, and spend your time on $\tau$ and $m$.
 #
-# ## Padded is what it is alone
+# ## Padding changes nothing
 #
 # The mask reaches the keys, so padding is never counted. That holds for every family of encoders
 # that asks the table; here are five of them, with the largest difference between a padded text and

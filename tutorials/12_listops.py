@@ -304,7 +304,7 @@ for kind in ("expectation", "sampled"):
 print(f"{sum(weight.numel() for weight in weights['softmax'].values()):,} parameters each")
 
 # %% [markdown]
-# Three things differ from the authors' settings, all to save time.
+# Three things differ from the authors' settings.
 #
 # - Their model averages the outputs of all tokens. Ours reads the first one, [CLS], as the heads of
 #   this library do.
@@ -458,7 +458,7 @@ for place, mask in enumerate(groups.values()):
     best = Counter(test_labels.numpy()[mask].tolist()).most_common(1)[0][1] / mask.sum()
     axes.plot([place - 0.42, place + 0.42], [best, best], color=draw.INK, linewidth=1.8, label="one fixed answer" if place == 0 else None)
 axes.set_xticks(range(len(groups)), list(groups))
-axes.set(title="Accuracy by first operator", ylabel="accuracy", ylim=(0, 1.05))
+axes.set(title="Accuracy by first operator, and two standard errors up and down", ylabel="accuracy", ylim=(0, 1.05))
 axes.grid(True, axis="y")
 draw.legend_under_title(axes, columns=4)
 figure

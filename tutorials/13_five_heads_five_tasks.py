@@ -698,9 +698,9 @@ shutil.rmtree(folder)
 #
 # Of the pieces of source code, very few are numbers: a model that never says "number" still has a
 # high share of right ones. The *macro F1* treats classes alike. For one class let $t$ be the tokens
-# that have the label and get it, $p$ all that get it and $a$ all that have it; then $F_1 = 2t / (p
-# + a)$, and 0 if there are none of either. The macro F1 is the mean over the classes. Labels of
-# -100 do not count.
+# that have the label and get it, $p$ all that get it and $a$ all that have it. Then
+# $F_1 = 2t / (p + a)$, and 0 if there are none of either. The macro F1 is the mean over the
+# classes. Labels of -100 do not count.
 
 
 # %% tags=["exercise-1"]
