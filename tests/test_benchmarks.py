@@ -47,13 +47,13 @@ def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case, **options: Any) -> dict[str, Any]:
     monkeypatch.setitem(cases.SUITES, "fake", Suite(suite, inputs="stand-ins", sampled="the whole pass"))
     path = runner.run_suite("fake", output=output, progress=False, **{"repeats": 4, **options})
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def run_red(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case) -> dict[str, Any]:
     with pytest.raises(runner.RedComparison, match="cases are red"):
         run(monkeypatch, output, *suite)
-    return json.loads((output / "fake.json").read_text())
+    return json.loads((output / "fake.json").read_text("utf-8"))
 
 
 def speedup(name: str, limit: float | None, **options: Any) -> Case:
@@ -93,7 +93,7 @@ def test_a_missed_target_is_printed_as_missed(monkeypatch: pytest.MonkeyPatch, t
     assert case["verdict"] == "missed"
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "slow" in line)
     assert "missed" in line
-    assert "missed" in report.full_block({**json.loads((tmp_path / "fake.json").read_text())})
+    assert "missed" in report.full_block({**json.loads((tmp_path / "fake.json").read_text("utf-8"))})
 
 
 def test_a_red_comparison_shows_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,7 +376,7 @@ def test_the_bias_bound_rejects_another_code_length(monkeypatch: pytest.MonkeyPa
 
 
 def test_committed_biases_keep_the_bound() -> None:
-    cells = json.loads((ROOT / report.RESULTS / "hadamard_bias.json").read_text())["cells"]
+    cells = json.loads((ROOT / report.RESULTS / "hadamard_bias.json").read_text("utf-8"))["cells"]
     assert {(cell["dim"], cell["hash_code_len"]) for cell in cells} == {(dim, tau) for dim in bias.DIMS for tau in bias.CODE_LENS}
     assert all(cell["largest"] < bias.BOUND for cell in cells if cell["dim"] >= 64)
 
@@ -607,7 +607,7 @@ def test_every_gpu_case_runs_on_a_stand_in(
     path = runner.run_suite("gpu", repeats=1, output=tmp_path, progress=False)
     assert path == tmp_path / "gpu-nvidia-stand-in-1gb.json"
     assert path.with_suffix(".png").stat().st_size > 0
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text("utf-8"))
     assert result["environment"]["gpu"] == STAND_IN
     assert [case["name"] for case in result["cases"]] == [case.name for case in small]
     assert {case["verdict"] for case in result["cases"]} <= {"reached", "missed", "no target"}

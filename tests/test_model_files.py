@@ -56,7 +56,7 @@ def as_safetensors(model: Any, folder: Path) -> None:
 
 def in_shards(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="12KB")
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
     assert len(set(index["weight_map"].values())) > 2
 
 
@@ -417,7 +417,7 @@ def test_a_config_goes_through_a_file(changes: dict[str, Any], tmp_path: Path) -
     assert after.to_dict() == before.to_dict()
     assert {name: getattr(after, name) for name in changes} == changes
     assert YosoConfig.from_dict(before.to_dict()).to_dict() == before.to_dict()
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "yoso"
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["model_type"] == "yoso"
 
 
 def test_configs_go_both_ways(tmp_path: Path) -> None:

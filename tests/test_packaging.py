@@ -19,7 +19,7 @@ import yoso_core
 from yoso_core import reference
 
 ROOT = Path(__file__).parents[1]
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 FACE = ROOT / "yoso_core"
 NOT_INSTALLED = {"build", "dist", "src", "tests"}
 PUBLIC_FUNCTIONS = [name for name in yoso_core.__all__ if inspect.isfunction(getattr(yoso_core, name))]
@@ -96,13 +96,13 @@ def test_modules_run_from_the_root_of_the_repository(installed: bool, tmp_path: 
 
 def test_no_source_names_a_path_of_one_machine() -> None:
     sources = {path for folder in installed_folders() for path in folder.rglob("*.py")}
-    assert {str(path.relative_to(ROOT)) for path in sources if MACHINE_PATH.search(path.read_text())} == set()
+    assert {str(path.relative_to(ROOT)) for path in sources if MACHINE_PATH.search(path.read_text("utf-8"))} == set()
 
 
 def test_version_is_one() -> None:
     version = PYPROJECT["project"]["version"]
     assert version == yoso_core.__version__
-    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def explained(name: str) -> str:

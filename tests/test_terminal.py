@@ -71,7 +71,7 @@ def on_a_terminal(columns: int) -> Callable[[tuple[str, ...]], str]:
     def run(command: tuple[str, ...]) -> str:
         terminal, program = pty.openpty()
         with os.fdopen(terminal, "rb", buffering=0) as screen:
-            environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm-256color"}
+            environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm-256color", "PYTHONUTF8": "1"}
             started = subprocess.Popen(
                 [sys.executable, "-m", "yoso_core", *command], stdin=program, stdout=program, stderr=program, env=environment
             )

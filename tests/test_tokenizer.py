@@ -96,7 +96,7 @@ def test_every_layout_gives_robertas_tokenizer(layout: Any, bpe: Path, tmp_path:
     assert isinstance(tokenizer, RobertaTokenizer)
     assert tokenizer.tokenize(MASKED) == PIECES
     ids = tokenizer(MASKED)["input_ids"]
-    vocabulary = json.loads((bpe / "vocab.json").read_text())
+    vocabulary = json.loads((bpe / "vocab.json").read_text("utf-8"))
     assert ids == [0, *(vocabulary["<mask>" if piece == " <mask>" else piece] for piece in PIECES), 2]
     assert tokenizer.decode(tokenizer(TEXTS[1])["input_ids"], skip_special_tokens=True) == TEXTS[1]
     assert tokenizer.model_max_length == SIZE["max_position_embeddings"]
@@ -118,7 +118,7 @@ def test_arguments_of_from_pretrained(bpe: Path) -> None:
 
 def test_a_mask_of_another_name(bpe: Path, tmp_path: Path) -> None:
     vocabulary_and_merges(tmp_path, bpe)
-    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
     vocabulary["[GAP]"] = vocabulary.pop("<mask>")
     json_file(tmp_path / "vocab.json", vocabulary)
     tokenizer = load_tokenizer(tmp_path, mask_token=AddedToken("[GAP]", lstrip=False))

@@ -67,7 +67,7 @@ def test_it_has_two_or_three_exercises(tutorial):
 
 @every_tutorial
 def test_its_links_lead_to_files(tutorial):
-    text = tutorial.path.read_text()
+    text = tutorial.path.read_text("utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert any(link.startswith("../") for link in links), "a tutorial links to the source that it explains"
     assert [link for link in links if not link.startswith("https://") and not (tutorials.FOLDER / link.partition("#")[0]).exists()] == []
@@ -90,7 +90,7 @@ def test_they_are_numbered_from_one():
 
 @pytest.mark.parametrize(("readme", "index"), [("tutorials/README.md", tutorials.index), ("README.md", tutorials.short_index)])
 def test_the_index_is_that_of_the_tutorials(readme, index):
-    text = (tutorials.FOLDER.parent / readme).read_text()
+    text = (tutorials.FOLDER.parent / readme).read_text("utf-8")
     before, after = build.MARKS
     assert text.partition(before)[2].partition(after)[0] == index() + "\n", "make tutorials"
 
@@ -162,7 +162,7 @@ def written(tmp_path, monkeypatch):
 
     def write(text):
         path = tmp_path / "01_doubling.py"
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         return path
 
     return write
@@ -210,7 +210,7 @@ def test_building_runs_all_but_checkers_and_leaves_wrong_answers_out(written):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     _, drawn, _, checker, solution = notebook.cells
-    assert "x**2" not in path.read_text()
+    assert "x**2" not in path.read_text("utf-8")
     assert "image/png" in drawn.outputs[0].data
     assert checker.execution_count is None
     assert solution.metadata.jupyter.source_hidden
@@ -251,7 +251,7 @@ def test_the_command_copies_and_never_overwrites_in_silence(options, ending, tmp
     refused = yoso(1, "--folder", tmp_path, *options)
     assert refused.exit_code == 2
     assert "--overwrite" in refused.output
-    assert copied.read_text() == "my answers"
+    assert copied.read_text("utf-8") == "my answers"
 
     assert yoso(1, "--folder", tmp_path, *options, "--overwrite").exit_code == 0
     assert copied.read_bytes() == source.read_bytes()
