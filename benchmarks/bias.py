@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import yoso_core
+from yoso_core.files import written
 from yoso_core.reference import expected_weight
 
 Result = dict[str, Any]
@@ -93,7 +94,8 @@ def run_bias(output: Path, *, progress: bool = True) -> Path:
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / "hadamard_bias.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    with written(path) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     Console().print(Markdown(bias_table(results)))
     return path
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from yoso_core.draw import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from yoso_core.files import written
 
 Result = dict[str, Any]
 Curve = dict[int, float]
@@ -110,4 +111,5 @@ def plot_suite(results: Result, path: Path) -> None:
         dtype, machine = "", where["gpu"]["name"]
     setting = f"{batch} x 12 heads, d = 64, {dtype}m = 32, tau = 8; {machine}"
     figure.supxlabel(setting, fontsize=8, color="#555555")
-    figure.savefig(path, dpi=150)
+    with written(path) as part:
+        figure.savefig(part, dpi=150)

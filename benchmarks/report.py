@@ -21,6 +21,7 @@ from yoso_core.benchmarks.floor import least_bytes
 from yoso_core.benchmarks.machines import H100
 from yoso_core.benchmarks.sides import Ours
 from yoso_core.benchmarks.traffic import FORMULAS, Traffic, by_design, traffic
+from yoso_core.files import written
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -343,4 +344,5 @@ def filled(text: str, folder: Path) -> str:
 
 if __name__ == "__main__":
     for file in FILES:
-        file.write_text(filled(file.read_text("utf-8"), RESULTS), "utf-8")
+        with written(file) as part:
+            part.write_text(filled(file.read_text("utf-8"), RESULTS), "utf-8")

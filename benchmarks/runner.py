@@ -24,6 +24,7 @@ from yoso_core.benchmarks.machines import MACHINES, Machine, results_name
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
 from yoso_core.benchmarks.traffic import traffic
 from yoso_core.comparison import environment
+from yoso_core.files import written
 from yoso_core.gpu.device import DoesNotFit
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def run_suite(
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{results_name(name, results['environment'])}{'-quick' if quick else ''}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    with written(path) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print_suite(results, console)
     if suite.picture:
         _draw(results, path.with_suffix(".png"), console)

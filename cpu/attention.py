@@ -19,8 +19,8 @@ from yoso_core.cpu.finishing import finish_rows
 from yoso_core.cpu.hashing import check_dim, fast_hash, hyperplane_hash, spread_signs
 from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.relabeling import dense_tables_fit
-from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, is_last, make_plan, part_of, scatter_task, tables_fit
-from yoso_core.cpu.scratch import aligned, clear
+from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task, tables_fit
+from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.tables import gather_tile, scatter_tile
 from yoso_core.cpu.tiles import load_rotated, pack
 from yoso_core.cpu.views import Array, common_dtype, input_array, kept, output_array, rows
@@ -40,7 +40,8 @@ def hash_tile(tile, dim, codes, finite, x, signs, head, i, part, hash_code_len):
 @cache
 def _scatter_kernel(dim: int, dtype: Any) -> Any:
     """The tables of one group, with codes hashed from the keys. A task is (head, ``together``
-    parts, piece of the keys).
+    parts, piece of the keys), a step of it a block of its keys; before them, ``clears`` steps clear
+    the tables.
 
     Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds
     ``n d_v`` entries to a table in cache for every hash.
@@ -52,6 +53,9 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
         part0=types.intp,
         parts=types.intp,
         together=types.intp,
+        clears=types.intp,
+        step0=types.intp,
+        step1=types.intp,
         num_hash=types.intp,
         per=types.intp,
         splits=types.intp,
@@ -71,6 +75,9 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
         part0,
         parts,
         together,
+        clears,
+        step0,
+        step1,
         num_hash,
         per,
         splits,
@@ -91,12 +98,13 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
             head_index, number0, split = scatter_task(task, group, together, cut)
             head = divmod(group.head0 + head_index, key.shape[1])
             begin, end = n * split // cut.splits, n * (split + 1) // cut.splits
-            for block in range(begin, max(end, begin + 1), KEY_BLOCK):
-                stop = min(block + KEY_BLOCK, end)
+            for step in range(step0, step1):
+                block = begin + (step - clears) * KEY_BLOCK
+                stop = min(block + KEY_BLOCK, end) if step >= clears else block
                 for number in range(number0, min(number0 + together, group.parts)):
                     part = part_of(cut, group, head_index, number, split)
-                    if block == begin:
-                        clear(tables, part.start, part.hashes * part.table_size)
+                    if step < clears:
+                        clear_piece(tables, part, step, clears)
                     for i in range(block, stop, LANES):
                         if hash_tile(
                             tile=tile,

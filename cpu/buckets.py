@@ -19,7 +19,7 @@ from yoso_core.cpu.lanes import LANES, fill, fill_from, load, load_transposed, m
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.scratch import aligned, clear, padded_width
 from yoso_core.cpu.sorting import HASHES_AT_ONCE, read_labels, sort_by_label
-from yoso_core.cpu.threads import share
+from yoso_core.cpu.threads import in_steps, share
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 
 ENOUGH_TASKS = 16
@@ -198,8 +198,8 @@ def add_by_outer_product(out, out0, query_weight, key_weight, value, head, queri
 
 @cache
 def _buckets_kernel(dtype: Any) -> Any:
-    """A task is (head, group of hashes): it sorts queries and keys by bucket, hash after hash, and
-    adds to the output rows of its group.
+    """A task is (head, group of hashes), a step of it one hash: it sorts queries and keys by
+    bucket, and adds to the output rows of its group.
 
     By pairs, 16 keys at a time: their products with four queries at once, then their values on top
     of the queries' rows. These loops stand here, since a helper that holds them would count
@@ -217,8 +217,12 @@ def _buckets_kernel(dtype: Any) -> Any:
         out=output_array(dtype, 1),
         groups=types.intp,
         capacity=types.intp,
+        step0=types.intp,
+        step1=types.intp,
     )
-    def accumulate(first, last, query_code, query_weight, key_code, key_weight, value, keep_query, keep_key, out, groups, capacity):
+    def accumulate(
+        first, last, query_code, query_weight, key_code, key_weight, value, keep_query, keep_key, out, groups, capacity, step0, step1
+    ):
         n_q, n_k, num_hash = query_code.shape[2], key_code.shape[2], query_code.shape[3]
         d_w, d_v = query_weight.shape[3], value.shape[3]
         query_labels, key_labels = np.empty((HASHES_AT_ONCE, n_q), np.int32), np.empty((HASHES_AT_ONCE, n_k), np.int32)
@@ -232,9 +236,11 @@ def _buckets_kernel(dtype: Any) -> Any:
             head_index, group = divmod(task, groups)
             head = divmod(head_index, query_code.shape[1])
             out0 = task * n_q * d_v
-            clear(out, out0, n_q * d_v)
-            end = num_hash * (group + 1) // groups
-            for hash0 in range(num_hash * group // groups, end, HASHES_AT_ONCE):
+            if step0 == 0:
+                clear(out, out0, n_q * d_v)
+            begin = num_hash * group // groups
+            end = min(begin + step1, num_hash * (group + 1) // groups)
+            for hash0 in range(begin + step0, end, HASHES_AT_ONCE):
                 count = min(HASHES_AT_ONCE, end - hash0)
                 read_labels(query_labels[:count], query_code, keep_query, head, hash0, capacity)
                 read_labels(key_labels[:count], key_code, keep_key, head, hash0, capacity)
@@ -334,8 +340,11 @@ def lsh_weighted_cumulation(
         groups=groups,
         capacity=hashtable_capacity,
     )
-    cost = float(batch * num_heads * num_hash) * (n_q + n_k) * (qw.shape[-1] + d_v)
-    share(batch * num_heads * groups, accumulate, num_threads=num_threads, cost=cost)
+    d_w, rows_in_all = qw.shape[-1], n_q + n_k
+    in_buckets = min(n_q * n_k / hashtable_capacity * (d_w + d_v), float(rows_in_all) * d_w * d_v)
+    cost = batch * num_heads * num_hash * max(4 * in_buckets, float(rows_in_all) * (d_w + d_v))
+    tasks = batch * num_heads * groups
+    share(tasks, in_steps(accumulate, -(-num_hash // groups), cost / max(tasks, 1)), num_threads=num_threads, cost=cost)
     out = partial_sums[:, :, 0] if groups == 1 else partial_sums.sum(axis=2)
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
     nonfinite[:, :, 1:] = ~np.isfinite(qw).all(axis=-1)

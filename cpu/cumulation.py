@@ -14,8 +14,8 @@ from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.finishing import finish_rows
 from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
-from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, is_last, make_plan, part_of, scatter_task
-from yoso_core.cpu.scratch import aligned, clear
+from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task
+from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.tables import gather_tile, scatter_tile
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 
@@ -38,7 +38,7 @@ def load_codes(codes, stored, head, i, part, stop):
 @cache
 def _scatter_kernel(dtype: Any) -> Any:
     """The tables of one group, from stored codes. A task is (head, ``together`` parts, piece of the
-    keys).
+    keys), a step of it a block of its keys; before them, ``clears`` steps clear the tables.
 
     Reads ``n (m code bytes + d_v)`` entries, adds ``n m d_v`` times into cache.
     """
@@ -49,6 +49,9 @@ def _scatter_kernel(dtype: Any) -> Any:
         part0=types.intp,
         parts=types.intp,
         together=types.intp,
+        clears=types.intp,
+        step0=types.intp,
+        step1=types.intp,
         num_hash=types.intp,
         per=types.intp,
         splits=types.intp,
@@ -57,7 +60,9 @@ def _scatter_kernel(dtype: Any) -> Any:
         value=input_array(dtype, 4),
         keep=input_array(types.uint8, 3),
     )
-    def scatter(first, last, tables, head0, part0, parts, together, num_hash, per, splits, table_size, key_code, value, keep):
+    def scatter(
+        first, last, tables, head0, part0, parts, together, clears, step0, step1, num_hash, per, splits, table_size, key_code, value, keep
+    ):
         n = key_code.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
         codes, offsets = aligned(cut.per * LANES, np.int32), np.empty(cut.per, np.intp)
@@ -65,12 +70,13 @@ def _scatter_kernel(dtype: Any) -> Any:
             head_index, number0, split = scatter_task(task, group, together, cut)
             head = divmod(group.head0 + head_index, key_code.shape[1])
             begin, end = n * split // cut.splits, n * (split + 1) // cut.splits
-            for block in range(begin, max(end, begin + 1), KEY_BLOCK):
-                stop = min(block + KEY_BLOCK, end)
+            for step in range(step0, step1):
+                block = begin + (step - clears) * KEY_BLOCK
+                stop = min(block + KEY_BLOCK, end) if step >= clears else block
                 for number in range(number0, min(number0 + together, group.parts)):
                     part = part_of(cut, group, head_index, number, split)
-                    if block == begin:
-                        clear(tables, part.start, part.hashes * part.table_size)
+                    if step < clears:
+                        clear_piece(tables, part, step, clears)
                     for i in range(block, stop, LANES):
                         load_codes(codes, key_code, head, i, part, stop)
                         scatter_tile(

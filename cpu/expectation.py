@@ -14,7 +14,18 @@ from yoso_core.cpu.compiling import kernel
 from yoso_core.cpu.finishing import finish_rows
 from yoso_core.cpu.rows import packed_rows, store_row, unit_rows
 from yoso_core.cpu.scratch import aligned, clear, padded_width
-from yoso_core.cpu.spans import TILE, PairTile, add_over_keys, list_kept, pair_products, row_offsets, tiles_to_span, transpose_span
+from yoso_core.cpu.spans import (
+    TILE,
+    PairTile,
+    add_over_keys,
+    list_kept,
+    pair_products,
+    piece_of_span,
+    pieces_of_span,
+    row_offsets,
+    tiles_to_span,
+    transpose_span,
+)
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.views import Array, common_dtype, input_array, int_tuple, kept, output_array, rows
 from yoso_core.cpu.weights import POLYNOMIALS, SCRATCH, STEEP, weigh
@@ -29,11 +40,14 @@ class Sizes(NamedTuple):
     dim: int
     hash_code_len: int
     span: int
+    pieces: int
+    """Of the tiles of a span."""
 
 
 @cache
 def _expectation_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
-    """A task makes the output rows of a span of queries: all kept keys pass by, 64 at a time.
+    """A task makes the output rows of a piece of a span of queries: all kept keys pass by, 64 at a
+    time.
 
     For ``64 * 64`` pairs it does ``64 * 64 (d + d_v)`` multiply-adds in registers; a key and its
     value are read from memory once for all queries of the span.
@@ -58,14 +72,17 @@ def _expectation_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[
         all_queries, all_keys, query_offsets = np.empty(span, np.intp), np.empty(n_k, np.intp), np.empty(span, np.intp)
         key_offsets, value_offsets = np.empty(TILE, np.intp), np.empty(TILE, np.intp)
         listed, keys = -1, all_keys[:0]
-        tasks_per_head = (n_q + span - 1) // span
+        spans_per_head = (n_q + span - 1) // span
         for task in range(first, last):
-            head_index, turn = divmod(task, tasks_per_head)
+            span_index, piece = divmod(task, sizes.pieces)
+            head_index, turn = divmod(span_index, spans_per_head)
             head = divmod(head_index, keep_query.shape[1])
             if head_index != listed:
                 listed, keys = head_index, list_kept(all_keys, keep_key, head, 0, n_k)
             begin, stop = turn * span, min((turn + 1) * span, n_q)
             queries = list_kept(all_queries, keep_query, head, begin, stop)
+            begin, stop, first_kept, last_kept = piece_of_span(queries, begin, stop, piece, span // TILE, sizes.pieces)
+            queries = queries[first_kept:last_kept]
             num_queries = len(queries)
             transpose_span(query_tiles, query_offsets, unit_query, queries, head_index * n_q, width)
             clear(sums, 0, num_queries * width_v)
@@ -136,9 +153,10 @@ def expectation_attention(
     tiles = -(-n_q // TILE)
     spread = batch * num_heads * tiles // ENOUGH_TASKS
     span = TILE * tiles_to_span(max(1, min(tiles, spread)), (padded_width(d) + padded_width(d_v)) * out.itemsize)
+    pieces = pieces_of_span(span // TILE, float(n_k) * (d + d_v))
     attend = partial(
         _expectation_kernel(numba_type, POLYNOMIALS[numba_type]),
-        sizes=Sizes(dim=d, hash_code_len=hash_code_len, span=span),
+        sizes=Sizes(dim=d, hash_code_len=hash_code_len, span=span, pieces=pieces),
         unit_query=unit_query,
         unit_key=unit_key,
         value=packed_rows(v, num_threads),
@@ -149,5 +167,5 @@ def expectation_attention(
         normalize=normalize,
     )
     cost = float(batch * num_heads) * n_q * n_k * (d + d_v)
-    share(batch * num_heads * -(-n_q // span), attend, num_threads=num_threads, cost=cost)
+    share(batch * num_heads * -(-n_q // span) * pieces, attend, num_threads=num_threads, cost=cost)
     return out.reshape(*query.shape[:-1], d_v).astype(value.dtype, copy=False)

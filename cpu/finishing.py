@@ -138,4 +138,5 @@ def finish(out: Array, keep: Array, nonfinite: Array, scale: float, num_threads:
         partial(_finish_kernel(from_dtype(out.dtype)), out=out, keep=keep, nonfinite=nonfinite, scale=scale),
         num_threads=num_threads,
         cost=float(out.size),
+        moved=2.0 * out.nbytes,
     )

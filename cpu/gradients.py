@@ -32,11 +32,13 @@ from yoso_core.cpu.spans import (
     add_over_queries,
     list_kept,
     pair_products,
+    piece_of_span,
+    pieces_of_span,
     row_offsets,
     tiles_to_span,
     transpose_span,
 )
-from yoso_core.cpu.threads import share
+from yoso_core.cpu.threads import in_steps, share
 from yoso_core.cpu.views import Array, common_dtype, heads, input_array, int_tuple, kept, output_array, rows
 from yoso_core.cpu.weights import POLYNOMIALS, SCRATCH, STEEP_FOR_GRADIENTS, collision_rates, weigh, weigh_exactly
 from yoso_core.reference.expectation import Grad
@@ -55,6 +57,8 @@ class Sizes(NamedTuple):
     parts: int
     """Pieces of the queries of a head, each with sums of its own."""
     span: int
+    pieces: int
+    """Of the tiles of a span."""
     value_dim: int
     hash_code_len: int
 
@@ -135,9 +139,9 @@ def weigh_pairs(
 
 @cache
 def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[float, ...]], exact: bool, sampled: bool) -> Any:
-    """A task takes a piece of the queries of a head, a span at a time, past all keys. It finishes
-    the gradients of its queries. The gradients of the unit keys and of the values it adds up in
-    rows of its own; a head has ``parts`` of them.
+    """A task takes a part of the queries of a head, a piece of a span at a step, past all keys. It
+    finishes the gradients of its queries. The gradients of the unit keys and of the values it adds
+    up in rows of its own; a head has ``parts`` of them.
 
     For ``64 * 64`` pairs it does ``64 * 64 (3 d + 2 d_v)`` multiply-adds. Constants: ``exact`` says
     which ``w`` is meant, ``sampled`` that ``C`` is a collision rate.
@@ -157,6 +161,8 @@ def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[flo
         grad_query=output_array(dtype, 4),
         key_sums=output_array(dtype, 1),
         value_sums=output_array(dtype, 1),
+        step0=types.intp,
+        step1=types.intp,
     )
     def gradient(
         first,
@@ -174,6 +180,8 @@ def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[flo
         grad_query,
         key_sums,
         value_sums,
+        step0,
+        step1,
     ):
         n_q, n_k, dim, span = keep_query.shape[2], keep_key.shape[2], grad_query.shape[3], sizes.span
         width, width_v = padded_width(dim), padded_width(sizes.value_dim)
@@ -188,12 +196,16 @@ def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[flo
             head_index, part = divmod(task, sizes.parts)
             head = divmod(head_index, keep_query.shape[1])
             keys = list_kept(all_keys, keep_key, head, 0, n_k)
-            clear(key_sums, task * n_k * width, n_k * width)
-            clear(value_sums, task * n_k * width_v, n_k * width_v)
-            end = min(tiles * (part + 1) // sizes.parts * TILE, n_q)
-            for begin in range(tiles * part // sizes.parts * TILE, end, span):
-                stop = min(begin + span, end)
+            if step0 == 0:
+                clear(key_sums, task * n_k * width, n_k * width)
+                clear(value_sums, task * n_k * width_v, n_k * width_v)
+            first_query, end = tiles * part // sizes.parts * TILE, min(tiles * (part + 1) // sizes.parts * TILE, n_q)
+            for step in range(step0, step1):
+                turn, piece = divmod(step, sizes.pieces)
+                begin, stop = min(first_query + turn * span, end), min(first_query + (turn + 1) * span, end)
                 queries = list_kept(all_queries, keep_query, head, begin, stop)
+                begin, stop, first_kept, last_kept = piece_of_span(queries, begin, stop, piece, span // TILE, sizes.pieces)
+                queries = queries[first_kept:last_kept]
                 num_queries = len(queries)
                 clear_masked(grad_query, keep_query, head, begin, stop)
                 if num_queries == 0:
@@ -333,9 +345,11 @@ def _by_pairs(
     key_sums, value_sums = (aligned_empty(heads_in_all * parts * n_k * padded_width(dim), dtype) for dim in (d, d_v))
     numba_type = from_dtype(np.dtype(dtype))
     bytes_of_a_query = (3 * padded_width(d) + 2 * padded_width(d_v)) * grad_q.itemsize
+    span = TILE * tiles_to_span(tiles, bytes_of_a_query)
+    pieces = pieces_of_span(span // TILE, 2.0 * n_k * (d + d_v))
     gradient = partial(
         _gradient_kernel(numba_type, POLYNOMIALS[numba_type], grad == "exact", codes is not None),
-        sizes=Sizes(parts=parts, span=TILE * tiles_to_span(tiles, bytes_of_a_query), value_dim=d_v, hash_code_len=hash_code_len),
+        sizes=Sizes(parts=parts, span=span, pieces=pieces, value_dim=d_v, hash_code_len=hash_code_len),
         unit_query=unit_query,
         query_length=query_length,
         grad_out=packed_rows(g, num_threads),
@@ -349,7 +363,9 @@ def _by_pairs(
         key_sums=key_sums,
         value_sums=value_sums,
     )
-    share(heads_in_all * parts, gradient, num_threads=num_threads, cost=2.0 * heads_in_all * n_q * n_k * (d + d_v))
+    cost, tasks = 2.0 * heads_in_all * n_q * n_k * (d + d_v), heads_in_all * parts
+    steps = -(-(-(-tiles // parts) * TILE) // span) * pieces
+    share(tasks, in_steps(gradient, steps, cost / max(tasks, 1)), num_threads=num_threads, cost=cost)
     finish = partial(
         _finish_kernel(numba_type),
         parts=parts,
@@ -361,7 +377,8 @@ def _by_pairs(
         grad_key=grad_k,
         grad_value=grad_v,
     )
-    share(heads_in_all * n_k, finish, num_threads=num_threads, cost=float(key_sums.size + value_sums.size))
+    in_sums = key_sums.nbytes + value_sums.nbytes
+    share(heads_in_all * n_k, finish, num_threads=num_threads, cost=in_sums / grad_q.itemsize, moved=in_sums)
     return (
         grad_q.reshape(query.shape).astype(query.dtype, copy=False),
         grad_k.reshape(key.shape).astype(key.dtype, copy=False),

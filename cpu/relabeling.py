@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.sorting import read_labels
+from yoso_core.cpu.sorting import MOVED_TO_SORT, read_labels
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.views import Array, input_array, output_array
 
@@ -127,5 +127,6 @@ def relabeled(
         new_key_code=new_key_code,
         capacity=capacity,
     )
-    share(batch * num_heads * -(-num_hash // HASHES), relabel, num_threads=num_threads, cost=10.0 * (query_code.size + key_code.size))
+    codes = query_code.size + key_code.size
+    share(batch * num_heads * -(-num_hash // HASHES), relabel, num_threads=num_threads, cost=10.0 * codes, moved=MOVED_TO_SORT * codes)
     return new_query_code, new_key_code

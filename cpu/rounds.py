@@ -9,7 +9,7 @@ The rounds are the same for codes that are stored (`yoso_core.cpu.cumulation`) a
 are made on the spot and forgotten (`yoso_core.cpu.attention`). Only the kernels differ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.scratch import aligned_empty
-from yoso_core.cpu.threads import default_threads, share
+from yoso_core.cpu.scratch import aligned_empty, clear
+from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, in_steps, share
 from yoso_core.cpu.views import Array, output_array
 
 TABLE_BYTES = 32 << 20
@@ -140,6 +140,14 @@ def part_of(cut, group, head_index, part, split):
 
 
 @helper
+def clear_piece(tables, part, step, clears):
+    """Zeros in one of ``clears`` pieces of the tables of a part."""
+    size = part.hashes * part.table_size
+    start = size * step // clears
+    clear(tables, part.start + start, size * (step + 1) // clears - start)
+
+
+@helper
 def is_last(cut, group):
     """Whether no part comes after those of the group."""
     return (group.part0 + group.parts) * cut.per >= cut.num_hash
@@ -162,51 +170,65 @@ def _merge_kernel(dtype: Any) -> Any:
 
 
 def accumulate(
-    plan: Plan, out: Array, n_k: int, scatter: Callable[..., object], gather: Callable[..., object], *, num_threads: int | None
+    plan: Plan, out: Array, n_k: int, scatter: Callable[..., None], gather: Callable[..., None], *, num_threads: int | None
 ) -> None:
     """Both rounds, for as many heads and parts at a time as the plan says.
 
-    ``scatter(first, last, tables=, head0=, part0=, parts=, together=)`` does a range of tasks of
-    one `Group`, ``together`` parts to a task; ``gather(first, last, tables=, head0=, part0=,
-    parts=, block=)`` likewise, ``block`` queries to a task. These numbers come one by one, since a
-    NamedTuple costs two microseconds where Python calls a kernel.
+    ``scatter(first, last, tables=, head0=, part0=, parts=, together=, clears=, step0=, step1=)``
+    does a range of tasks of one `Group`, ``together`` parts to a task; the first ``clears`` steps
+    of a task clear its tables, each of the others adds a block of keys.
+    ``gather(first, last, tables=, head0=, part0=, parts=, block=)`` likewise, ``block`` queries to
+    a task. These numbers come one by one, since a NamedTuple costs two microseconds where Python
+    calls a kernel.
     """
     batch, num_heads, n_q, d_v = out.shape
     heads_in_all = batch * num_heads
     head_work = plan.cut.num_hash * (d_v + 64)
     part_size = plan.cut.per * plan.cut.table_size
+    key_blocks = -(-n_k // (plan.cut.splits * KEY_BLOCK))
     if plan.by_head:
         query_blocks = -(-n_q // QUERY_BLOCK)
+        blocks_at_once = max(1, BATCH_COST // (head_work * KEY_BLOCK))
 
-        def do_heads(first: int, last: int) -> None:
+        def do_heads(first: int, last: int) -> Iterator[None]:
             tables = aligned_empty(plan.entries, out.dtype)
             for head in range(first, last):
                 for part0 in range(0, plan.parts, plan.parts_at_once):
                     parts = min(plan.parts_at_once, plan.parts - part0)
-                    scatter(0, 1, tables=tables, head0=head, part0=part0, parts=parts, together=parts)
-                    gather(0, query_blocks, tables=tables, head0=head, part0=part0, parts=parts, block=QUERY_BLOCK)
+                    group: dict[str, Any] = {"tables": tables, "head0": head, "part0": part0, "parts": parts}
+                    for step in range(0, 1 + key_blocks, blocks_at_once):
+                        scatter(0, 1, **group, together=parts, clears=1, step0=step, step1=min(step + blocks_at_once, 1 + key_blocks))
+                        yield
+                    for block in range(0, query_blocks, blocks_at_once):
+                        gather(block, min(block + blocks_at_once, query_blocks), **group, block=QUERY_BLOCK)
+                        yield
 
         cost = heads_in_all * (head_work * (n_q + n_k) + plan.parts * part_size)
         share(heads_in_all, do_heads, num_threads=num_threads, cost=cost)
         return
     tables = aligned_empty(plan.entries, out.dtype)
+    clears = max(1, -(-part_size * out.itemsize // BATCH_BYTES))
     merge = partial(_merge_kernel(from_dtype(out.dtype)), tables=tables, splits=plan.cut.splits, part_size=part_size)
     for head0 in range(0, heads_in_all, plan.heads_at_once):
         heads_now = min(plan.heads_at_once, heads_in_all - head0)
         for part0 in range(0, plan.parts, plan.parts_at_once):
             parts = min(plan.parts_at_once, plan.parts - part0)
             slots = heads_now * parts
+            group = {"tables": tables, "head0": head0, "part0": part0, "parts": parts}
+            tasks, cost = slots * plan.cut.splits, heads_now * head_work * n_k + slots * part_size
+            cost_of_a_task = cost / tasks if clears == 1 else float((clears + key_blocks) * BATCH_COST)  # a large table: step by step
             share(
-                slots * plan.cut.splits,
-                partial(scatter, tables=tables, head0=head0, part0=part0, parts=parts, together=1),
+                tasks,
+                in_steps(partial(scatter, **group, together=1, clears=clears), clears + key_blocks, cost_of_a_task),
                 num_threads=num_threads,
-                cost=heads_now * head_work * n_k + slots * part_size,
+                cost=cost,
+                moved=tasks * part_size * out.itemsize,
             )
             if plan.cut.splits > 1:
                 share(slots, merge, num_threads=num_threads, cost=slots * plan.cut.splits * part_size)
             share(
                 heads_now * -(-n_q // SMALL_QUERY_BLOCK),
-                partial(gather, tables=tables, head0=head0, part0=part0, parts=parts, block=SMALL_QUERY_BLOCK),
+                partial(gather, **group, block=SMALL_QUERY_BLOCK),
                 num_threads=num_threads,
                 cost=heads_now * head_work * n_q,
             )

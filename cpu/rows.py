@@ -191,6 +191,7 @@ def _prepared(x: Array, unit: bool, num_threads: int | None) -> tuple[Array, Arr
         partial(_rows_kernel(from_dtype(x.dtype), unit), x=x, out=out, lengths=lengths, nonfinite=nonfinite),
         num_threads=num_threads,
         cost=3.0 * x.size,
+        moved=2.0 * out.nbytes,
     )
     return out, lengths, nonfinite
 

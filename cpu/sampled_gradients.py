@@ -17,7 +17,7 @@ place. The buckets of a hash touch different rows, so threads may share them; ev
 hash after hash, whoever does it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.relabeling import dense_tables_fit, number_occupied, slots_for
 from yoso_core.cpu.rows import RowBlock, l2_normalize_backward, pack_rows, pack_unit_rows, store_row
 from yoso_core.cpu.scratch import aligned_empty, clear, padded_width
-from yoso_core.cpu.sorting import HASHES_AT_ONCE, read_labels, sort_by_label
-from yoso_core.cpu.threads import default_threads, share
+from yoso_core.cpu.sorting import HASHES_AT_ONCE, MOVED_TO_SORT, read_labels, sort_by_label
+from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, share
 from yoso_core.cpu.views import Array, common_dtype, heads, input_array, int_tuple, kept, output_array, rows
 
 ROW_BLOCK = 256
@@ -55,8 +55,13 @@ class Job(NamedTuple):
     stage: int
     """``ALL`` of a head for each task, or one stage of one head."""
     head: int
-    hash: int
-    """The one whose buckets are walked, in stage ``WALK``."""
+    hash0: int
+    hash1: int
+    """Hashes ``hash0 ... hash1 - 1`` are those whose buckets are walked, in stage ``WALK``."""
+    sorted_at_once: int
+    """Hashes to a task of stage ``SORT``."""
+    ranges: int
+    """Tasks of stage ``WALK``: more than one for a single hash alone."""
     hash_code_len: int
     buckets: int
     """All of a hash, or, where these are many, as many as may be occupied."""
@@ -133,7 +138,7 @@ def _backward_kernel(dtype: Any) -> Any:
 
     ``triples``, flat, are those of the queries, then those of the keys; so are ``lengths`` and
     ``nonfinite``. A task of stage ``PREPARE`` or ``FINISH`` is a block of rows of both sides, of
-    ``SORT`` some hashes, of ``WALK`` a range of the buckets of one hash.
+    ``SORT`` some hashes, of ``WALK`` a range of the buckets of a hash, or all buckets of several.
     """
 
     @kernel(
@@ -193,8 +198,9 @@ def _backward_kernel(dtype: Any) -> Any:
                 )
                 prepare_side(triples=triples, block=block_k, x=key, companion=value, head=head, lengths=lengths_k, nonfinite=nonfinite_k)
             if whole or job.stage == SORT:
-                begin = 0 if whole else task * HASHES_AT_ONCE
-                for hash0 in range(begin, num_hash if whole else min(begin + HASHES_AT_ONCE, num_hash), HASHES_AT_ONCE):
+                begin = 0 if whole else task * job.sorted_at_once
+                end = num_hash if whole else min(begin + job.sorted_at_once, num_hash)
+                for hash0 in range(begin, end, job.sorted_at_once):
                     sort_hashes(
                         query_code=query_code,
                         key_code=key_code,
@@ -202,7 +208,7 @@ def _backward_kernel(dtype: Any) -> Any:
                         keep_key=keep_key,
                         head=head,
                         hash0=hash0,
-                        count=min(HASHES_AT_ONCE, num_hash - hash0),
+                        count=min(job.sorted_at_once, num_hash - hash0),
                         capacity=1 << job.hash_code_len,
                         buckets=buckets,
                         begins=begins,
@@ -214,10 +220,10 @@ def _backward_kernel(dtype: Any) -> Any:
                     begins=begins,
                     order=order,
                     sizes=sizes,
-                    hash0=0 if whole else job.hash,
-                    hash1=num_hash if whole else job.hash + 1,
-                    first=0 if whole else buckets * task // RANGES,
-                    last=buckets if whole else buckets * (task + 1) // RANGES,
+                    hash0=0 if whole else job.hash0,
+                    hash1=num_hash if whole else job.hash1,
+                    first=0 if whole else buckets * task // job.ranges,
+                    last=buckets if whole else buckets * (task + 1) // job.ranges,
                 )
             if whole or job.stage == FINISH:
                 scale = job.hash_code_len / 2 / num_hash
@@ -245,39 +251,61 @@ def _backward_kernel(dtype: Any) -> Any:
     return backward
 
 
+class Stage(NamedTuple):
+    """A part of the work on a head."""
+
+    job: Job
+    tasks: int
+    cost: float
+    moved: float = 0
+
+
+def _stages(job: Job, *, n_q: int, n_k: int, num_hash: int, triple: int, hashes: int) -> Iterator[Stage]:
+    """All work on the head of a ``job``, ``hashes`` to a walk, in order."""
+    rows_in_all, blocks = n_q + n_k, -(-max(n_q, n_k) // ROW_BLOCK)
+    in_triples, codes = float(rows_in_all) * triple, float(num_hash) * rows_in_all
+    yield Stage(job._replace(stage=PREPARE), blocks, cost=3 * in_triples, moved=8 * in_triples)
+    yield Stage(job._replace(stage=SORT), -(-num_hash // job.sorted_at_once), cost=10 * codes, moved=MOVED_TO_SORT * codes)
+    for hash0 in range(0, num_hash, hashes):
+        hash1 = min(hash0 + hashes, num_hash)
+        walk = job._replace(stage=WALK, hash0=hash0, hash1=hash1, ranges=RANGES if hashes == 1 else 1)
+        yield Stage(walk, walk.ranges, cost=(hash1 - hash0) * _walk_cost(rows_in_all, triple))
+    yield Stage(job._replace(stage=FINISH), blocks, cost=3 * in_triples, moved=8 * in_triples)
+
+
+def _walk_cost(rows_in_all: int, triple: int) -> float:
+    """Of one hash."""
+    return 20.0 * rows_in_all * triple
+
+
 def _head_by_head(
-    backward: Callable[..., object], scratch: Callable[[], dict[str, Array]], job: Job, count: int, num_threads: int | None, cost: float
+    backward: Callable[..., object],
+    scratch: Callable[[], dict[str, Array]],
+    job: Job,
+    heads_in_all: int,
+    sizes: dict[str, int],
+    num_threads: int | None,
+    cost: float,
 ) -> None:
-    """Every thread has a head in work, with scratch of its own."""
+    """Every thread has a head in work, with scratch of its own. ``cost`` is that of a head."""
     spare: list[dict[str, Array]] = []
+    hashes = max(1, int(sizes["num_hash"] * BATCH_COST / max(cost, 1)))
 
-    whole = job._replace(stage=ALL)
-
-    def do_heads(first: int, last: int) -> None:
+    def do_heads(first: int, last: int) -> Iterator[None]:
         try:
             mine = spare.pop()
         except IndexError:
             mine = scratch()
-        backward(first, last, job=whole, **mine)
+        if cost <= BATCH_COST:
+            backward(first, last, job=job, **mine)
+        else:
+            for head in range(first, last):
+                for stage in _stages(job._replace(head=head), **sizes, hashes=hashes):
+                    backward(0, stage.tasks, job=stage.job, **mine)
+                    yield
         spare.append(mine)
 
-    share(count, do_heads, num_threads=num_threads, cost=cost)
-
-
-def _stage_by_stage(
-    backward: Callable[..., object], job: Job, *, n_q: int, n_k: int, num_hash: int, triple: int, num_threads: int | None
-) -> None:
-    """All threads work on one head, a stage at a time."""
-    rows_in_all, blocks = n_q + n_k, -(-max(n_q, n_k) // ROW_BLOCK)
-
-    def share_stage(stage: int, tasks: int, cost: float, hash: int = 0) -> None:
-        share(tasks, partial(backward, job=job._replace(stage=stage, hash=hash)), num_threads=num_threads, cost=cost)
-
-    share_stage(PREPARE, blocks, 3.0 * rows_in_all * triple)
-    share_stage(SORT, -(-num_hash // HASHES_AT_ONCE), 10.0 * num_hash * rows_in_all)
-    for hash in range(num_hash):
-        share_stage(WALK, RANGES, 20.0 * rows_in_all * triple, hash)
-    share_stage(FINISH, blocks, 3.0 * rows_in_all * triple)
+    share(heads_in_all, do_heads, num_threads=num_threads, cost=cost * heads_in_all)
 
 
 def lsh_lower_bound_backward(
@@ -331,16 +359,19 @@ def lsh_lower_bound_backward(
         grad_query=grad_query,
         grad_key=grad_key,
     )
-    job = Job(stage=ALL, head=0, hash=0, hash_code_len=hash_code_len, buckets=buckets)
+    sorted_at_once = max(1, min(HASHES_AT_ONCE, int(BATCH_BYTES / MOVED_TO_SORT) // max(n_q + n_k, 1)))
+    job = Job(stage=ALL, head=0, hash0=0, hash1=0, sorted_at_once=sorted_at_once, ranges=1, hash_code_len=hash_code_len, buckets=buckets)
     threads = num_threads or default_threads()
     bytes_of_a_head = (n_q + n_k) * triple * grad_query.itemsize + 4 * num_hash * (n_q + n_k + 2 * buckets)
-    cost = float(num_hash) * (n_q + n_k) * triple * 20
+    cost = num_hash * _walk_cost(n_q + n_k, triple)
+    sizes = {"n_q": n_q, "n_k": n_k, "num_hash": num_hash, "triple": triple}
     if min(threads, heads_in_all) * bytes_of_a_head <= CACHE_BYTES and (heads_in_all >= 2 * threads or cost < 1e7):
-        _head_by_head(backward, scratch, job, heads_in_all, num_threads, cost * heads_in_all)
+        _head_by_head(backward, scratch, job, heads_in_all, sizes, num_threads, cost)
     else:
         shared = partial(backward, **scratch())
         for head in range(heads_in_all):
-            _stage_by_stage(shared, job._replace(head=head), n_q=n_q, n_k=n_k, num_hash=num_hash, triple=triple, num_threads=num_threads)
+            for stage in _stages(job._replace(head=head), **sizes, hashes=1):  # all threads work on one head, a stage at a time
+                share(stage.tasks, partial(shared, job=stage.job), num_threads=num_threads, cost=stage.cost, moved=stage.moved)
     grad_value = lsh_cumulation(key_code, query_code, g, capacity, query_mask=keep_key, key_mask=keep_query, num_threads=num_threads)
     return (
         grad_query.reshape(query.shape).astype(query.dtype, copy=False),

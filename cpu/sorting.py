@@ -9,6 +9,10 @@ HASHES_AT_ONCE = 16
 """Hashes whose codes are read together: as many codes as stand in a cache line."""
 
 
+MOVED_TO_SORT = 16.0
+"""Bytes that count for sorting one code: it is read and written here and there."""
+
+
 @subroutine
 def read_labels(labels, code, keep, head, hash0, capacity):
     """Codes of ``len(labels)`` hashes, from hash ``hash0`` on, as labels: ``labels[hash, i]``.

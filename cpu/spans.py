@@ -11,6 +11,7 @@ from yoso_core.cpu.compiling import helper
 from yoso_core.cpu.products import product
 from yoso_core.cpu.rows import transpose_rows
 from yoso_core.cpu.scratch import padded_width
+from yoso_core.cpu.threads import BATCH_COST
 
 TILE = 64
 """Queries, and keys, to a tile. Keys are added up a tile at a time before they join the total: sums
@@ -35,6 +36,29 @@ class PairTile(NamedTuple):
 def tiles_to_span(tiles: int, bytes_of_a_query: int) -> int:
     """How many of so many tiles of queries make a span."""
     return max(1, min(tiles, SPAN_BYTES // (bytes_of_a_query * TILE)))
+
+
+def pieces_of_span(tiles: int, cost_of_a_query: float) -> int:
+    """Into how many pieces a span of so many tiles is cut, so that a piece, which has one tile at
+    least, is a batch at most.
+    """
+    return min(tiles, max(1, round(tiles * TILE * cost_of_a_query / BATCH_COST)))
+
+
+@helper
+def piece_of_span(queries, begin, stop, piece, tiles, pieces):
+    """A piece of a span that begins with query ``begin`` and has ``tiles`` tiles: its rows
+    ``begin ... stop - 1``, masked ones among them, and which of the kept ``queries`` it has.
+
+    The tiles are those of the whole span, so the pieces change no bit.
+    """
+    first = min(tiles * piece // pieces * TILE, len(queries))
+    last = min(tiles * (piece + 1) // pieces * TILE, len(queries))
+    if piece > 0:
+        begin = queries[first] if first < len(queries) else stop
+    if last < len(queries):
+        stop = queries[last]
+    return begin, stop, first, last
 
 
 @helper

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from yoso_core.files import written_folder
 from yoso_core.model import heads, layers
 from yoso_core.model.configuration import YosoConfig
 from yoso_core.model.heads import YosoPreTrainedModel
@@ -150,15 +151,16 @@ def export_for_hub(model: YosoPreTrainedModel, folder: str | PathLike[str], toke
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: need a folder or a new name, {folder} is a file")
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    (folder / f"{_REMOTE_FILE}.py").write_text(_remote_code(), "utf-8")
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8"))
-    config["auto_map"] = {"AutoConfig": f"{_REMOTE_FILE}.YosoConfig"}
-    config["auto_map"] |= {auto: f"{_REMOTE_FILE}.{ours.__name__}" for auto, ours in _AUTO.items()}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    with written_folder(folder) as part:
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        (part / f"{_REMOTE_FILE}.py").write_text(_remote_code(), "utf-8")
+        path = part / "config.json"
+        config = json.loads(path.read_text("utf-8"))
+        config["auto_map"] = {"AutoConfig": f"{_REMOTE_FILE}.YosoConfig"}
+        config["auto_map"] |= {auto: f"{_REMOTE_FILE}.{ours.__name__}" for auto, ours in _AUTO.items()}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     return folder
 
 

@@ -109,19 +109,14 @@ def _a_kernel_is_compiled_once() -> Iterator[None]:
         return
     from yoso_core.cpu import compiling
 
-    njit = compiling.njit
+    compile_or_load = compiling.compile_or_load
 
-    def compiler(*signature: Any, **options: Any) -> Any:
-        compile_now = njit(*signature, **options)
-
-        def one_at_a_time(function: Callable[..., Any]) -> Any:
-            with FileLock(KEPT / f"{function.__module__}.{function.__qualname__}.lock"):
-                return compile_now(function)
-
-        return one_at_a_time if options.get("cache") else compile_now
+    def one_at_a_time(function: Callable[..., Any], signature: Any) -> Any:
+        with FileLock(KEPT / f"{function.__module__}.{function.__qualname__}.lock"):
+            return compile_or_load(function, signature)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "njit", compiler)
+        patch.setattr(compiling, "compile_or_load", one_at_a_time)
         yield
 
 

@@ -65,12 +65,12 @@ def test_work_really_is_shared_between_threads(monkeypatch):
     seen = set()
     original = threads.share
 
-    def share(tasks, work, *, num_threads, cost):
+    def share(tasks, work, *, num_threads, **costs):
         def noted(first, last):
             seen.add(threads.threading.get_ident())
             return work(first, last)
 
-        original(tasks, noted, num_threads=num_threads, cost=cost)
+        original(tasks, noted, num_threads=num_threads, **costs)
 
     monkeypatch.setattr(rounds, "share", share)
     query, key, value, signs = attention_inputs(np.random.default_rng(3), n=4096, heads=4)
@@ -87,9 +87,9 @@ def test_torch_thread_count_is_respected(monkeypatch):
     asked = []
     original = threads.share
 
-    def share(tasks, work, *, num_threads, cost):
+    def share(tasks, work, *, num_threads, **costs):
         asked.append(num_threads)
-        original(tasks, work, num_threads=num_threads, cost=cost)
+        original(tasks, work, num_threads=num_threads, **costs)
 
     monkeypatch.setattr(rounds, "share", share)
     query = torch.randn(2, 600, 16)

@@ -27,11 +27,11 @@ FACE = Path(yoso_core.__file__).parent
 LAYERS = (
     {"reference"},
     {"cpu", "gpu"},
-    {"arrays", "checks", "backends", "operations", "own_kernel", "registry", "ops"},
+    {"arrays", "checks", "files", "memory", "backends", "operations", "own_kernel", "registry", "ops"},
     {"truth", "inputs"},
     {"model"},
     {"attend"},
-    {"comparison", "comparison_view", "draw", "__init__", "cli", "__main__", "demo", "benchmarks", "tutorials"},
+    {"comparison", "comparison_view", "warming", "draw", "__init__", "cli", "__main__", "demo", "benchmarks", "tutorials"},
 )
 """Names below ``yoso_core``, from the bottom up: each may use its own layer and those before it."""
 

@@ -10,6 +10,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from yoso_core.files import written
+
 FOLDER = Path(__file__).resolve().parent
 
 HEADER = re.compile(
@@ -88,5 +90,6 @@ def copy(number: int, folder: Path, *, text: bool = False, overwrite: bool = Fal
     target = folder / source.name
     if target.exists() and not overwrite:
         raise ValueError(f"folder: {target} exists, and may hold your answers; --overwrite replaces it, --folder names another place")
-    shutil.copyfile(source, target)
+    with written(target) as part:
+        shutil.copyfile(source, part)
     return target

@@ -16,6 +16,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
+from yoso_core.files import written
 from yoso_core.tutorials import FOLDER, index, short_index, tutorials
 
 LARGEST = 400_000
@@ -75,7 +76,8 @@ def build(path: Path) -> Path:
             f"{path.stem}.ipynb would have {len(text.encode()):,} bytes, at most {LARGEST:,} are allowed: fewer or smaller figures"
         )
     target = path.with_suffix(".ipynb")
-    target.write_text(text + "\n", encoding="utf-8")
+    with written(target) as part:
+        part.write_text(text + "\n", encoding="utf-8")
     return target
 
 
@@ -83,7 +85,8 @@ def write_index(readme: Path, text: str) -> None:
     """Put the index of tutorials between the marks of a README."""
     before, after = MARKS
     old = readme.read_text(encoding="utf-8")
-    readme.write_text(re.sub(f"(?s){before}.*{after}", lambda _: f"{before}{text}\n{after}", old), encoding="utf-8")
+    with written(readme) as part:
+        part.write_text(re.sub(f"(?s){before}.*{after}", lambda _: f"{before}{text}\n{after}", old), encoding="utf-8")
 
 
 if __name__ == "__main__":

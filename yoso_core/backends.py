@@ -54,6 +54,19 @@ def _not_installed(package: str, remedy: str) -> str | None:
     return None
 
 
+def _missing_cpu() -> str | None:
+    remedy = "pip install numba"
+    if reason := _not_installed("numba", remedy):
+        return reason
+    try:
+        from numba import config
+    except ImportError as error:  # Numba refuses a NumPy that is newer than it knows
+        return f"numba cannot be imported ({error}): {remedy}"
+    if getattr(config, "DISABLE_JIT", False):
+        return "Numba compiles nothing here (NUMBA_DISABLE_JIT): unset it, or go on with the NumPy variants"
+    return None
+
+
 def _call_numpy(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
     return function(**_each(caller.to_numpy, arguments))
 
@@ -198,7 +211,7 @@ def _missing_stepper() -> str | None:
 
 _ALL = (
     Backend("numpy", "the reference", "cpu", True, lambda: None, _call_numpy, _back_from_numpy),
-    Backend("cpu", "Numba", "cpu", True, lambda: _not_installed("numba", "pip install numba"), _call_cpu, _back_from_numpy),
+    Backend("cpu", "Numba", "cpu", True, _missing_cpu, _call_cpu, _back_from_numpy),
     Backend(
         "cupy",
         "CUDA C++ on a GPU",

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from yoso_core.files import written_folder
+from yoso_core.memory import in_words
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,30 +36,51 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
 def main() -> None:
+    """Run the command line, and see that what it printed has arrived."""
+    if sys.stderr is None:  # closed by the caller, who wants no messages
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (it stays open)
+    if sys.stdout is None:
+        sys.exit(_one_line("yoso", "standard output is closed"))
     for stream in (sys.stdout, sys.stderr):  # where the locale has no such letter, a question mark stands for it
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    app(prog_name="yoso")
+    try:
+        try:
+            app(prog_name="yoso")
+        finally:
+            sys.stdout.flush()
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more is tried when Python ends
+        status = problem.__context__.code if isinstance(problem.__context__, SystemExit) else 0
+        if isinstance(problem, BrokenPipeError) or status:  # whoever read it has had enough, or the reason is said
+            sys.exit(status or 1)
+        sys.exit(_one_line("yoso", f"standard output cannot be written: {problem.strerror}"))
+
+
+def _one_line(who: str, message: str) -> int:
+    """Say what is wrong on stderr; the exit status for it."""
+    typer.echo(f"{who}: {' '.join(message.split())}", err=True)
+    return 2
 
 
 @contextmanager
 def _one_line_errors(context: typer.Context) -> Iterator[None]:
     """Wrong input ends in one line on stderr that names the option, and exit status 2.
 
-    The library's errors begin with the name of an argument; an option of that name is said as it is
-    typed.
+    The library's errors begin with the name of an argument, and may name another as ``name=``; an
+    option of that name is said as it is typed.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())
-        named = re.match(r"(\w+): ", message)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's way to say MemoryError
+            raise
+        message = str(error) or "there is not enough memory"
         for parameter in context.command.params:
-            if named and parameter.name == named[1]:
-                option = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
-                message = f"{option}: {message[named.end() :]}"
-        typer.echo(f"{context.command_path}: {message}", err=True)
-        raise typer.Exit(2) from None
+            option = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+            message = re.sub(rf"^{parameter.name}: ", f"{option}: ", message)
+            message = re.sub(rf"\b{parameter.name}=", f"{option} ", message).rstrip()
+        raise typer.Exit(_one_line(context.command_path, message)) from None
 
 
 def _console() -> "Console":
@@ -160,11 +184,6 @@ def _hash_layout(dim: int, num_hash: int, hash_code_len: int) -> dict[str, Any]:
     }
 
 
-def _bytes(count: int) -> str:
-    unit = max(0, min(4, (count.bit_length() - 1) // 10))
-    return f"{count / (1 << 10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
-
-
 def _print_info(
     environment: dict[str, Any], backends: list[dict[str, Any]], operations: list[dict[str, Any]], hash: dict[str, Any]
 ) -> None:
@@ -201,7 +220,7 @@ def _print_info(
     m, tau, dim, padded = hash["num_hash"], hash["hash_code_len"], hash["dim"], hash["padded_dim"]
     per = f"{hash['codes_per_part']} codes to a part" if hash["codes_per_part"] else "a code spans several parts"
     console.print(f"\nHash of dim {dim} with num_hash {m}, hash_code_len {tau}: D = {padded}, {per}, parts: {hash['parts']}")
-    table_bytes, tables_bytes = _bytes(hash["table_bytes"]), _bytes(hash["tables_bytes"])
+    table_bytes, tables_bytes = in_words(hash["table_bytes"]), in_words(hash["tables_bytes"])
     console.print(f"Tables of a head, all 2**{tau} buckets x {dim} float32: {table_bytes} for one hash, {tables_bytes} for all {m}")
     if hash["biased"]:
         console.print(
@@ -243,9 +262,10 @@ def compare(
     repeatability, time.
 
     Exit status 1 if a variant fails, disagrees with the definition, or does not repeat the bits
-    that it promises to.
+    that it promises to; if one that --variants names cannot run on this machine; and if nothing
+    could be compared.
     """
-    from yoso_core import comparison, inputs
+    from yoso_core import comparison, inputs, registry
 
     with _one_line_errors(context):
         _check_picture("plot", plot)
@@ -265,11 +285,12 @@ def compare(
             library=library,  # type: ignore[arg-type]  # example_inputs refuses a wrong name
         )
         progress = not json_output and sys.stderr.isatty()
+        named = None if variants is None else [name.strip() for name in variants.split(",")]
         found = comparison.compare(
             op,
             *args,
             repeats=repeats,
-            variants=None if variants is None else [name.strip() for name in variants.split(",")],
+            variants=named,
             also=_own_kernels(also or []),
             emulate=emulate,
             progress=progress,
@@ -284,7 +305,8 @@ def compare(
         console.print(found.table(console.width))
         for note in found.notes:
             console.print(note)
-    if not found.agrees:
+    absent = [variant.name for variant in registry.variants(op) if not variant.available]
+    if not found.agrees or set(absent) & set(named or ()) or all(row.verdict == "cannot run" for row in found.rows):
         raise typer.Exit(1)
 
 
@@ -480,9 +502,10 @@ def convert(
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
             model = convert_original_checkpoint(path, config, first_position=first_position, drop=drop or (), **settings)
-        model.save_pretrained(output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+        with written_folder(output) as part:
+            model.save_pretrained(part)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
     kind, parameters, fields = type(model).__name__, model.num_parameters(), model.config.to_dict()
     left_out = [str(note.message) for note in notes]
     if json_output:
@@ -531,6 +554,33 @@ def _print_tutorials() -> None:
     console = _console()
     console.print(table)
     console.print("yoso tutorial N copies number N to this folder")
+
+
+@app.command()
+def warmup(
+    context: typer.Context,
+    dim: Annotated[list[int] | None, typer.Option(help="Head dims; repeatable.", show_default="32, 64 and 128")] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32 (half precision is computed in it) or float64; repeatable.", show_default="both"),
+    ] = None,
+    emulate: Annotated[bool, typer.Option("--emulate", help="The CUDA kernels too, for the emulator.")] = False,
+) -> None:
+    """Compile every kernel for this processor ahead of the first call, for images and classrooms.
+
+    Another user may read what is kept; NUMBA_CACHE_DIR and YOSO_CORE_CACHE name other folders.
+    """
+    with _one_line_errors(context):
+        from yoso_core import warming
+
+        dims, dtypes = dim or [32, 64, 128], dtype or ["float32", "float64"]
+        found = [warming.warm_cpu(dims, dtypes, progress=sys.stderr.isatty())]
+        if emulate:
+            found.append(warming.warm_emulator(dims, dtypes, progress=sys.stderr.isatty()))
+    for kept in found:
+        typer.echo(f"{kept.what}: {kept.fresh} compiled, {kept.number - kept.fresh} there already")
+        for folder, size in kept.folders.items():
+            typer.echo(f"{in_words(size)} in {folder}")
 
 
 @app.command()

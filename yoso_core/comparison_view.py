@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from yoso_core.files import written
 from yoso_core.operations import OPERATIONS
 
 if TYPE_CHECKING:
@@ -216,7 +217,8 @@ def plot(comparison: "Comparison", path: str | Path | None = None) -> "Figure":
         inputs = title(comparison).replace(": ", ":\N{NO-BREAK SPACE}").replace(" (", "\N{NO-BREAK SPACE}(")
         figure.suptitle(textwrap.fill(inputs, 120), fontsize=10)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        with written(path) as part:
+            figure.savefig(part, dpi=150)
     return figure
 
 

@@ -4,13 +4,15 @@ from.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yoso_core import checks, ops, reference
-from yoso_core.operations import operation_of
+from yoso_core.memory import need_memory
+from yoso_core.operations import Operation, Sizes, operation_of
 
 
 def example_inputs(
@@ -49,6 +51,7 @@ def example_inputs(
     ------
     ValueError : a size is out of range, the dtype is none of these, or the operation takes no
         masks.
+    MemoryError : the inputs, and a call that does the least that it must, do not fit in memory.
 
     >>> args, kwargs = example_inputs("fast_hash", n=5, dim=16)
     >>> [getattr(x, "shape", x) for x in args]
@@ -79,6 +82,10 @@ def example_inputs(
     if masked and not operation.takes_masks:
         raise ValueError(f"masked: {operation.name} takes no masks")
 
+    shapes = {"batch": batch, "heads": heads, "n": n, "n_key": n_key, "dim": dim, "value_dim": value_dim}
+    parts = {"num_hash": num_hash, "hash_code_len": hash_code_len}
+    needed = _least_bytes(operation, **shapes, **parts)
+    need_memory(_largest(shapes | parts), needed)
     rng = np.random.default_rng(seed)
     leading = (batch, heads)
     key = rng.standard_normal((*leading, n_key, dim))
@@ -102,6 +109,24 @@ def example_inputs(
 
     given = {name: drawn(x) for name, x in arguments.items()}
     return tuple(given.pop(name) for name in operation.positional), given
+
+
+def _least_bytes(
+    operation: Operation, *, batch: int, heads: int, n: int, n_key: int, dim: int, value_dim: int, num_hash: int, hash_code_len: int
+) -> int:
+    """What is drawn, in float64 as NumPy draws it, and what a call in float64 reads and writes."""
+    rows, rows_key = batch * heads * n, batch * heads * n_key
+    vectors = (rows + rows_key) * (dim + value_dim)
+    planes = heads * dim * num_hash * hash_code_len
+    sizes = Sizes(max(rows, rows_key), max(n, n_key), max(dim, value_dim), num_hash, hash_code_len, 8)
+    return 8 * (vectors + planes) + operation.least_bytes(sizes)
+
+
+def _largest(sizes: Mapping[str, int]) -> str:
+    """The argument to blame where there is no room: that which is furthest from its default."""
+    defaults = {name: parameter.default for name, parameter in signature(example_inputs).parameters.items()}
+    defaults |= {"n_key": defaults["n"], "value_dim": defaults["dim"]}
+    return max(sizes, key=lambda name: sizes[name] / defaults[name])
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ it, may corrupt the process: use `checked` to find such writes.
 It needs Linux or macOS and a C++17 compiler (``$CXX``, g++ or clang++); `missing` gives the reason
 if it cannot run. The special builds need Linux and g++, which the tests use, too. Libraries are
 kept in ``$YOSO_CORE_CACHE``, or ``~/.cache/yoso_core``; the folder may be deleted at any time. One
-launch runs at a time.
+launch runs at a time; a Ctrl-C ends it as soon as no thread has its turn.
 """
 
 from yoso_core.gpu.emulator.build import missing

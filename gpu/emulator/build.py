@@ -298,8 +298,7 @@ def _texts() -> tuple[str, ...]:
 def _runtime(flavour: str) -> Path:
     flags = ("-std=c++17", "-O2", f"-DCUDA_EMULATOR_{flavour.upper()}")
     path = cache_folder() / f"runtime-{_key(*_texts(), *flags)}.so"
-    if not path.exists():
-        _make(path, "runtime.cpp", _texts()[-1], flags, ("-lpthread", "-ldl"))
+    _load(path, lambda: _make(path, "runtime.cpp", _texts()[-1], flags, ("-lpthread", "-ldl")))
     return path
 
 

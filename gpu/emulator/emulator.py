@@ -2,11 +2,12 @@
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from yoso_core.gpu.device import Arguments, Array, CudaKernel, KernelText, Launc
 from yoso_core.gpu.emulator import build
 from yoso_core.gpu.emulator.common import MAX_THREADS, KernelFault, Order, checked_order, launch_sizes, order_here
 from yoso_core.gpu.emulator.source_lines import source_lines
-from yoso_core.gpu.emulator.traffic import checks, is_counted, log_traffic, tallies
+from yoso_core.gpu.emulator.traffic import Tally, Totals, checks, is_counted, log_traffic, tallies
 
 MAX_SHARED = 1 << 20
 """More than any GPU has."""
@@ -38,6 +39,34 @@ def build_for(flavour: str) -> Iterator[None]:
 # The runtime has one set of fibers, so one launch runs at a time.
 _running = threading.Lock()
 
+T = TypeVar("T")
+
+
+def _interruptible(run: Callable[[], T], stop: Callable[[], object]) -> T:
+    """The result of ``run()``. Signals reach the main thread alone, and only while it runs Python:
+    so there another thread runs the kernel, and an exception of a handler calls ``stop()``.
+
+    A handler that launches a kernel waits for that thread, not for itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return run()
+    done: Future[T] = Future()
+
+    def in_thread() -> None:
+        try:
+            done.set_result(run())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=in_thread, name="yoso_core emulator", daemon=True)
+    thread.start()
+    try:
+        return done.result()
+    except BaseException:
+        stop()
+        thread.join()
+        raise
+
 
 class _Range(ctypes.Structure):
     _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("origin", ctypes.c_void_p), ("name", ctypes.c_char_p))
@@ -56,6 +85,7 @@ class _Request(ctypes.Structure):
         ("ranges", ctypes.POINTER(_Range)),
         ("num_ranges", ctypes.c_int),
         ("checked", ctypes.c_int),
+        ("stop", ctypes.c_int),
     )
 
 
@@ -162,12 +192,15 @@ class Emulator:
         )
         launch = library.loaded.cuda_emulator_run
         launch.restype = ctypes.POINTER(_Fault)
+
+        def run(_kept: Any = (arguments, args)) -> tuple[list[Tally], Totals] | None:  # alive as long as the kernel runs
+            with _running:
+                if fault := launch(ctypes.byref(request)):
+                    raise _kernel_fault(function.name, fault.contents)
+                return tallies(library.loaded) if flavour == "counted" else None
+
         record(Launch("emulated", function.name, sizes[0], sizes[1], shared))
-        with _running:
-            fault = launch(ctypes.byref(request))
-            if fault:
-                raise _kernel_fault(function.name, fault.contents)
-            counted = tallies(library.loaded) if flavour == "counted" else None
+        counted = run() if flavour in ("address", "thread") else _interruptible(run, lambda: setattr(request, "stop", 1))
         if counted:
             log_traffic(function.name, *sizes, str(library.path), counted)
 

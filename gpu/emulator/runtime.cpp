@@ -80,6 +80,7 @@ struct Request {
   const Range* ranges;
   int num_ranges;
   int checked;  // in the build that counts. 1: races are faults; 2: uninitialized reads of shared memory, too
+  volatile int stop;  // Python may set it at any time; the launch then ends as soon as no thread has its turn
 };
 
 struct Fault {
@@ -528,6 +529,7 @@ void take_turns(const Warp& warp) {
   unsigned char order[32];
   for (unsigned i = 0; i < warp.size; ++i) order[i] = static_cast<unsigned char>(request->order == REVERSE ? warp.size - 1 - i : i);
   if (request->order == SEEDED) generator.shuffle(order, warp.size);
+  if (request->stop) report(nullptr, {nullptr, 0}, "stopped");
   for (unsigned i = 0; i < warp.size && !failed; ++i) {
     Fiber& fiber = warp.lane(order[i]);
     if (fiber.state == State::fresh || fiber.state == State::ready) resume(fiber);

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from yoso_core import checks
 from yoso_core.demo.ahead import compiled, compiling_ahead
 from yoso_core.demo.clock import Clock
 from yoso_core.demo.words import embed, read_text
@@ -188,9 +189,10 @@ def run(
     Raises
     ------
     ValueError : the text cannot be read, is no text or is too short; the output's folder does not
-        exist; the budget is not positive.
+        exist; the seed is negative; the budget is not positive.
     ImportError : matplotlib is not installed.
     """
+    checks.integer("seed", seed, 0)
     if not output.parent.is_dir():
         raise ValueError(f"output: the folder {output.parent} does not exist")
     if not budget > 0:

@@ -12,6 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from yoso_core.demo.measure import EXPECTATION, METHODS, SAMPLED, SOFTMAX, AttentionTimes, SamplingError, WordAttention
 from yoso_core.demo.tables import LABELS, time_label
 from yoso_core.draw import BLUE, DASHES, FAINT, GRAY, INK, ORANGE, legend_under_title, look
+from yoso_core.files import written
 
 if TYPE_CHECKING:
     from yoso_core.demo import DemoResult
@@ -43,7 +44,8 @@ def save_figure(result: "DemoResult", path: Path) -> None:
         if language is not None:
             caption += f" The model: {language.parameters:,} parameters, trained on {language.train_bytes:,} bytes of the same text."
         figure.supxlabel(textwrap.fill(caption, round(13.3 * size[0])), fontsize=8.5, color="#666666", parse_math=False)
-        figure.savefig(path)
+        with written(path) as part:
+            figure.savefig(part)
 
 
 def draw_words(axes: Axes, attention: WordAttention, number: int = 8) -> None:
