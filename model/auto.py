@@ -156,11 +156,10 @@ def export_for_hub(model: YosoPreTrainedModel, folder: str | PathLike[str], toke
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         (part / f"{_REMOTE_FILE}.py").write_text(_remote_code(), "utf-8")
-        path = part / "config.json"
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads((part / "config.json").read_text("utf-8"))
         config["auto_map"] = {"AutoConfig": f"{_REMOTE_FILE}.YosoConfig"}
         config["auto_map"] |= {auto: f"{_REMOTE_FILE}.{ours.__name__}" for auto, ours in _AUTO.items()}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     return folder
 
 

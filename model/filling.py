@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from yoso_core import checks
 from yoso_core.model.heads import YosoForMaskedLM
-from yoso_core.model.tokenizer import stored_json
+from yoso_core.model.tokenizer import local_alone, stored_json
 
 MASK = "[MASK]"
 """How a mask may be written, whatever the tokenizer calls it."""
@@ -45,7 +45,8 @@ def load_masked_lm(path_or_name: str | PathLike[str]) -> YosoForMaskedLM:
     ...     load_masked_lm(folder).training
     False
     """
-    config = stored_json(path_or_name, "config.json")
+    where = local_alone(path_or_name)
+    config = stored_json(path_or_name, "config.json", **where)
     if config is None:
         why = (
             "there is no config.json"
@@ -55,7 +56,7 @@ def load_masked_lm(path_or_name: str | PathLike[str]) -> YosoForMaskedLM:
         raise FileNotFoundError(f"path_or_name: no model in {path_or_name}: {why}")
     if config.get("model_type") != "yoso":
         raise ValueError(f"path_or_name: need a YOSO model, {path_or_name} is of type {config.get('model_type')!r}")
-    model, report = YosoForMaskedLM.from_pretrained(path_or_name, output_loading_info=True)
+    model, report = YosoForMaskedLM.from_pretrained(path_or_name, output_loading_info=True, **where)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"path_or_name: need a model with a whole masked-LM head, {path_or_name} lacks {', '.join(missing)}")

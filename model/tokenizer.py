@@ -12,11 +12,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from transformers import AddedToken, AlbertTokenizer, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, RobertaTokenizer
 from transformers.utils import cached_file
 
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """The arguments of `from_pretrained` that say where a file is."""
+
+HUB_SECONDS = 5.0
+"""The hub has so long to answer."""
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """A name on the hub: ``model`` or ``owner/model``."""
@@ -53,6 +58,7 @@ def load_tokenizer(path_or_name: str | PathLike[str], **kwargs: Any) -> PreTrain
     ...     load_tokenizer(folder)("hi<mask>")["input_ids"]
     [0, 7, 4, 2]
     """
+    kwargs |= local_alone(path_or_name)
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     tokenizer = _by_files(path_or_name, where, kwargs)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
@@ -98,6 +104,19 @@ def _mask_takes_the_space(tokenizer: RobertaTokenizer) -> None:
     if mask is not None and not mask.lstrip:
         wide = AddedToken(mask.content, lstrip=True, rstrip=mask.rstrip, single_word=mask.single_word, normalized=False, special=True)
         tokenizer.add_special_tokens({"mask_token": wide})
+
+
+def local_alone(path_or_name: str | PathLike[str]) -> dict[str, Any]:
+    """``local_files_only=True``, as arguments of `from_pretrained`, for a name where the hub does
+    not answer. Otherwise each missing file is asked for again and again, for most of a minute.
+    """
+    if Path(path_or_name).is_dir():
+        return {}
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # whatever the client of this release raises, in its offline mode too
+        return {"local_files_only": True}
+    return {}
 
 
 def stored_file(path_or_name: str | PathLike[str], filename: str, **where: Any) -> Path | None:

@@ -63,7 +63,7 @@ def warm_emulator(dims: Sequence[int], dtypes: Sequence[str], *, progress: bool 
     Raises
     ------
     ValueError : a dim or a dtype that no kernel is for; the emulator cannot run here.
-    RuntimeError : the compiler fails.
+    OSError : the compiler fails.
     """
     from yoso_core.backends import missing
 
@@ -94,6 +94,8 @@ def warm_emulator(dims: Sequence[int], dtypes: Sequence[str], *, progress: bool 
                 operation.function(*args, **kwargs, variant=name)
             except DoesNotFit:
                 continue
+            except RuntimeError as error:
+                raise OSError(f"emulate: {error}") from error
     files = set(cache_folder().glob("*.so"))
     return Warmed("libraries for the emulator", len(files), len(files - before), _by_folder(files))
 
