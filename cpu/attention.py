@@ -40,8 +40,8 @@ def hash_tile(tile, dim, codes, finite, x, signs, head, i, part, hash_code_len):
 @cache
 def _scatter_kernel(dim: int, dtype: Any) -> Any:
     """The tables of one group, with codes hashed from the keys. A task is (head, ``together``
-    parts, piece of the keys), a step of it a block of its keys; before them, ``clears`` steps clear
-    the tables.
+    parts, piece of the keys), a step of it a block of its keys. The first one clears the tables, as
+    long as they fit in the cache; otherwise ``clears`` steps before it do.
 
     Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds
     ``n d_v`` entries to a table in cache for every hash.
@@ -103,8 +103,8 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
                 stop = min(block + KEY_BLOCK, end) if step >= clears else block
                 for number in range(number0, min(number0 + together, group.parts)):
                     part = part_of(cut, group, head_index, number, split)
-                    if step < clears:
-                        clear_piece(tables, part, step, clears)
+                    if step < max(1, clears):
+                        clear_piece(tables, part, step, max(1, clears))
                     for i in range(block, stop, LANES):
                         if hash_tile(
                             tile=tile,

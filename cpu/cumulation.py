@@ -38,7 +38,8 @@ def load_codes(codes, stored, head, i, part, stop):
 @cache
 def _scatter_kernel(dtype: Any) -> Any:
     """The tables of one group, from stored codes. A task is (head, ``together`` parts, piece of the
-    keys), a step of it a block of its keys; before them, ``clears`` steps clear the tables.
+    keys), a step of it a block of its keys. The first one clears the tables, as long as they fit in
+    the cache; otherwise ``clears`` steps before it do.
 
     Reads ``n (m code bytes + d_v)`` entries, adds ``n m d_v`` times into cache.
     """
@@ -75,8 +76,8 @@ def _scatter_kernel(dtype: Any) -> Any:
                 stop = min(block + KEY_BLOCK, end) if step >= clears else block
                 for number in range(number0, min(number0 + together, group.parts)):
                     part = part_of(cut, group, head_index, number, split)
-                    if step < clears:
-                        clear_piece(tables, part, step, clears)
+                    if step < max(1, clears):
+                        clear_piece(tables, part, step, max(1, clears))
                     for i in range(block, stop, LANES):
                         load_codes(codes, key_code, head, i, part, stop)
                         scatter_tile(

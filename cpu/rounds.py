@@ -175,8 +175,8 @@ def accumulate(
     """Both rounds, for as many heads and parts at a time as the plan says.
 
     ``scatter(first, last, tables=, head0=, part0=, parts=, together=, clears=, step0=, step1=)``
-    does a range of tasks of one `Group`, ``together`` parts to a task; the first ``clears`` steps
-    of a task clear its tables, each of the others adds a block of keys.
+    does a range of tasks of one `Group`, ``together`` parts to a task. Its steps are blocks of
+    keys, and the first one clears the tables; where these are large, ``clears`` steps before it do.
     ``gather(first, last, tables=, head0=, part0=, parts=, block=)`` likewise, ``block`` queries to
     a task. These numbers come one by one, since a NamedTuple costs two microseconds where Python
     calls a kernel.
@@ -185,7 +185,7 @@ def accumulate(
     heads_in_all = batch * num_heads
     head_work = plan.cut.num_hash * (d_v + 64)
     part_size = plan.cut.per * plan.cut.table_size
-    key_blocks = -(-n_k // (plan.cut.splits * KEY_BLOCK))
+    key_blocks = max(1, -(-n_k // (plan.cut.splits * KEY_BLOCK)))
     if plan.by_head:
         query_blocks = -(-n_q // QUERY_BLOCK)
         blocks_at_once = max(1, BATCH_COST // (head_work * KEY_BLOCK))
@@ -195,28 +195,29 @@ def accumulate(
             for head in range(first, last):
                 for part0 in range(0, plan.parts, plan.parts_at_once):
                     parts = min(plan.parts_at_once, plan.parts - part0)
-                    group: dict[str, Any] = {"tables": tables, "head0": head, "part0": part0, "parts": parts}
-                    for step in range(0, 1 + key_blocks, blocks_at_once):
-                        scatter(0, 1, **group, together=parts, clears=1, step0=step, step1=min(step + blocks_at_once, 1 + key_blocks))
+                    for step in range(0, key_blocks, blocks_at_once):
+                        end = min(step + blocks_at_once, key_blocks)
+                        scatter(0, 1, tables=tables, head0=head, part0=part0, parts=parts, together=parts, clears=0, step0=step, step1=end)
                         yield
-                    for block in range(0, query_blocks, blocks_at_once):
-                        gather(block, min(block + blocks_at_once, query_blocks), **group, block=QUERY_BLOCK)
+                    for first_block in range(0, query_blocks, blocks_at_once):
+                        end = min(first_block + blocks_at_once, query_blocks)
+                        gather(first_block, end, tables=tables, head0=head, part0=part0, parts=parts, block=QUERY_BLOCK)
                         yield
 
         cost = heads_in_all * (head_work * (n_q + n_k) + plan.parts * part_size)
         share(heads_in_all, do_heads, num_threads=num_threads, cost=cost)
         return
     tables = aligned_empty(plan.entries, out.dtype)
-    clears = max(1, -(-part_size * out.itemsize // BATCH_BYTES))
+    clears = part_size * out.itemsize // BATCH_BYTES
     merge = partial(_merge_kernel(from_dtype(out.dtype)), tables=tables, splits=plan.cut.splits, part_size=part_size)
     for head0 in range(0, heads_in_all, plan.heads_at_once):
         heads_now = min(plan.heads_at_once, heads_in_all - head0)
         for part0 in range(0, plan.parts, plan.parts_at_once):
             parts = min(plan.parts_at_once, plan.parts - part0)
             slots = heads_now * parts
-            group = {"tables": tables, "head0": head0, "part0": part0, "parts": parts}
+            group: dict[str, Any] = {"tables": tables, "head0": head0, "part0": part0, "parts": parts}
             tasks, cost = slots * plan.cut.splits, heads_now * head_work * n_k + slots * part_size
-            cost_of_a_task = cost / tasks if clears == 1 else float((clears + key_blocks) * BATCH_COST)  # a large table: step by step
+            cost_of_a_task = cost / tasks if clears == 0 else float((clears + key_blocks) * BATCH_COST)  # a large table: step by step
             share(
                 tasks,
                 in_steps(partial(scatter, **group, together=1, clears=clears), clears + key_blocks, cost_of_a_task),

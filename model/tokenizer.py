@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # exported in some releases alone
 from transformers import AddedToken, AlbertTokenizer, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, RobertaTokenizer
 from transformers.utils import cached_file
 
