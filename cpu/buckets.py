@@ -19,12 +19,18 @@ from yoso_core.cpu.lanes import LANES, fill, fill_from, load, load_transposed, m
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.scratch import aligned, clear, padded_width
 from yoso_core.cpu.sorting import HASHES_AT_ONCE, read_labels, sort_by_label
-from yoso_core.cpu.threads import in_steps, share
+from yoso_core.cpu.threads import BATCH_COST, in_steps, share
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 
 ENOUGH_TASKS = 16
 """Where there are fewer heads, the hashes of a head are dealt to several tasks, each with sums of
 its own.
+"""
+
+
+RANGE_BATCHES = 4
+"""A hash that costs more batches than this is done a range of buckets at a time, though rows are
+sorted anew for each.
 """
 
 
@@ -198,8 +204,8 @@ def add_by_outer_product(out, out0, query_weight, key_weight, value, head, queri
 
 @cache
 def _buckets_kernel(dtype: Any) -> Any:
-    """A task is (head, group of hashes), a step of it one hash: it sorts queries and keys by
-    bucket, and adds to the output rows of its group.
+    """A task is (head, group of hashes), a step of it one hash, or one of ``ranges`` of its
+    buckets: it sorts queries and keys by bucket, and adds to the output rows of its group.
 
     By pairs, 16 keys at a time: their products with four queries at once, then their values on top
     of the queries' rows. These loops stand here, since a helper that holds them would count
@@ -217,11 +223,26 @@ def _buckets_kernel(dtype: Any) -> Any:
         out=output_array(dtype, 1),
         groups=types.intp,
         capacity=types.intp,
+        ranges=types.intp,
         step0=types.intp,
         step1=types.intp,
     )
     def accumulate(
-        first, last, query_code, query_weight, key_code, key_weight, value, keep_query, keep_key, out, groups, capacity, step0, step1
+        first,
+        last,
+        query_code,
+        query_weight,
+        key_code,
+        key_weight,
+        value,
+        keep_query,
+        keep_key,
+        out,
+        groups,
+        capacity,
+        ranges,
+        step0,
+        step1,
     ):
         n_q, n_k, num_hash = query_code.shape[2], key_code.shape[2], query_code.shape[3]
         d_w, d_v = query_weight.shape[3], value.shape[3]
@@ -239,15 +260,16 @@ def _buckets_kernel(dtype: Any) -> Any:
             if step0 == 0:
                 clear(out, out0, n_q * d_v)
             begin = num_hash * group // groups
-            end = min(begin + step1, num_hash * (group + 1) // groups)
-            for hash0 in range(begin + step0, end, HASHES_AT_ONCE):
+            end = min(begin + (step1 + ranges - 1) // ranges, num_hash * (group + 1) // groups)
+            first_bucket, last_bucket = capacity * (step0 % ranges) // ranges, capacity * ((step1 - 1) % ranges + 1) // ranges
+            for hash0 in range(begin + step0 // ranges, end, HASHES_AT_ONCE):
                 count = min(HASHES_AT_ONCE, end - hash0)
                 read_labels(query_labels[:count], query_code, keep_query, head, hash0, capacity)
                 read_labels(key_labels[:count], key_code, keep_key, head, hash0, capacity)
                 for hash in range(count):
                     sort_by_label(query_labels[hash], query_begins, 0, query_order, 0, capacity)
                     sort_by_label(key_labels[hash], key_begins, 0, key_order, 0, capacity)
-                    for bucket in range(capacity):
+                    for bucket in range(first_bucket, last_bucket):
                         queries = query_order[query_begins[bucket] : query_begins[bucket + 1]]
                         keys = key_order[key_begins[bucket] : key_begins[bucket + 1]]
                         if len(queries) == 0 or len(keys) == 0:
@@ -327,6 +349,10 @@ def lsh_weighted_cumulation(
         hashtable_capacity = n_k + 1
     groups = max(1, min(num_hash, ENOUGH_TASKS // max(batch * num_heads, 1)))
     partial_sums = np.empty((batch, num_heads, groups, n_q, d_v), dtype)
+    d_w, rows_in_all = qw.shape[-1], n_q + n_k
+    in_buckets = min(n_q * n_k / hashtable_capacity * (d_w + d_v), float(rows_in_all) * d_w * d_v)
+    cost_of_a_hash = max(in_buckets, float(rows_in_all) * (d_w + d_v))
+    ranges = 1 + int(cost_of_a_hash / (RANGE_BATCHES * BATCH_COST))
     accumulate = partial(
         _buckets_kernel(from_dtype(np.dtype(dtype))),
         query_code=query_code,
@@ -339,12 +365,10 @@ def lsh_weighted_cumulation(
         out=partial_sums.reshape(-1),
         groups=groups,
         capacity=hashtable_capacity,
+        ranges=ranges,
     )
-    d_w, rows_in_all = qw.shape[-1], n_q + n_k
-    in_buckets = min(n_q * n_k / hashtable_capacity * (d_w + d_v), float(rows_in_all) * d_w * d_v)
-    cost = batch * num_heads * num_hash * max(4 * in_buckets, float(rows_in_all) * (d_w + d_v))
-    tasks = batch * num_heads * groups
-    share(tasks, in_steps(accumulate, -(-num_hash // groups), cost / max(tasks, 1)), num_threads=num_threads, cost=cost)
+    tasks, cost = batch * num_heads * groups, batch * num_heads * num_hash * cost_of_a_hash
+    share(tasks, in_steps(accumulate, -(-num_hash // groups) * ranges, cost / max(tasks, 1)), num_threads=num_threads, cost=cost)
     out = partial_sums[:, :, 0] if groups == 1 else partial_sums.sum(axis=2)
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
     nonfinite[:, :, 1:] = ~np.isfinite(qw).all(axis=-1)

@@ -191,6 +191,25 @@ def test_without_a_folder_anywhere_it_runs_with_one_warning(tmp_path: Path) -> N
     assert "NUMBA_CACHE_DIR" in done.stderr
 
 
+def test_a_damaged_runtime_of_the_emulator_is_built_anew(tmp_path: Path) -> None:
+    """Every library is linked to it."""
+    if reason := backends.missing("emulated"):
+        pytest.skip(reason)
+    code = """
+        import numpy as np
+        from yoso_core.gpu import KernelText
+        from yoso_core.gpu.emulator import Emulator
+        x = np.zeros(1, np.int32)
+        Emulator().launch(KernelText('extern "C" __global__ void one(int* x) { *x = 1; }', "one"), grid=(1,), block=(1,), args=(x,))
+        print(x)
+        """
+    assert python(code, YOSO_CORE_CACHE=str(tmp_path)).stdout == "[1]\n"
+    (runtime,) = tmp_path.rglob("runtime-*.so")
+    runtime.write_bytes(runtime.read_bytes()[:100])
+    done = python(code, YOSO_CORE_CACHE=str(tmp_path))
+    assert done.stdout == "[1]\n", done.stderr
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

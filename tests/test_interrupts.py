@@ -19,8 +19,8 @@ import pytest
 import support
 
 import yoso_core
+from yoso_core.cpu import buckets, gradients, rounds, sampled_gradients, spans, threads
 from yoso_core.cpu import expectation as expectation_kernels
-from yoso_core.cpu import gradients, rounds, sampled_gradients, spans, threads
 from yoso_core.gpu import KernelText
 from yoso_core.gpu.emulator import Emulator
 
@@ -248,7 +248,7 @@ def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch, heads: int, num_t
     ]
 
     def results(cost: int, bytes_: int) -> list[Any]:
-        for module in (threads, rounds, spans, sampled_gradients):
+        for module in (threads, rounds, spans, buckets, sampled_gradients):
             for name, bound in (("BATCH_COST", cost), ("BATCH_BYTES", bytes_)):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, bound)
@@ -256,6 +256,7 @@ def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch, heads: int, num_t
 
     monkeypatch.setattr(threads, "default_threads", lambda: num_threads)
     monkeypatch.setattr(spans, "SPAN_BYTES", 1 << 30)  # a span of many tiles, to be cut
+    monkeypatch.setattr(buckets, "RANGE_BATCHES", 1)
     for module in (expectation_kernels, gradients):
         monkeypatch.setattr(module, "ENOUGH_TASKS", 1)
     for x, y in zip(results(1000, 1000), results(10**15, 10**15), strict=True):
