@@ -24,7 +24,7 @@ from yoso_core.cpu.scratch import aligned, clear
 from yoso_core.cpu.tables import gather_tile, scatter_tile
 from yoso_core.cpu.tiles import load_rotated, pack
 from yoso_core.cpu.views import Array, common_dtype, input_array, kept, output_array, rows
-from yoso_core.reference.hashing import HashLayout, hash_layout
+from yoso_core.reference.hashing import HashLayout, Layout, hash_layout
 
 
 @helper
@@ -222,6 +222,7 @@ def _by_stored_codes(
     hash_code_len: int,
     signs: Array | None,
     planes: Array | None,
+    layout: Layout,
     query_mask: Array | None,
     key_mask: Array | None,
     normalize_output: bool,
@@ -229,7 +230,7 @@ def _by_stored_codes(
 ) -> tuple[Array, Array]:
     """All codes first, then the cumulation."""
     if signs is not None:
-        codes = [fast_hash(x, signs, num_hash, hash_code_len, num_threads=num_threads) for x in (query, key)]
+        codes = [fast_hash(x, signs, num_hash, hash_code_len, layout=layout, num_threads=num_threads) for x in (query, key)]
     else:
         assert planes is not None  # the face draws signs where neither is given
         codes = [hyperplane_hash(x, planes, num_hash, hash_code_len, num_threads=num_threads) for x in (query, key)]
@@ -317,14 +318,15 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
     return_length: bool = False,
     num_threads: int | None = None,
 ) -> Array | tuple[Array, Array]:
     """See `yoso_core.reference.yoso_attention`.
 
     Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`) at most, whatever ``n``.
-    Codes are stored, ``4 m (n_q + n_k)`` bytes a head, with planes, where ``2**tau > 4 n_k`` (then
-    their labels too), where ``tau > D``, and where the tables of one part would pass that limit;
+    Codes are stored, ``4 m (n_q + n_k)`` bytes a head, with planes, with a chain, where
+    ``2**tau > 4 n_k`` (then their labels too), where ``tau > D``, and where the tables of one part would pass that limit;
     the table of one hash then takes ``min(2**tau, 4 n_k) d_v`` numbers, eight of them at a time.
     """
     masks: dict[str, Any] = {"query_mask": query_mask, "key_mask": key_mask}
@@ -336,10 +338,10 @@ def yoso_attention(
     }
     if use_expectation:
         found = expect(query, key, value, hash_code_len, normalize=normalize_output, num_threads=num_threads, **masks)
-    elif signs is not None and (layout := _fits_fused(query, key, value, num_hash, hash_code_len)) is not None:
-        found = _fused(query, key, value, layout, signs=signs, **options, **masks)
+    elif signs is not None and layout == "paper" and (triples := _fits_fused(query, key, value, num_hash, hash_code_len)) is not None:
+        found = _fused(query, key, value, triples, signs=signs, **options, **masks)
     else:
-        found = _by_stored_codes(query, key, value, signs=signs, planes=planes, **options, **masks)
+        found = _by_stored_codes(query, key, value, signs=signs, planes=planes, layout=layout, **options, **masks)
     return found if return_length else found[0]
 
 

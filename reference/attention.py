@@ -5,7 +5,7 @@ import numpy as np
 from yoso_core.reference.arrays import Array, full_mask, nan_unless_finite, working
 from yoso_core.reference.cumulation import lsh_cumulation_tables, mark_nonfinite_rows
 from yoso_core.reference.expectation import expectation_attention
-from yoso_core.reference.hashing import fast_hash, hyperplane_hash
+from yoso_core.reference.hashing import Layout, fast_hash, hyperplane_hash
 from yoso_core.reference.normalize import TINY_NORM, l2_normalize, row_norm
 
 
@@ -22,6 +22,7 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
     return_length: bool = False,
 ) -> Array | tuple[Array, Array]:
     """``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``: attention by hash collisions, or by
@@ -40,6 +41,7 @@ def yoso_attention(
     query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep.
     normalize_output : scale every output row to unit length. A row shorter than 1e-12 becomes
         zeros: its query met no key.
+    layout : that of the signs.
     return_length : also return ``|y_i|``, which the gradient of that step needs.
 
     Returns
@@ -61,7 +63,7 @@ def yoso_attention(
         out = expectation_attention(query, key, v, hash_code_len, query_mask=keep_query, key_mask=keep_key)
     else:
         if signs is not None:
-            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len) for x in (query, key))
+            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len, layout=layout) for x in (query, key))
         elif planes is not None:
             query_code, key_code = (hyperplane_hash(x, planes, num_hash, hash_code_len) for x in (query, key))
         else:

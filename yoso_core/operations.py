@@ -341,15 +341,22 @@ def _with_signs(arguments: Arguments) -> dict[str, Any]:
     One draw for each index of the last leading dim (the heads), shared over the dims before it, so
     that a result does not depend on its neighbors in a batch.
     """
-    completed = {name: x for name, x in arguments.items() if name != "rng"}
+    completed = {name: x for name, x in arguments.items() if name not in ("rng", "rotations")}
     if arguments.get("use_expectation") or arguments.get("signs") is not None or arguments.get("planes") is not None:
         return completed
     query = arguments["query"]
     caller = one_caller({"query": query})
     checks.vectors("query", query)
     num_hash, hash_code_len = checks.hash_numbers(arguments.get("num_hash", 32), arguments.get("hash_code_len", 8))
-    rng = checks.generator("rng", arguments.get("rng"))
-    signs = reference.sample_signs(num_hash, hash_code_len, query.shape[-1], batch_shape=tuple(query.shape[-3:-2]), rng=rng)
+    numbers = num_hash, hash_code_len, query.shape[-1]
+    layout = arguments.get("layout", "paper")
+    signs = reference.sample_signs(
+        *numbers,
+        batch_shape=tuple(query.shape[-3:-2]),
+        layout=layout,
+        rotations=checks.rotations(layout, arguments.get("rotations"), reference.least_rotations(*numbers)),
+        rng=checks.generator("rng", arguments.get("rng")),
+    )
     return completed | {"signs": caller.from_numpy(signs)}
 
 
