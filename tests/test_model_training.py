@@ -645,16 +645,6 @@ def test_labels_must_fit_the_named_problem(problem: str) -> None:
         single(FLAT, labels=torch.tensor([0.0, 1.0]))
 
 
-@pytest.mark.parametrize("way", ["sampled", "planes"])
-@pytest.mark.parametrize("by_config", [False, True], ids=["asked", "by_config"])
-def test_sampled_attention_has_no_weights_to_give(by_config: bool, way: str) -> None:
-    for head in ("YosoModel", "YosoForMaskedLM", "YosoForTokenClassification"):
-        model = lively(head, **WAYS[way])
-        model.config.output_attentions = by_config
-        with pytest.raises(ValueError, match=r"^output_attentions: sampled attention has no weights; set config\.use_expectation = True"):
-            model(FLAT, **({} if by_config else {"output_attentions": True}))
-
-
 def test_head_size_must_divide() -> None:
     with pytest.raises(ValueError, match=r"num_attention_heads: hidden_size = 36 does not divide into 5 heads"):
         YosoForSequenceClassification(config(num_attention_heads=5))
