@@ -33,7 +33,7 @@ def check_ids(name: str, ids: Tensor, size: int | None, why: str) -> None:
     """Check that ids index a table of ``size`` rows. On a GPU, and where there are no values to
     look at, the lookup itself is the check: a look at the ids would wait for the GPU.
     """
-    if size is None or ids.is_cuda or not ids.numel() or not values_can_be_read(ids):
+    if size is None or ids.is_cuda or not values_can_be_read(ids) or not ids.numel():
         return
     low, high = (int(x) for x in torch.aminmax(ids))
     if low < 0 or high >= size:

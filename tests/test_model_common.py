@@ -229,6 +229,19 @@ def test_padding_on_the_left_gives_the_same(head: str, way: str) -> None:
             close(x[i, N - n :], y[i, :n], 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes are no part of the trace
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # torch looks at every property
+@every_head
+@both_modes
+def test_a_traced_model_is_the_model_at_other_shapes(head: str, way: str) -> None:
+    model = build(head, way, return_dict=False)
+    names = ("input_ids", "attention_mask")
+    traced = torch.jit.trace(model, tuple(texts(head)[name] for name in names))
+    others = {name: texts(head)[name].flip(0)[:2, ..., :5] for name in names}
+    same(traced(*others.values()), model(**others))
+
+
 # Learning
 
 

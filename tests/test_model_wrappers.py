@@ -174,6 +174,24 @@ def test_gradients_of_single_texts_are_those_of_the_texts_alone(head: str, way: 
             close(found[name].unflatten(0, (batch, -1))[i].sum(0), grad, 1e-9)
 
 
+@every_head
+@both_modes
+def test_torch_func_gives_the_gradients_of_single_texts(head: str, way: str) -> None:
+    model = build(head, way).double()
+    given, weights = texts(head) | WITH_LABELS[head], {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def score(weights: dict[str, Tensor], one: dict[str, Tensor]) -> Tensor:
+        output = torch.func.functional_call(model, weights, kwargs={name: x[None] for name, x in one.items()})
+        return sum(x.square().sum() for x in tensors(output))
+
+    found = torch.func.vmap(torch.func.grad(score), in_dims=(None, 0))(weights, given)
+    for i in range(len(given["input_ids"])):
+        alone = torch.func.grad(score)(weights, {name: x[i] for name, x in given.items()})
+        for name, grad in alone.items():
+            close(found[name][i], grad, 1e-12)
+        assert sum(grad.abs().sum() for grad in alone.values()) > 0
+
+
 @pytest.fixture
 def one_process() -> Iterator[Any]:
     """A mesh of one process."""
