@@ -74,7 +74,7 @@ def _check_others(model: "YosoPreTrainedModel", others: dict[str, Any]) -> None:
     """Check the arguments of a call that ``forward`` does not name. What a tokenizer, a data set or
     a trainer adds passes, and is ignored as in transformers: ``special_tokens_mask``, ``length``,
     ``idx``, ``use_cache``. ``TypeError`` for an argument of another head, for a name that is nearly
-    one of ours, and for what would change the result.
+    one of ours, and for what would change the result. Compiled code is not checked.
     """
     if not others or torch.compiler.is_compiling():
         return
@@ -201,7 +201,8 @@ class YosoModel(YosoPreTrainedModel):
         others : what tokenizers, data sets and trainers add (``special_tokens_mask``, ``length``,
             ``idx``, ``use_cache``) is ignored, as in transformers. ``TypeError`` for a name that is
             nearly one of these, for an argument of another head, and for what would change the
-            result (``encoder_hidden_states``, ``head_mask``, ``past_key_values``).
+            result (``encoder_hidden_states``, ``head_mask``, ``past_key_values``), but for compiled
+            code.
 
         Returns
         -------
