@@ -213,7 +213,7 @@ class YosoModel(YosoPreTrainedModel):
         and values. Matrix products of another shape round differently, though. With the expectation
         the hidden states agree to 1e-5. Sampled in float32, a rounding may turn over a bit of a
         code, and the layers above spread it. In 12 layers with random weights up to 0.11 was seen
-        on hidden states, and 0.002 (two classes) to 0.02 (words) on logits; in float64 6e-15. Where
+        on hidden states, and 0.002 to 0.02 on logits; in float64 6e-15. Where
         more is needed: a float64 model, the same shape every time (``padding="max_length"``, one
         batch size), or the expectation.
         """
