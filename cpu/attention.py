@@ -43,7 +43,7 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
     parts, piece of the keys).
 
     Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds
-    ``n d_v`` entries to a table in cache for every hash.
+    ``n d_v`` entries to a table in cache for every hash. The list of types makes it long.
     """
 
     @kernel(

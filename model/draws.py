@@ -96,7 +96,7 @@ def _kept(kind: Kind, numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 @contextmanager
 def _tracing_paused() -> Iterator[None]:
-    if not torch.jit.is_tracing():
+    if not torch._C._is_tracing():
         yield
         return
     state = torch._C._get_tracing_state()
