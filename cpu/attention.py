@@ -326,8 +326,9 @@ def yoso_attention(
 
     Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`) at most, whatever ``n``.
     Codes are stored, ``4 m (n_q + n_k)`` bytes a head, with planes, with a chain, where
-    ``2**tau > 4 n_k`` (then their labels too), where ``tau > D``, and where the tables of one part would pass that limit;
-    the table of one hash then takes ``min(2**tau, 4 n_k) d_v`` numbers, eight of them at a time.
+    ``2**tau > 4 n_k`` (then their labels too), where ``tau > D``, and where the tables of one part
+    would pass that limit; the table of one hash then takes ``min(2**tau, 4 n_k) d_v`` numbers,
+    eight of them at a time.
     """
     masks: dict[str, Any] = {"query_mask": query_mask, "key_mask": key_mask}
     options: dict[str, Any] = {

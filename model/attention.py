@@ -12,7 +12,7 @@ from yoso_core.arrays import one_caller
 from yoso_core.model import ops
 from yoso_core.model.weights import Pairs
 from yoso_core.reference.expectation import Grad
-from yoso_core.reference.hashing import Seed, hash_layout
+from yoso_core.reference.hashing import LAYOUTS, Layout, Seed, least_rotations, signs_shape
 
 Backward = Literal["lsh", "expectation"]
 
@@ -23,15 +23,17 @@ def sample_signs(
     dim: int,
     *,
     batch_shape: tuple[int, ...] = (),
+    layout: Layout = "paper",
+    rotations: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """`yoso_core.sample_signs` from torch's random numbers: int8 ``(*batch_shape, 3, parts, D)`` of
-    +1 and -1.
+    """`yoso_core.sample_signs` from torch's random numbers: int8 of +1 and -1.
 
     Parameters
     ----------
-    num_hash, hash_code_len, dim, batch_shape : those of `yoso_core.sample_signs`.
+    num_hash, hash_code_len, dim, batch_shape, layout, rotations : those of
+        `yoso_core.sample_signs`.
     generator : the source of random numbers. It draws on its own device. ``None``: torch's own
         generator of ``device``, which `torch.manual_seed` seeds.
     device : where the result goes. ``None``: it stays where it was drawn.
@@ -41,8 +43,8 @@ def sample_signs(
     """
     if not torch.compiler.is_compiling():
         num_hash, hash_code_len, dim, batch_shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
-    layout = hash_layout(num_hash, hash_code_len, dim)
-    shape = (*batch_shape, 3, layout.parts, layout.padded_dim)
+        rotations = checks.rotations(layout, rotations, least_rotations(num_hash, hash_code_len, dim))
+    shape = (*batch_shape, *signs_shape(num_hash, hash_code_len, dim, layout, rotations))
     if generator is None:
         return 2 * torch.randint(0, 2, shape, dtype=torch.int8, device=device) - 1
     bits = torch.randint(0, 2, shape, dtype=torch.int8, generator=generator, device=generator.device)
@@ -63,6 +65,8 @@ def yoso_attention(
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
+    rotations: int | None = None,
     variant: str | None = None,
     grad: Grad = "lower_bound",
     backward: Backward = "lsh",
@@ -74,7 +78,8 @@ def yoso_attention(
     Parameters
     ----------
     query, key, value, num_hash, hash_code_len, use_expectation, query_mask, key_mask,
-        normalize_output : those of `yoso_core.yoso_attention`; torch tensors of one device.
+        normalize_output, layout, rotations : those of `yoso_core.yoso_attention`; torch tensors of
+        one device.
     signs, planes : the draw to use. Where neither is given, signs are drawn here: one draw for each
         index of the last leading dim (the heads), shared over the dims before it.
     rng : draw the signs from this NumPy generator or seed, as `yoso_core.yoso_attention` does. Not
@@ -133,6 +138,8 @@ def yoso_attention(
         query_mask=query_mask,
         key_mask=key_mask,
         normalize_output=normalize_output,
+        layout=layout,
+        rotations=rotations,
         variant=variant,
         grad=grad,
         backward=backward,
@@ -170,7 +177,7 @@ def yoso_attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **opt
         if chosen["use_expectation"]:
             used = pairs.expected()
         else:
-            draw = [chosen[name] for name in ("signs", "planes", "num_hash", "hash_code_len", "variant")]
+            draw = [chosen[name] for name in ("signs", "planes", "num_hash", "hash_code_len", "layout", "variant")]
             used = pairs.sampled(*(ops.codes_of(x, *draw) for x in (query, key)))
         by_expectation = not chosen["use_expectation"] and chosen["backward"] == "expectation"
         of_gradient = pairs.expected() if by_expectation else used
@@ -191,6 +198,8 @@ def _prepared(
     hash_code_len: int,
     use_expectation: bool,
     signs: Tensor | None,
+    layout: Layout,
+    rotations: int | None,
     rng: Seed,
     generator: torch.Generator | None,
     **others: Any,
@@ -198,27 +207,38 @@ def _prepared(
     """The arguments of the operator: checked, converted as autocast wants it, with signs drawn."""
     if not torch.compiler.is_compiling():  # compiled, the operator says what is wrong, when it runs
         num_hash, hash_code_len = checks.hash_numbers(num_hash, hash_code_len)
+        checks.one_of("layout", layout, LAYOUTS)
         masks = {name: others[name] for name in ("query_mask", "key_mask")}
         _check_kinds({"query": query, "key": key, "value": value}, signs=signs, planes=others["planes"], **masks)
         _check_source(rng, generator)
     query, key, value = _under_autocast(query, key, value)
     if signs is None and others["planes"] is None and not use_expectation:
-        signs = _draw(query, num_hash, hash_code_len, rng=rng, generator=generator)
+        signs = _draw(query, num_hash, hash_code_len, layout=layout, rotations=rotations, rng=rng, generator=generator)
     others["normalize_output"] = bool(others["normalize_output"])
     numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "use_expectation": bool(use_expectation)}
-    return query, key, value, {"signs": signs, **numbers, **others}
+    return query, key, value, {"signs": signs, "layout": layout, **numbers, **others}
 
 
-def _draw(query: Tensor, num_hash: int, hash_code_len: int, *, rng: Seed, generator: torch.Generator | None) -> Tensor | None:
+def _draw(
+    query: Tensor,
+    num_hash: int,
+    hash_code_len: int,
+    *,
+    layout: Layout,
+    rotations: int | None,
+    rng: Seed,
+    generator: torch.Generator | None,
+) -> Tensor | None:
     """Signs for every head of ``query``. ``None`` where an argument is wrong: the operator says
     which.
     """
     if num_hash < 1 or not 1 <= hash_code_len <= checks.MAX_CODE_LEN or query.dim() < 2 or query.shape[-1] < 1:
         return None
     heads, dim = tuple(query.shape[-3:-2]), query.shape[-1]
+    options: dict[str, Any] = {"batch_shape": heads, "layout": layout, "rotations": rotations}
     if rng is None:
-        return sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, generator=generator, device=query.device)
-    return torch.from_numpy(face.sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, rng=rng)).to(query.device)
+        return sample_signs(num_hash, hash_code_len, dim, **options, generator=generator, device=query.device)
+    return torch.from_numpy(face.sample_signs(num_hash, hash_code_len, dim, **options, rng=rng)).to(query.device)
 
 
 def _check_kinds(

@@ -26,9 +26,11 @@ _BROADCAST = ("signs", "planes", "query_mask", "key_mask")
 """Arguments whose leading dims may be fewer, or 1."""
 
 
-def trailing_dims(name: str) -> int:
-    """How many dims of an argument, by its name, are no leading dims: 2 of ``(..., n, d)``."""
-    return _TRAILING.get(name, 2)
+def trailing_dims(name: str, layout: str) -> int:
+    """How many dims of an argument, by its name, are no leading dims: 2 of ``(..., n, d)``. Those
+    of signs depend on their layout.
+    """
+    return 2 if name == "signs" and layout == "chained" else _TRAILING.get(name, 2)
 
 
 class Operator:
@@ -84,21 +86,27 @@ class Operator:
         named = dict(zip(self.signature.parameters, args, strict=False))
         dims = dict(zip(named, in_dims, strict=True))
         first = next(name for name, x in named.items() if isinstance(x, Tensor))
-        leading = named[first].dim() - (dims[first] is not None) - trailing_dims(first)
-        moved = {name: self._with_batch(name, x, dims[name], leading, info.batch_size) for name, x in named.items()}
+        layout = named.get("layout", "paper")
+        leading = named[first].dim() - (dims[first] is not None) - trailing_dims(first, layout)
+        moved = {
+            name: _with_batch(x, dims[name], leading + trailing_dims(name, layout), info.batch_size, name in _BROADCAST)
+            for name, x in named.items()
+        }
         found = self.raw(**moved)
         return found, (0,) * len(found) if isinstance(found, tuple) else 0
 
-    def _with_batch(self, name: str, x: Any, dim: int | None, leading: int, size: int) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if dim is not None:
-            x = x.movedim(dim, 0)
-            missing = leading + 1 + trailing_dims(name) - x.dim()
-            return x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:]) if name in _BROADCAST else x
-        missing = leading + trailing_dims(name) - x.dim()
-        x = x.reshape(*(1,) * (missing + 1), *x.shape)
-        return x if name in _BROADCAST else x.expand(size, *x.shape[1:])
+
+def _with_batch(x: Any, dim: int | None, dims: int, size: int, broadcast: bool) -> Any:
+    """An argument of ``dims`` dims, or of fewer where it broadcasts, with the dim of a batch in
+    front; what is no tensor stays.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    if dim is not None:
+        x = x.movedim(dim, 0)
+        return x.reshape(x.shape[0], *(1,) * (dims + 1 - x.dim()), *x.shape[1:]) if broadcast else x
+    x = x.reshape(*(1,) * (dims + 1 - x.dim()), *x.shape)
+    return x if broadcast else x.expand(size, *x.shape[1:])
 
 
 def primal(x: Any) -> Any:

@@ -21,6 +21,7 @@ from yoso_core import ops as face
 from yoso_core.model.operators import Operator, keep, trailing_dims
 from yoso_core.model.weights import Pairs
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.hashing import Layout
 from yoso_core.reference.normalize import TINY_NORM
 from yoso_core.registry import variants
 
@@ -75,9 +76,11 @@ hadamard_transform.differentiate(save=_save_variant, backward=lambda ctx, grad_o
 
 
 @Operator
-def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, variant: str | None = None) -> Tensor:
+def fast_hash(
+    vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: str = "paper", variant: str | None = None
+) -> Tensor:
     """See `yoso_core.fast_hash`."""
-    return face.fast_hash(vectors, signs, num_hash, hash_code_len, variant=variant)
+    return face.fast_hash(vectors, signs, num_hash, hash_code_len, layout=cast(Layout, layout), variant=variant)
 
 
 @Operator
@@ -88,7 +91,7 @@ def hyperplane_hash(vectors: Tensor, planes: Tensor, num_hash: int, hash_code_le
 
 @fast_hash.register_fake
 @hyperplane_hash.register_fake
-def _(vectors: Tensor, draw: Tensor, num_hash: int, hash_code_len: int, variant: str | None = None) -> Tensor:
+def _(vectors: Tensor, draw: Tensor, num_hash: int, *rest: Any) -> Tensor:
     return vectors.new_empty(*vectors.shape[:-1], num_hash, dtype=torch.int32)
 
 
@@ -96,8 +99,8 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-for _hash in (fast_hash, hyperplane_hash):
-    _hash.differentiate(save=_save_nothing, backward=lambda ctx, _: (None,) * 5, jvp=lambda ctx, *tangents: None)
+for _hash, _arguments in ((fast_hash, 6), (hyperplane_hash, 5)):
+    _hash.differentiate(save=_save_nothing, backward=lambda ctx, _, count=_arguments: (None,) * count, jvp=lambda ctx, *tangents: None)
 
 
 # Cumulations: linear in the values, so each is its own gradient with queries and keys exchanged,
@@ -320,6 +323,7 @@ class _How(NamedTuple):
     normalize_output: bool = True
     grad: str = "lower_bound"
     backward: str = "lsh"
+    layout: str = "paper"
     variant: str | None = None
 
     @property
@@ -343,6 +347,7 @@ def yoso_attention(
     normalize_output: bool = True,
     grad: str = "lower_bound",
     backward: str = "lsh",
+    layout: str = "paper",
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `yoso_core.model.yoso_attention`, which draws the signs and calls this operator.
@@ -366,6 +371,7 @@ def yoso_attention(
         "planes": planes,
         "query_mask": query_mask,
         "key_mask": key_mask,
+        "layout": layout,
         "variant": variant,
     }
     if normalize_output:
@@ -419,6 +425,7 @@ def yoso_attention_backward(
     by_expectation: bool,
     normalize_output: bool,
     grad: str,
+    layout: str,
     variant: str | None,
 ) -> Gradients:
     """The gradients of `yoso_attention` by query, key and value.
@@ -445,6 +452,7 @@ def yoso_attention_backward(
         by_expectation=by_expectation,
         normalize_output=normalize_output,
         grad=cast(Grad, grad),
+        layout=layout,
         variant=variant,
     )
     leading, rows = tuple(query.shape[:-2]), query.shape[-2] + key.shape[-2]
@@ -454,7 +462,7 @@ def yoso_attention_backward(
         return gradients(saved)
     found = _like(query, key, value)
     for heads in groups:
-        part = gradients(_Saved(**{name: _of_heads(name, x, leading, heads) for name, x in saved._asdict().items()}))
+        part = gradients(_Saved(**{name: _of_heads(x, trailing_dims(name, layout), leading, heads) for name, x in saved._asdict().items()}))
         for whole, few in zip(found, part, strict=True):
             whole[heads] = few
     return found
@@ -523,15 +531,21 @@ class _Saved(NamedTuple):
     key_mask: Tensor | None
 
 
-def _of_heads(name: str, x: Tensor | None, leading: tuple[int, ...], heads: tuple[Any, ...]) -> Any:
+def _of_heads(x: Tensor | None, trailing: int, leading: tuple[int, ...], heads: tuple[Any, ...]) -> Any:
     """The part of one tensor that belongs to these heads; what heads share is expanded first."""
-    if x is None:
-        return None
-    return x.expand(*leading, *x.shape[x.dim() - trailing_dims(name) :])[heads]
+    return None if x is None else x.expand(*leading, *x.shape[x.dim() - trailing :])[heads]
 
 
 def _gradients_of_heads(
-    saved: _Saved, *, num_hash: int, hash_code_len: int, by_expectation: bool, normalize_output: bool, grad: Grad, variant: str | None
+    saved: _Saved,
+    *,
+    num_hash: int,
+    hash_code_len: int,
+    by_expectation: bool,
+    normalize_output: bool,
+    grad: Grad,
+    layout: str,
+    variant: str | None,
 ) -> Gradients:
     query, key, value, grad_rows = saved.query, saved.key, saved.value, saved.grad_out
     if normalize_output:
@@ -541,7 +555,7 @@ def _gradients_of_heads(
     if by_expectation:
         found = face.expectation_attention_backward(grad_rows, query, key, value, hash_code_len, **options)
     else:
-        query_code, key_code = (codes_of(x, saved.signs, saved.planes, num_hash, hash_code_len, variant) for x in (query, key))
+        query_code, key_code = (codes_of(x, saved.signs, saved.planes, num_hash, hash_code_len, layout, variant) for x in (query, key))
         codes: dict[str, Any] = {"query_hash_code": query_code, "key_hash_code": key_code, "hash_code_len": hash_code_len}
         found = face.lsh_attention_backward(grad_rows, query, key, value, **codes, **options, validate=False)
     grad_query, grad_key, grad_value = found
@@ -564,7 +578,13 @@ def _head_groups(leading: tuple[int, ...], head_bytes: int, limit: int) -> Itera
 
 
 def codes_of(
-    vectors: Tensor, signs: Tensor | None, planes: Tensor | None, num_hash: int, hash_code_len: int, variant: str | None
+    vectors: Tensor,
+    signs: Tensor | None,
+    planes: Tensor | None,
+    num_hash: int,
+    hash_code_len: int,
+    layout: str,
+    variant: str | None,
 ) -> Tensor:
     """The codes of the forward pass again.
 
@@ -572,7 +592,7 @@ def codes_of(
     the backend of the forward pass.
     """
     if signs is not None:
-        return cast(Tensor, fast_hash(vectors, signs, num_hash, hash_code_len))
+        return cast(Tensor, fast_hash(vectors, signs, num_hash, hash_code_len, layout))
     backend = None if variant is None else variant.partition(":")[0]
     same = next((v.name for v in variants("hyperplane_hash") if v.where == backend), None)
     return cast(Tensor, hyperplane_hash(vectors, planes, num_hash, hash_code_len, variant=same))
@@ -598,6 +618,7 @@ def _attention_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor |
         by_expectation=how.by_expectation,
         normalize_output=how.normalize_output,
         grad=how.grad,
+        layout=how.layout,
         variant=how.variant,
     )
     return *grads, *(None,) * (len(_How._fields) + 4)
@@ -610,7 +631,9 @@ def _attention_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
     if how.by_expectation:
         weights = pairs.expected()
     else:
-        weights = pairs.sampled(*(codes_of(x, signs, planes, how.num_hash, how.hash_code_len, how.variant) for x in (query, key)))
+        weights = pairs.sampled(
+            *(codes_of(x, signs, planes, how.num_hash, how.hash_code_len, how.layout, how.variant) for x in (query, key))
+        )
     moved = pairs.moved_rows(weights, value, tangents[:3])
     if out is not None:
         moved = l2_normalize_moved(moved, out, length)

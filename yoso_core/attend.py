@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from yoso_core import ops
 from yoso_core.arrays import Array, of_a_program
-from yoso_core.reference.hashing import Seed
+from yoso_core.reference.hashing import Layout, Seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +57,8 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
+    rotations: int | None = None,
     variant: str | None = None,
 ) -> Array:
     """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``. Differentiable on
@@ -81,6 +83,9 @@ def yoso_attention(
         nonzero = keep. Masked entries are skipped. Masked queries get zeros.
     normalize_output : scale every row to unit length, in float32 at least. A row shorter than
         1e-12, such as that of a query that met no key, becomes zeros.
+    layout : of the signs. ``"paper"`` repeats the paper and its kernels, whose collisions are too
+        rare; ``"chained"`` is unbiased and cheaper for many hashes: see `fast_hash`.
+    rotations : of a chain that is drawn here; see `sample_signs`.
     variant : a name from `variants`, or ``None`` for the best that can run here.
 
     Returns
@@ -120,6 +125,8 @@ def yoso_attention(
         query_mask=query_mask,
         key_mask=key_mask,
         normalize_output=normalize_output,
+        layout=layout,
+        rotations=rotations,
         variant=variant,
     )
 
