@@ -63,6 +63,9 @@ CHAINED = tuple(
         Case(63, 63, 64, 7, 7, 8, leading=(0, 2)),
         Case(7, 7, 1024, 7, 7, 9),
         *(Case(1, 63, 48, 1, 33, 9, dtype, kind=kind) for dtype in ("float32", "float64") for kind in ("1e-15", "1e15", "1e35")),
+        Case(63, 63, 20, 7, 7, 9, mask="masked", rotations=2),
+        Case(7, 7, 64, 7, 33, 8, rotations=5),
+        Case(7, 7, 4, 7, 3, 30, "float64", rotations=23),
     )
 )
 
@@ -134,7 +137,8 @@ def cases_for(kernel: registry.Kernel) -> tuple[Case, ...]:
         # Weights are taken one coordinate after another, each with a table: a few show what many
         # do.
         if kernel.op == "fast_hash":
-            return STEPPED + tuple(replace(case, layout="chained") for case in STEPPED[2:])
+            chained = (replace(case, layout="chained") for case in STEPPED[2:])
+            return *STEPPED, *chained, Case(1, 7, 20, 7, 7, 9, layout="chained", rotations=2)
         return tuple(replace(case, d=min(case.d, 7)) for case in STEPPED) if kernel.op == "lsh_weighted_cumulation" else STEPPED
     cases = CASES.get(kernel.op, SIZES)
     if kernel.name.endswith(":block_per_part"):  # a chain has no parts

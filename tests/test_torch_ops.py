@@ -61,7 +61,15 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, *, masked: bool = Tru
         "yoso_attention": {**vectors, "signs": signs, "planes": None, **masks, **numbers},
         "yoso_attention_backward": {
             **{"grad_out": grad_out, "out": normal(N_Q, D_V), "length": length, **vectors, "signs": signs, "planes": None},
-            **{**masks, **numbers, "by_expectation": False, "normalize_output": True, "grad": "lower_bound", "variant": None},
+            **{
+                **masks,
+                **numbers,
+                "by_expectation": False,
+                "normalize_output": True,
+                "grad": "lower_bound",
+                "layout": "paper",
+                "variant": None,
+            },
         },
     }[op]
 

@@ -24,6 +24,7 @@ TAU = M = 3
 
 MODES: dict[str, dict[str, Any]] = {
     "sampled": {},
+    "chained": {"layout": "chained"},
     "exact": {"grad": "exact"},
     "expectation": {"use_expectation": True},
     "expectation_exact": {"use_expectation": True, "grad": "exact"},
@@ -40,7 +41,8 @@ def problem(mode: dict[str, Any], *, normalize_output: bool = True) -> tuple[Cal
     """Masked attention of two heads, and the query, key and value to call it with."""
     options = {"num_hash": M, "hash_code_len": TAU, "normalize_output": normalize_output, **mode}
     if not mode.get("use_expectation"):
-        options["signs"] = torch.from_numpy(yoso_core.sample_signs(M, TAU, D, batch_shape=(2,), rng=0))
+        layout = mode.get("layout", "paper")
+        options["signs"] = torch.from_numpy(yoso_core.sample_signs(M, TAU, D, batch_shape=(2,), layout=layout, rng=0))
     options |= {"query_mask": torch.arange(2 * N_Q).reshape(2, N_Q) != 3, "key_mask": torch.arange(2 * N_K).reshape(2, N_K) != 4}
     vectors = normal(2, N_Q, D, seed=1), normal(2, N_K, D, seed=2), normal(2, N_K, D, seed=3)
     return lambda *x: yoso_attention(*x, **options), vectors
@@ -151,6 +153,16 @@ def test_vmap_of_every_tensor_and_of_one(op: str, masked: bool) -> None:
             for got, right in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
                 rounding = 1e-5 if op == "lsh_weighted_cumulation" else 0  # bucket by bucket, in another order
                 torch.testing.assert_close(got[i], right, rtol=rounding, atol=rounding, msg=lambda text, of=(batched, i): f"{of}: {text}")
+
+
+def test_vmap_of_the_signs_of_a_chain() -> None:
+    """They have a dim less than those of the paper's layout."""
+    call = arguments("fast_hash") | {"layout": "chained"}
+    draws = torch.stack([torch.from_numpy(yoso_core.sample_signs(M, TAU, D, batch_shape=(2,), layout="chained", rng=i)) for i in range(3)])
+    found = torch.vmap(lambda signs: ops.fast_hash(**call | {"signs": signs}))(draws)
+    for codes, signs in zip(found, draws, strict=True):
+        assert torch.equal(codes, yoso_core.fast_hash(**call | {"signs": signs}))
+        assert not torch.equal(codes, yoso_core.fast_hash(**call | {"signs": draws[0]})) or torch.equal(signs, draws[0])
 
 
 def other(x: Tensor) -> Tensor:
