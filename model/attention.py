@@ -43,7 +43,7 @@ def sample_signs(
     """
     if not torch.compiler.is_compiling():
         num_hash, hash_code_len, dim, batch_shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
-        rotations = checks.rotations(layout, rotations, least_rotations(num_hash, hash_code_len, dim))
+        rotations = checks.rotations("layout", layout, rotations, least_rotations(num_hash, hash_code_len, dim))
     shape = (*batch_shape, *signs_shape(num_hash, hash_code_len, dim, layout, rotations))
     if generator is None:
         return 2 * torch.randint(0, 2, shape, dtype=torch.int8, device=device) - 1

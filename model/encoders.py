@@ -62,6 +62,7 @@ from yoso_core.model.attention import Backward, yoso_attention, yoso_attention_w
 from yoso_core.model.draws import evaluation_draw
 from yoso_core.model.values import values_can_be_read
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.hashing import Layout
 from yoso_core.registry import variants
 
 NAME = "yoso"
@@ -80,6 +81,7 @@ class YosoAttentionOptions:
         ``False``: attend by sampling, at linear cost. This is the default, as in `yoso_attention`,
         since linear cost is the reason to change the attention of a model.
     seed : in evaluation the hashes of every layer and head follow from this number alone.
+    hash_layout, rotations : ``layout`` and ``rotations`` of `yoso_core.model.yoso_attention`.
     grad, backward, variant : those of `yoso_core.model.yoso_attention`.
 
     >>> YosoAttentionOptions(num_hash=64, hash_code_len=9).use_expectation
@@ -90,6 +92,8 @@ class YosoAttentionOptions:
     hash_code_len: int = 8
     use_expectation: bool = False
     seed: int = 0
+    hash_layout: Layout = "paper"
+    rotations: int | None = None
     grad: Grad = "lower_bound"
     backward: Backward = "lsh"
     variant: str | None = None
@@ -99,6 +103,7 @@ class YosoAttentionOptions:
         numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "seed": checks.integer("seed", self.seed, 0)}
         for name, number in numbers.items():  # plain ints, whatever kind was given: they are saved in a config.json
             object.__setattr__(self, name, number)
+        object.__setattr__(self, "rotations", checks.rotations("hash_layout", self.hash_layout, self.rotations, 1))
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
         checks.one_of("backward", self.backward, ("lsh", "expectation"))
         if not isinstance(self.use_expectation, bool):
@@ -254,6 +259,8 @@ def _attention(
             hash_code_len=options.hash_code_len,
             dim=query.shape[3],
             device=query.device,
+            layout=options.hash_layout,
+            rotations=options.rotations,
         )
     attend = yoso_attention_with_weights if output_attentions else yoso_attention
     found = attend(
@@ -265,6 +272,8 @@ def _attention(
         use_expectation=options.use_expectation,
         signs=signs,
         key_mask=key_mask,
+        layout=options.hash_layout,
+        rotations=options.rotations,
         variant=options.variant,
         grad=options.grad,
         backward=options.backward,

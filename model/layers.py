@@ -156,6 +156,8 @@ class YosoSelfAttention(nn.Module):
             key_mask=mask,
             variant=config.kernel_variant,
             grad=config.grad,
+            layout=config.hash_layout,
+            rotations=config.rotations,
             backward="lsh" if config.lsh_backward else "expectation",
         )
         context, weights = found if isinstance(found, tuple) else (found, None)
@@ -180,6 +182,8 @@ class YosoSelfAttention(nn.Module):
             hash_code_len=config.hash_code_len,
             dim=dim,
             device=device,
+            layout=config.hash_layout,
+            rotations=config.rotations,
         )
         return (draw, None) if config.use_fast_hash else (None, draw)
 

@@ -137,13 +137,15 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: need one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def rotations(layout: object, wanted: object, least: int) -> int | None:
-    """The rotations of a chain, of which there must be enough; ``None`` chooses."""
-    one_of("layout", layout, LAYOUTS)
+def rotations(name: str, layout: object, wanted: object, least: int) -> int | None:
+    """The rotations of a chain, of which there must be enough; ``None`` chooses. ``name`` is the
+    argument that says the layout.
+    """
+    one_of(name, layout, LAYOUTS)
     if wanted is None:
         return None
     if layout != "chained":
-        raise ValueError(f"rotations: a chain has them, layout={layout!r} has parts; leave it None")
+        raise ValueError(f"rotations: a chain has them, {name}={layout!r} has parts; leave it None")
     return integer("rotations", wanted, least)
 
 

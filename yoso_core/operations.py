@@ -354,7 +354,7 @@ def _with_signs(arguments: Arguments) -> dict[str, Any]:
         *numbers,
         batch_shape=tuple(query.shape[-3:-2]),
         layout=layout,
-        rotations=checks.rotations(layout, arguments.get("rotations"), reference.least_rotations(*numbers)),
+        rotations=checks.rotations("layout", layout, arguments.get("rotations"), reference.least_rotations(*numbers)),
         rng=checks.generator("rng", arguments.get("rng")),
     )
     return completed | {"signs": caller.from_numpy(signs)}

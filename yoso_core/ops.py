@@ -69,7 +69,7 @@ def sample_signs(
     (7, 64)
     """
     m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
-    rotations = checks.rotations(layout, rotations, least_rotations(m, tau, d))
+    rotations = checks.rotations("layout", layout, rotations, least_rotations(m, tau, d))
     return _draw_signs(m, tau, d, batch_shape=shape, layout=layout, rotations=rotations, rng=checks.generator("rng", rng))
 
 
