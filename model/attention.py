@@ -9,7 +9,7 @@ from torch import Tensor
 from yoso_core import checks
 from yoso_core import ops as face
 from yoso_core.arrays import one_caller
-from yoso_core.model import ops
+from yoso_core.model import ops, plain
 from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import Seed, hash_layout
 
@@ -124,6 +124,20 @@ def yoso_attention(
         _check_kinds({"query": query, "key": key, "value": value}, signs, planes, query_mask, key_mask)
         _check_source(rng, generator)
     query, key, value = _under_autocast(query, key, value)
+    if plain.in_onnx_export():
+        return plain.yoso_attention(
+            query,
+            key,
+            value,
+            num_hash=num_hash,
+            hash_code_len=hash_code_len,
+            use_expectation=use_expectation,
+            signs=signs,
+            planes=planes,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            normalize_output=normalize_output,
+        )
     if signs is None and planes is None and not use_expectation:
         signs = _draw(query, num_hash, hash_code_len, rng=rng, generator=generator)
     wants_gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from yoso_core.model.plain import in_onnx_export
 from yoso_core.reference.hashing import hash_layout
 
 Kind = Literal["signs", "planes"]
@@ -77,6 +78,8 @@ def evaluation_draw(
     True
     """
     numbers = (hash_seed, layer, num_heads, num_hash, hash_code_len, dim)
+    if in_onnx_export():  # a constant of the graph, made anew: kept tensors would belong to the export
+        return (evaluation_signs if kind == "signs" else evaluation_planes)(*numbers).to(device)
     if torch.compiler.is_compiling():
         return _copied(kind, *numbers, device)
     return _kept(kind, numbers, device)

@@ -1,0 +1,205 @@
+"""YOSO attention in torch's own operations, for graphs that leave PyTorch.
+
+While `torch.onnx.export` runs, `yoso_core.model.yoso_attention` computes here, so that an ONNX file
+holds standard operators alone. There are no gradients of YOSO's kind here: nothing is trained in
+such a graph.
+
+- **Hashes** are those of `yoso_core.reference`: the butterflies follow the same tree, so the codes
+  of the same vectors are the same bits, in every runtime that follows IEEE arithmetic. Entries must
+  lie within [2**-60, 2**60] or be zero. Codes by planes are matrix products, which round
+  differently from one runtime to another.
+- **Cumulation** up to `TABLE_CODE_LEN` bits goes through a table for each hash, in linear time.
+  Longer codes are compared pair by pair: their tables would be too large.
+- **The expectation** takes memory for all pairs, ``n_q n_k`` for each head, where the library's own
+  kernels need ``n_q + n_k``. The cosines are in float64, since the angle between nearly equal
+  vectors would lose half its digits in float32.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from yoso_core.reference.hashing import HUGE, hash_layout
+from yoso_core.reference.normalize import TINY_NORM
+
+TABLE_CODE_LEN = 12
+"""The longest codes whose tables, of ``2**tau`` rows, are made."""
+
+HASHES_AT_ONCE = 8
+"""Hashes whose tables exist at the same time: fewer take less memory, more make a smaller graph."""
+
+
+def in_onnx_export() -> bool:
+    """Whether this call is being recorded by `torch.onnx.export`, by either of its exporters."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _exporting()
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def yoso_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_hash: int,
+    hash_code_len: int,
+    use_expectation: bool,
+    signs: Tensor | None,
+    planes: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    normalize_output: bool,
+) -> Tensor:
+    """What `yoso_core.yoso_attention` computes for these arguments. They are not checked again.
+
+    ``ValueError`` where hashes would have to be drawn: a graph needs fixed ones.
+
+    >>> x = torch.eye(2)
+    >>> options = {"num_hash": 1, "hash_code_len": 1, "use_expectation": True}
+    >>> no_more = dict.fromkeys(("signs", "planes", "query_mask", "key_mask"))
+    >>> yoso_attention(x, x, x, **options, **no_more, normalize_output=True)
+    tensor([[0.8944, 0.4472],
+            [0.4472, 0.8944]])
+    """
+    query, key, values = _kept(query, query_mask), _kept(key, key_mask), _kept(value, key_mask)
+    values = values.masked_fill(~torch.isfinite(values), torch.nan)
+    if use_expectation:
+        out = expected_weights(query, key, hash_code_len).to(values.dtype) @ values
+    else:
+        if signs is not None:
+            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len) for x in (query, key))
+        elif planes is not None:
+            query_code, key_code = (hyperplane_hash(x, planes, num_hash, hash_code_len) for x in (query, key))
+        else:
+            raise ValueError("signs: a graph needs fixed hashes; export the model in evaluation (model.eval()), or give signs or planes")
+        out = lsh_cumulation(query_code, key_code, values, hash_code_len)
+        nonfinite_query, nonfinite_key = (~torch.isfinite(x).all(dim=-1, keepdim=True) for x in (query, key))
+        out = out.masked_fill(nonfinite_query | nonfinite_key.any(dim=-2, keepdim=True), torch.nan)
+    if normalize_output:
+        out = _unit(out, tiny=TINY_NORM)
+    return _kept(out, query_mask).to(value.dtype)
+
+
+def expected_weights(query: Tensor, key: Tensor, hash_code_len: int) -> Tensor:
+    """``(1 - theta_ij / pi)**tau`` for all pairs, ``(..., n_q, n_k)``, in float32 at least.
+
+    >>> expected_weights(torch.eye(2), torch.eye(2), 3)
+    tensor([[1.0000, 0.1250],
+            [0.1250, 1.0000]])
+    """
+    cosine = _unit(query.double()) @ _unit(key.double()).transpose(-2, -1)
+    tangent_squared = (2 / (1 + cosine) - 1).abs()  # of half the angle; rounding may leave it just below zero
+    theta = 2 * tangent_squared.to(_working(query.dtype)).sqrt().atan()
+    return (1 - theta / math.pi) ** hash_code_len
+
+
+def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int) -> Tensor:
+    """The codes of `yoso_core.fast_hash`, as int64.
+
+    >>> fast_hash(torch.eye(2), torch.ones(3, 1, 2, dtype=torch.int8), num_hash=1, hash_code_len=2)
+    tensor([[3],
+            [1]])
+    """
+    dim = int(vectors.shape[-1])  # the old exporter counts in tensors
+    layout = hash_layout(num_hash, hash_code_len, dim)
+    x = _within_range(vectors)
+    if dim < layout.padded_dim:
+        x = torch.nn.functional.pad(x, (0, layout.padded_dim - dim))
+    projection = x.unsqueeze(-2)  # (..., n, parts, D)
+    diagonals = signs.to(x.dtype).unsqueeze(-4)  # (..., 1, 3, parts, D)
+    for stage in range(3):
+        projection = hadamard_transform(projection * diagonals.select(-3, stage))
+    bits = projection > 0
+    if layout.codes_per_part:
+        bits = bits[..., : layout.codes_per_part * hash_code_len]
+    stream = bits.flatten(-2)[..., : num_hash * hash_code_len]
+    return _pack_bits(stream.unflatten(-1, (num_hash, hash_code_len)))
+
+
+def hyperplane_hash(vectors: Tensor, planes: Tensor, num_hash: int, hash_code_len: int) -> Tensor:
+    """The codes of `yoso_core.hyperplane_hash`, as int64.
+
+    >>> planes = torch.tensor([[1.0, 1.0, -1.0], [-1.0, 1.0, 1.0]])
+    >>> hyperplane_hash(torch.eye(2), planes, num_hash=1, hash_code_len=3)
+    tensor([[3],
+            [6]])
+    """
+    x = _within_range(vectors)
+    bits = x @ planes.to(x.dtype) > 0
+    return _pack_bits(bits.unflatten(-1, (num_hash, hash_code_len)))
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """`yoso_core.hadamard_transform` over the last axis, by the same tree of sums.
+
+    >>> hadamard_transform(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([10., -2., -4.,  0.])
+    """
+    dim = int(x.shape[-1])  # the old exporter counts in tensors
+    index, stride = torch.arange(dim, device=x.device), dim // 2
+    while stride:
+        sign = (1 - 2 * (index // stride % 2)).to(x.dtype)
+        x = x.index_select(-1, index ^ stride) + x * sign  # upper + lower in the one, upper - lower in the other
+        stride //= 2
+    return x
+
+
+def lsh_cumulation(query_code: Tensor, key_code: Tensor, value: Tensor, hash_code_len: int) -> Tensor:
+    """`yoso_core.lsh_cumulation` for codes as `fast_hash` gives them.
+
+    >>> codes = torch.tensor([[0], [1], [0]])
+    >>> lsh_cumulation(codes, codes, torch.tensor([[1.0], [2.0], [4.0]]), hash_code_len=1)
+    tensor([[5.],
+            [2.],
+            [5.]])
+    """
+    num_hash = int(query_code.shape[-1])
+    if hash_code_len > TABLE_CODE_LEN:
+        pairs = zip(query_code.unsqueeze(-2).unbind(dim=-1), key_code.unsqueeze(-3).unbind(dim=-1), strict=True)
+        collisions = torch.stack([(of_query == of_key).to(value.dtype) for of_query, of_key in pairs]).sum(dim=0)
+        return (collisions / num_hash) @ value
+    # Sums with zeros in place of `expand` and `zeros`: the old exporter takes sizes for constants.
+    wide = torch.zeros(int(value.shape[-1]), dtype=torch.int64, device=value.device)
+    empty = torch.zeros(1 << hash_code_len, 1, device=value.device, dtype=value.dtype) + wide
+    out = value.new_zeros(())
+    query_code, key_code = query_code.transpose(-2, -1), key_code.transpose(-2, -1)  # (..., m, n)
+    for first in range(0, num_hash, HASHES_AT_ONCE):
+        read, write = (code[..., first : first + HASHES_AT_ONCE, :].unsqueeze(-1) for code in (query_code, key_code))
+        nothing = (write * 0).to(value.dtype)  # (..., hashes, n_k, 1)
+        tables = (nothing.sum(dim=-2, keepdim=True) + empty).scatter_add(-2, write + wide, value.unsqueeze(-3) + nothing)
+        out = out + tables.gather(-2, read + wide).sum(dim=-3)
+    return out / num_hash
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows in the working precision, masked ones zero: they add nothing, whatever they held."""
+    x = x.to(_working(x.dtype))
+    return x if mask is None else x.masked_fill((mask == 0).unsqueeze(-1), 0)
+
+
+def _unit(x: Tensor, tiny: float = 0.0) -> Tensor:
+    """Rows of length one; zeros where the length is at most ``tiny``, NaN where it is NaN."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scaled = x / largest.masked_fill(largest == 0, 1)  # no square overflows or vanishes
+    length = (scaled * scaled).sum(dim=-1, keepdim=True).sqrt()
+    return (scaled / length.masked_fill(length == 0, 1)).masked_fill(largest * length <= tiny, 0)
+
+
+def _within_range(x: Tensor) -> Tensor:
+    """Rows with an entry beyond `HUGE` times a small power of two, so that no sum overflows."""
+    small = 2.0**-70 if x.dtype == torch.float32 else 2.0**-980
+    return torch.where(x.abs().amax(dim=-1, keepdim=True) > HUGE, x * small, x)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """``sum_b bits[..., b] * 2**b``, as int64."""
+    powers = torch.tensor([1 << b for b in range(bits.shape[-1])], device=bits.device)
+    return (bits * powers).sum(dim=-1)
