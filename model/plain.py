@@ -32,10 +32,11 @@ HASHES_AT_ONCE = 8
 
 def in_onnx_export() -> bool:
     """Whether this call is being recorded by `torch.onnx.export`, by either of its exporters."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _exporting()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return recorded and _exporting()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exporting() -> bool:
     return torch.onnx.is_in_onnx_export()
 
@@ -117,7 +118,7 @@ def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int)
     if layout.codes_per_part:
         bits = bits[..., : layout.codes_per_part * hash_code_len]
     stream = bits.flatten(-2)[..., : num_hash * hash_code_len]
-    return _pack_bits(stream.unflatten(-1, (num_hash, hash_code_len)))
+    return _pack_bits(torch.unflatten(stream, -1, (num_hash, hash_code_len)))
 
 
 def hyperplane_hash(vectors: Tensor, planes: Tensor, num_hash: int, hash_code_len: int) -> Tensor:
@@ -130,7 +131,7 @@ def hyperplane_hash(vectors: Tensor, planes: Tensor, num_hash: int, hash_code_le
     """
     x = _within_range(vectors)
     bits = x @ planes.to(x.dtype) > 0
-    return _pack_bits(bits.unflatten(-1, (num_hash, hash_code_len)))
+    return _pack_bits(torch.unflatten(bits, -1, (num_hash, hash_code_len)))
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
