@@ -26,7 +26,7 @@ from yoso_core.reference.normalize import TINY_NORM
 TABLE_CODE_LEN = 12
 """The longest codes whose tables, of ``2**tau`` rows, are made."""
 
-HASHES_AT_ONCE = 8
+HASHES_AT_ONCE = 4
 """Hashes whose tables exist at the same time: fewer take less memory, more make a smaller graph."""
 
 
