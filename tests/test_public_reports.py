@@ -16,6 +16,7 @@ import pytest
 import torch
 from model_support import close, gradients, ids, lively
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import yoso_core
@@ -24,7 +25,7 @@ both_ways = pytest.mark.parametrize("way", ["expectation", "sampled"])
 
 LABELS: dict[str, dict[str, Tensor]] = {
     "YosoForMaskedLM": {"labels": ids(2, 7, seed=1)},
-    "YosoForPreTraining": {"labels": ids(2, 7, seed=1), "next_sentence_label": torch.tensor([0, 1])},
+    "YosoForPreTraining": {"labels": ids(2, 7, seed=1), "sentence_order_label": torch.tensor([0, 1])},
     "YosoForSequenceClassification": {"labels": torch.tensor([0, 1])},
     "YosoForMultipleChoice": {"labels": torch.tensor([0])},
     "YosoForTokenClassification": {"labels": ids(2, 7) % 2},
@@ -83,6 +84,36 @@ def test_a_model_that_ran_can_be_quantized(way: str) -> None:
 
 
 @both_ways
+def test_a_pruned_model_can_be_copied(way: str) -> None:
+    """pytorch#37322: a copy of a pruned module failed; a pruned weight is no parameter."""
+    model = model_of(way)
+    layers = [module for module in model.modules() if type(module) is nn.Linear and module is not model.cls.predictions.decoder]
+    prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.3)
+    pruned = model(ids(2, 9)).logits
+    with torch.no_grad():  # a copy must not hold tensors with a history
+        model(ids(2, 9))
+        for layer in layers:
+            prune.remove(layer, "weight")
+    assert torch.equal(copy.deepcopy(model)(ids(2, 9)).logits, pruned)
+    assert sum(int((layer.weight == 0).sum()) for layer in layers) >= 0.3 * sum(layer.weight.numel() for layer in layers) - 1
+
+
+@both_ways
+def test_attributions_by_layer_and_by_embeddings_agree(way: str) -> None:
+    """captum#1132: gradients at the embeddings differed between ids and `inputs_embeds`."""
+    model = model_of(way, "YosoForSequenceClassification")
+    caught: list[Tensor] = []
+    words = model.get_input_embeddings()
+    hook = words.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    by_layer = torch.autograd.grad(model(ids(2, 9)).logits[:, 0].sum(), caught[0])[0]
+    hook.remove()
+    embedded = words(ids(2, 9)).detach().requires_grad_()
+    by_embeddings = torch.autograd.grad(model(inputs_embeds=embedded).logits[:, 0].sum(), embedded)[0]
+    assert torch.equal(by_layer, by_embeddings)
+    assert by_layer.any()
+
+
+@both_ways
 def test_threads_share_a_model(way: str) -> None:
     """pytorch#128535: custom operators failed when several threads called them."""
     model = model_of(way)
@@ -127,6 +158,10 @@ def test_a_whole_model_goes_through_a_file(way: str, tmp_path: Path) -> None:
 
 
 @both_ways
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Constant folding - Only steps=1:UserWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_an_exported_model_in_eight_bits(way: str, tmp_path: Path) -> None:
     """onnxruntime#15341: ``quantize_dynamic`` of a file takes float32 in and out, so that is what a
     file must have.
@@ -136,7 +171,7 @@ def test_an_exported_model_in_eight_bits(way: str, tmp_path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
     model = model_of(way, "YosoForSequenceClassification", num_hidden_layers=1)
-    torch.onnx.export(model, (), tmp_path / "model.onnx", kwargs={"input_ids": ids(2, 9)}, external_data=False, verbose=False)
+    torch.onnx.export(model, (ids(2, 9),), tmp_path / "model.onnx", input_names=["input_ids"], dynamo=False)
     quantize_dynamic(tmp_path / "model.onnx", tmp_path / "small.onnx")
     (got,) = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(None, {"input_ids": ids(2, 9).numpy()})
     expected = model(ids(2, 9)).logits.detach().numpy()
@@ -158,7 +193,7 @@ def test_a_key_that_nothing_else_reads(way: str) -> None:
     query = x.clone().requires_grad_()
     got = yoso_core.model.yoso_attention(query, dirty, dirty, **options)
     assert not got[0].any()
-    assert torch.equal(got, yoso_core.model.yoso_attention(x, x, x, **options))
+    assert torch.equal(got, yoso_core.model.yoso_attention(query, x, x, **options))
     got.sum().backward()
     assert query.grad is not None
     assert query.grad.isfinite().all()
