@@ -6,6 +6,8 @@ every version of NumPy, and other random draws do not change it.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -88,8 +90,23 @@ def evaluation_draw(
 @lru_cache(maxsize=128)
 def _kept(kind: Kind, numbers: tuple[int, ...], device: torch.device) -> Tensor:
     draw = evaluation_signs if kind == "signs" else evaluation_planes
-    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
+    # A tensor of inference mode could not be used in training later. To torch.jit.trace the draw is
+    # a constant in the first call as in any other.
+    with torch.inference_mode(False), _tracing_paused():
         return draw(*numbers).to(device)
+
+
+@contextmanager
+def _tracing_paused() -> Iterator[None]:
+    if not torch._C._is_tracing():
+        yield
+        return
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 @custom_op("yoso_core::evaluation_draw", mutates_args=())

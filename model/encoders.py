@@ -20,7 +20,8 @@ What runs, and how it differs from softmax attention:
 - Local layers (ModernBERT's with ``sliding_window``) keep their softmax, their window and their
   dropout. They are computed as with ``attn_implementation="sdpa"``, at its cost, with a mask of
   ``n`` by ``n``. A part that never calls the interface (a pooling layer, say) keeps its attention.
-- ``output_attentions=True`` returns the expected weights, before rows are scaled to length one.
+- ``output_attentions=True`` returns the weights, before rows are scaled to length one: the expected
+  ones, or where it is sampled the share of hashes that collide.
   Local layers return their own weights.
 
 What cannot be computed raises: causal attention, masks that differ from query to query, additive
@@ -42,7 +43,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from yoso_core import checks
-from yoso_core.model.attention import Backward, expected_weights, yoso_attention
+from yoso_core.model.attention import Backward, yoso_attention, yoso_attention_with_weights
 from yoso_core.model.draws import evaluation_draw
 from yoso_core.reference.expectation import Grad
 from yoso_core.registry import variants
@@ -203,11 +204,6 @@ def _attention(
             output_attentions=bool(output_attentions),
         )
     options = _options(module)
-    if output_attentions and not options.use_expectation:
-        raise ValueError(
-            "output_attentions: sampled attention has no weights to return; set use_expectation=True in YosoAttentionOptions for the "
-            "expected weights"
-        )
     key_mask = None if attention_mask is None else _key_mask(attention_mask, key.shape[2])
     signs = None
     if not options.use_expectation and not module.training:
@@ -221,7 +217,8 @@ def _attention(
             dim=query.shape[3],
             device=query.device,
         )
-    context = yoso_attention(
+    attend = yoso_attention_with_weights if output_attentions else yoso_attention
+    found = attend(
         query,
         key,
         value,
@@ -234,7 +231,7 @@ def _attention(
         grad=options.grad,
         backward=options.backward,
     )
-    weights = expected_weights(query, key, options.hash_code_len, key_mask=key_mask) if output_attentions else None
+    context, weights = found if isinstance(found, tuple) else (found, None)
     return context.transpose(1, 2).contiguous(), weights
 
 

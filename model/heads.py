@@ -139,8 +139,9 @@ class YosoModel(YosoPreTrainedModel):
         position_ids : ``(batch, n)`` or ``(1, n)``, rows of the position table. ``None``: 2, 3, 4,
             and so on. Give them where padding is on the left, so that the first token of every text
             has row 2.
-        output_attentions : give the expected weights ``(batch, heads, n, n)`` of every layer.
-            Sampled attention has none.
+        output_attentions : give the weights ``(batch, heads, n, n)`` of every layer, in the graph:
+            the expected ones, or where it is sampled the share of hashes that collide. Memory is
+            then quadratic.
         output_hidden_states : give the hidden states of every layer, the embeddings first.
         return_dict : ``False``: give a tuple.
 
@@ -152,10 +153,6 @@ class YosoModel(YosoPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if output_attentions and not config.use_expectation:
-            raise ValueError(
-                "output_attentions: sampled attention has no weights; set config.use_expectation = True for the expected weights"
-            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give input_ids or inputs_embeds, one of the two")
         shape = _check_shapes(input_ids, inputs_embeds, token_type_ids, position_ids, config.hidden_size)

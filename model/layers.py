@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from yoso_core.model.attention import expected_weights, yoso_attention
+from yoso_core.model.attention import yoso_attention, yoso_attention_with_weights
 from yoso_core.model.configuration import YosoConfig
 from yoso_core.model.draws import evaluation_draw
 
@@ -101,8 +101,8 @@ class YosoSelfAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The context ``(batch, n, hidden)`` of ``hidden_states (batch, n, hidden)``, and the
-        expected weights ``(batch, heads, n, n)`` with ``output_attentions``. ``attention_mask`` is
-        bool ``(batch, n)``.
+        weights ``(batch, heads, n, n)`` that it was made with, for ``output_attentions``.
+        ``attention_mask`` is bool ``(batch, n)``.
         """
         config = self.config
         query, key, value = (
@@ -111,7 +111,8 @@ class YosoSelfAttention(nn.Module):
         )
         mask = None if attention_mask is None else attention_mask[:, None, :]  # the heads share it
         signs, planes = (None, None) if config.use_expectation else self._draw(query.device)
-        context = yoso_attention(
+        attend = yoso_attention_with_weights if output_attentions else yoso_attention
+        found = attend(
             query,
             key,
             value,
@@ -126,9 +127,9 @@ class YosoSelfAttention(nn.Module):
             grad=config.grad,
             backward="lsh" if config.lsh_backward else "expectation",
         )
+        context, weights = found if isinstance(found, tuple) else (found, None)
         if config.conv_window is not None:
             context = context + self.conv(value if mask is None else value.masked_fill(~mask[..., None], 0))
-        weights = expected_weights(query, key, config.hash_code_len, query_mask=mask, key_mask=mask) if output_attentions else None
         return context.transpose(1, 2).flatten(2), weights
 
     def _draw(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

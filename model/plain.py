@@ -16,6 +16,7 @@ such a graph.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,43 +47,70 @@ def yoso_attention(
     key: Tensor,
     value: Tensor,
     *,
-    num_hash: int,
-    hash_code_len: int,
-    use_expectation: bool,
-    signs: Tensor | None,
-    planes: Tensor | None,
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
-    normalize_output: bool,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    normalize_output: bool = True,
+    **options: Any,
 ) -> Tensor:
-    """What `yoso_core.yoso_attention` computes for these arguments. They are not checked again.
+    """What `yoso_core.model.yoso_attention` computes for these arguments. They are not checked
+    again, and those that choose kernels and gradients have no effect.
 
     ``ValueError`` where hashes would have to be drawn: a graph needs fixed ones.
 
     >>> x = torch.eye(2)
-    >>> options = {"num_hash": 1, "hash_code_len": 1, "use_expectation": True}
-    >>> no_more = dict.fromkeys(("signs", "planes", "query_mask", "key_mask"))
-    >>> yoso_attention(x, x, x, **options, **no_more, normalize_output=True)
+    >>> yoso_attention(x, x, x, num_hash=1, hash_code_len=1, use_expectation=True)
     tensor([[0.8944, 0.4472],
             [0.4472, 0.8944]])
     """
     query, key, values = _kept(query, query_mask), _kept(key, key_mask), _kept(value, key_mask)
     values = values.masked_fill(~torch.isfinite(values), torch.nan)
-    if use_expectation:
-        out = expected_weights(query, key, hash_code_len).to(values.dtype) @ values
+    tau = options["hash_code_len"]
+    if options.get("use_expectation"):
+        out = expected_weights(query, key, tau).to(values.dtype) @ values
     else:
-        if signs is not None:
-            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len) for x in (query, key))
-        elif planes is not None:
-            query_code, key_code = (hyperplane_hash(x, planes, num_hash, hash_code_len) for x in (query, key))
-        else:
-            raise ValueError("signs: a graph needs fixed hashes; export the model in evaluation (model.eval()), or give signs or planes")
-        out = lsh_cumulation(query_code, key_code, values, hash_code_len)
+        out = lsh_cumulation(*_codes(query, key, **options), values, tau)
         nonfinite_query, nonfinite_key = (~torch.isfinite(x).all(dim=-1, keepdim=True) for x in (query, key))
         out = out.masked_fill(nonfinite_query | nonfinite_key.any(dim=-2, keepdim=True), torch.nan)
     if normalize_output:
         out = _unit(out, tiny=TINY_NORM)
     return _kept(out, query_mask).to(value.dtype)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, *, query_mask: Tensor | None = None, key_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The weights of `yoso_attention` for the same arguments, ``(..., n_q, n_k)``.
+
+    >>> x = torch.eye(2)
+    >>> attention_weights(x, x, num_hash=1, hash_code_len=1, use_expectation=True)
+    tensor([[1.0000, 0.5000],
+            [0.5000, 1.0000]])
+    """
+    q, k = _kept(query, query_mask), _kept(key, key_mask)
+    if options.get("use_expectation"):
+        weights = expected_weights(q, k, options["hash_code_len"])
+    else:
+        weights = collision_rate(*_codes(q, k, **options)).to(q.dtype)
+    if key_mask is not None:
+        weights = weights.masked_fill((key_mask == 0).unsqueeze(-2), 0)
+    return _kept(weights, query_mask).to(query.dtype)
+
+
+def _codes(
+    query: Tensor,
+    key: Tensor,
+    *,
+    num_hash: int,
+    hash_code_len: int,
+    signs: Tensor | None = None,
+    planes: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    if signs is not None:
+        return fast_hash(query, signs, num_hash, hash_code_len), fast_hash(key, signs, num_hash, hash_code_len)
+    if planes is not None:
+        return hyperplane_hash(query, planes, num_hash, hash_code_len), hyperplane_hash(key, planes, num_hash, hash_code_len)
+    raise ValueError("signs: a graph needs fixed hashes; export the model in evaluation (model.eval()), or give signs or planes")
 
 
 def expected_weights(query: Tensor, key: Tensor, hash_code_len: int) -> Tensor:
@@ -158,11 +186,9 @@ def lsh_cumulation(query_code: Tensor, key_code: Tensor, value: Tensor, hash_cod
             [2.],
             [5.]])
     """
-    num_hash = int(query_code.shape[-1])
     if hash_code_len > TABLE_CODE_LEN:
-        pairs = zip(query_code.unsqueeze(-2).unbind(dim=-1), key_code.unsqueeze(-3).unbind(dim=-1), strict=True)
-        collisions = torch.stack([(of_query == of_key).to(value.dtype) for of_query, of_key in pairs]).sum(dim=0)
-        return (collisions / num_hash) @ value
+        return collision_rate(query_code, key_code).to(value.dtype) @ value
+    num_hash = int(query_code.shape[-1])
     # Sums with zeros in place of `expand` and `zeros`: the old exporter takes sizes for constants.
     wide = torch.zeros(int(value.shape[-1]), dtype=torch.int64, device=value.device)
     empty = torch.zeros(1 << hash_code_len, 1, device=value.device, dtype=value.dtype) + wide
@@ -174,6 +200,17 @@ def lsh_cumulation(query_code: Tensor, key_code: Tensor, value: Tensor, hash_cod
         tables = (nothing.sum(dim=-2, keepdim=True) + empty).scatter_add(-2, write + wide, value.unsqueeze(-3) + nothing)
         out = out + tables.gather(-2, read + wide).sum(dim=-3)
     return out / num_hash
+
+
+def collision_rate(query_code: Tensor, key_code: Tensor) -> Tensor:
+    """The share of hashes in which two codes are equal, for all pairs: float32 ``(..., n_q, n_k)``.
+
+    >>> collision_rate(torch.tensor([[0, 1]]), torch.tensor([[0, 1], [0, 3], [2, 3]]))
+    tensor([[1.0000, 0.5000, 0.0000]])
+    """
+    num_hash = int(query_code.shape[-1])
+    pairs = zip(query_code.unsqueeze(-2).unbind(dim=-1), key_code.unsqueeze(-3).unbind(dim=-1), strict=True)
+    return torch.stack([(of_query == of_key).float() for of_query, of_key in pairs]).sum(dim=0) / num_hash
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

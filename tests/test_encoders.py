@@ -672,9 +672,15 @@ def test_a_window_without_its_mask_raises() -> None:
             model(some_ids(1, 20), attention_mask={"full_attention": None, "sliding_attention": mask})
 
 
-def test_weights_of_sampled_attention_raise() -> None:
-    with pytest.raises(ValueError, match="output_attentions: sampled attention has no weights"):
-        build("bert", SAMPLED)(some_ids(1, 9), output_attentions=True)
+def test_weights_of_sampled_attention_are_shares_of_the_hashes() -> None:
+    model = build("bert", SAMPLED).eval()
+    found = model(some_ids(1, 9), output_attentions=True)
+    assert torch.equal(found.last_hidden_state, model(some_ids(1, 9)).last_hidden_state)
+    for weights in found.attentions:
+        shares = weights * SAMPLED.num_hash
+        torch.testing.assert_close(shares, shares.round(), rtol=0, atol=1e-5)
+        assert 0 < weights.mean() < 1
+        assert weights.requires_grad
 
 
 OWN_ATTENTION = {"deberta": "Deberta", "deberta-v2": "DebertaV2", "yoso": "Yoso", "mpnet": "MPNet", "fnet": "FNet"}

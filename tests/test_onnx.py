@@ -101,6 +101,14 @@ def test_every_head_gives_the_same_at_other_shapes(head: str, way: str, exporter
         close(got, expected)
 
 
+def test_attentions_leave_as_well(tmp_path: Path) -> None:
+    model = lively("YosoModel", num_hidden_layers=1, output_attentions=True)
+    session = Session(model, batch(BATCH, N), "torchscript", tmp_path / "model.onnx", "last_hidden_state")
+    inputs = batch(3, 19)
+    _, got = session.session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    close(torch.from_numpy(got), model(**inputs).attentions[0].detach())
+
+
 class Attention(nn.Module):
     """Attention with fixed hashes."""
 

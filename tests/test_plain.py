@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from yoso_core import reference
 from yoso_core.model import plain
+from yoso_core.model.attention import yoso_attention_with_weights
 
 Array = NDArray[Any]
 
@@ -38,11 +39,13 @@ def inputs(dim: int, dtype: Any = np.float32, seed: int = 0) -> dict[str, Array]
     return {"query": query, "key": key, "value": value}
 
 
+def to_torch(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in arrays.items()}
+
+
 def attend(arrays: dict[str, Array], **options: Any) -> tuple[Array, Array]:
     """By the reference, and by `plain`."""
-    given = {"signs": None, "planes": None, "query_mask": None, "key_mask": None, "normalize_output": True} | options
-    tensors = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in (arrays | given).items()}
-    return reference.yoso_attention(**arrays, **given), plain.yoso_attention(**tensors).numpy()
+    return reference.yoso_attention(**arrays, **options), plain.yoso_attention(**to_torch(arrays | options)).numpy()
 
 
 def masks(seed: int = 0) -> dict[str, Array]:
@@ -133,12 +136,11 @@ def test_a_vector_and_itself_have_the_weight_one(tau: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("use_expectation", [True, False], ids=["expectation", "sampled"])
 def test_the_result_has_the_dtype_of_the_value(dtype: torch.dtype, use_expectation: bool) -> None:
-    tensors = {name: torch.from_numpy(x).to(dtype) for name, x in inputs(16).items()}
-    options: dict[str, Any] = {"num_hash": 4, "hash_code_len": 3, "use_expectation": use_expectation}
-    options |= {"signs": torch.from_numpy(reference.sample_signs(4, 3, 16, rng=1)), "planes": None}
-    got = plain.yoso_attention(**tensors, **options, query_mask=None, key_mask=None, normalize_output=True)
-    widened = {name: x.double() for name, x in tensors.items()}
-    wide = plain.yoso_attention(**widened, **options, query_mask=None, key_mask=None, normalize_output=True)
+    tensors = {name: x.to(dtype) for name, x in to_torch(inputs(16)).items()}
+    options = to_torch({"signs": reference.sample_signs(4, 3, 16, rng=1)})
+    options |= {"num_hash": 4, "hash_code_len": 3, "use_expectation": use_expectation}
+    got = plain.yoso_attention(**tensors, **options)
+    wide = plain.yoso_attention(**{name: x.double() for name, x in tensors.items()}, **options)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), wide, rtol=0, atol=torch.finfo(dtype).eps)
 
@@ -153,15 +155,23 @@ def test_any_leading_dims(dims: tuple[int, ...], use_expectation: bool) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["expectation", "signs", "planes"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32], ids=["float16", "float32"])
+def test_weights_are_those_of_the_library(way: str, dtype: Any) -> None:
+    options: dict[str, Any] = {"num_hash": 5, "hash_code_len": 3, "use_expectation": way == "expectation", **masks()}
+    if way == "planes":
+        options["planes"] = reference.sample_planes(5, 3, 16, rng=1)
+    else:
+        options["signs"] = reference.sample_signs(5, 3, 16, rng=1)
+    given = to_torch(inputs(16, dtype) | options)
+    expected = yoso_attention_with_weights(**given)[1]
+    del given["value"]
+    torch.testing.assert_close(plain.attention_weights(**given), expected, rtol=0, atol=1e-5)
+
+
 def test_hashes_that_are_not_fixed_are_refused() -> None:
     with pytest.raises(ValueError, match=r"signs: a graph needs fixed hashes; .*model\.eval\(\)"):
-        attend_without_signs()
-
-
-def attend_without_signs() -> None:
-    tensors = {name: torch.from_numpy(x) for name, x in inputs(16).items()}
-    options: dict[str, Any] = {"num_hash": 4, "hash_code_len": 3, "use_expectation": False, "signs": None, "planes": None}
-    plain.yoso_attention(**tensors, **options, query_mask=None, key_mask=None, normalize_output=True)
+        plain.yoso_attention(**to_torch(inputs(16)), num_hash=4, hash_code_len=3)
 
 
 def test_outside_an_export_the_operators_run() -> None:

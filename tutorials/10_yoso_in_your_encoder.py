@@ -440,7 +440,6 @@ def refused(what, *arguments, **given):
 
 decoder = AutoModel.from_config(transformers.LlamaConfig(**small, num_key_value_heads=2), attn_implementation="yoso").eval()
 print("A decoder:\n ", refused(decoder, words))
-print("Weights of sampled attention:\n ", refused(trained["YOSO, 32 hashes"], **test, output_attentions=True))
 print("An additive mask:\n ", refused(yoso, words, attention_mask=torch.zeros(4, 1, 1, 20)))
 deberta = transformers.DebertaV2Config(**small)
 print("A model that never asks:\n ", refused(AutoModel.from_config, deberta, attn_implementation="yoso"))
@@ -449,8 +448,6 @@ print("A model that never asks:\n ", refused(AutoModel.from_config, deberta, att
 # - **Decoders.** A bucket holds the sum of *all* its keys. Token 5 of a decoder may see the first
 #   five only, so it would need a table of its own, and so would every token: the cost would be
 #   back.
-# - **Weights.** Sampling never computes them; that is why it is fast. With the expectation,
-#   `output_attentions=True` gives them.
 # - **Additive masks and position biases.** There are no scores that something could be added to.
 # - **Models that never ask the table.** transformers alone would accept the name and go on as
 #   before, and you would measure the wrong model.

@@ -133,9 +133,13 @@ class Output(NamedTuple):
 
     name: str
     dtype_of: str | None
-    """The argument whose dtype it has; ``None`` for hash codes, which are int32."""
+    """The argument whose dtype it has; ``None`` for hash codes, which are int32, and for what keeps
+    the precision of the sums.
+    """
     shape: Callable[[Arguments], Shape]
     """Its shape, given the arguments."""
+    asked_by: str | None = None
+    """The argument that asks for it; ``None`` for what every call returns."""
 
 
 def _rows(of: str, columns: str) -> Callable[[Arguments], Shape]:
@@ -205,7 +209,11 @@ class Operation:
 
     @property
     def is_hash(self) -> bool:
-        return all(output.dtype_of is None for output in self.outputs)
+        return all(output.dtype_of is None for output in self.outputs_of({}))
+
+    def outputs_of(self, arguments: Arguments) -> tuple[Output, ...]:
+        """What a call with these arguments returns, in order."""
+        return tuple(output for output in self.outputs if output.asked_by is None or arguments.get(output.asked_by))
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -470,7 +478,10 @@ LSH_ATTENTION_BACKWARD = Operation(
 YOSO_ATTENTION = Operation(
     name="yoso_attention",
     definition="numpy:formula",
-    outputs=(Output("out", "value", _rows("query", "value")),),
+    outputs=(
+        Output("out", "value", _rows("query", "value")),
+        Output("length", None, lambda arguments: (*arguments["query"].shape[:-1], 1), asked_by="return_length"),
+    ),
     example_inputs=lambda given: {
         "query": given.query,
         "key": given.key,

@@ -571,10 +571,14 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
+    return_length: bool = False,
     variant: str | None = None,
-) -> Array:
-    """YOSO attention without gradients: see `yoso_core.yoso_attention`, whose arguments these
-    are.
+) -> Any:
+    """YOSO attention without gradients: see `yoso_core.yoso_attention`, whose arguments these are.
+
+    ``return_length``: return a pair, the rows and ``(..., n_q, 1)``, the length of each before it
+    was scaled, in float32 at least. Masked rows have length 0. ``ValueError`` where no row is
+    scaled.
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller(
@@ -595,6 +599,8 @@ def yoso_attention(
         _check_signs(signs, query, "query", m, tau, caller)
     elif planes is not None:
         _check_planes(planes, query, m, tau)
+    if return_length and not normalize_output:
+        raise ValueError("return_length: with normalize_output=False no row is scaled, so there is no length before that")
     arguments = {
         "query": query,
         "key": key,
@@ -608,5 +614,6 @@ def yoso_attention(
         "query_mask": query_mask,
         "key_mask": key_mask,
         "normalize_output": bool(normalize_output),
+        "return_length": bool(return_length),
     }
     return run(YOSO_ATTENTION, variant, caller, YOSO_ATTENTION.complete(arguments))

@@ -70,7 +70,7 @@ class Kernel:
         function = self.load()
         if self.registered_on is not None:
             function = own_kernel.adapted(OPERATIONS[self.op], function)
-        outputs = OPERATIONS[self.op].outputs
+        outputs = OPERATIONS[self.op].outputs_of(arguments)
         likes = [None if output.dtype_of is None else arguments[output.dtype_of] for output in outputs]
         found = self.backend.call(function, caller, arguments)
         if len(outputs) == 1:

@@ -36,7 +36,8 @@ def _attend(
     query_mask: Array | None,
     key_mask: Array | None,
     normalize_output: bool,
-) -> Array:
+    return_length: bool = False,
+) -> Array | tuple[Array, Array]:
     masks = {"query_mask": query_mask, "key_mask": key_mask}
     accumulator = layout.accumulator(value)
     query_nonfinite = head_nonfinite = None
@@ -51,6 +52,7 @@ def _attend(
         sums = cumulate(device, query_code, key_code, value, 1 << hash_code_len, **masks, out_dtype=accumulator)
         head_nonfinite = _nonfinite_heads(device, key_nonfinite, key_mask, value)
     out = device.empty(sums.shape, value.dtype)
+    lengths = device.empty((*sums.shape[:-1], 1), accumulator) if return_length else None
     if out.size:
         rows, value_dim = layout.count(out.shape[:-1]), out.shape[-1]
         device.launch(
@@ -63,13 +65,14 @@ def _attend(
                 "query_nonfinite": query_nonfinite,
                 "head_nonfinite": head_nonfinite,
                 "out": out,
+                "lengths": lengths,
                 "num_rows": np.int64(rows),
                 "rows_per_head": np.int64(out.shape[-2]),
                 "value_dim": np.int32(value_dim),
                 "normalize": np.int32(normalize_output),
             },
         )
-    return out
+    return out if lengths is None else (out, lengths)
 
 
 def _hash(
@@ -101,14 +104,14 @@ def _nonfinite_heads(device: Device, key_nonfinite: Array, key_mask: Array | Non
     return head_nonfinite
 
 
-def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
+def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `shared_table`, normalize. Raises
     `DoesNotFit` if not even one column of the table fits into shared memory.
     """
     return _attend(device, lsh_cumulation_shared_table, query, key, value, **options)  # type: ignore[arg-type]
 
 
-def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
+def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `sorted_buckets`, normalize. Any
     ``hash_code_len``.
     """
