@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from model_support import TINY, close, enliven, ids, lively
+from model_support import TINY, WAYS, close, enliven, ids, lively
 from torch import Tensor, nn
 
+import yoso_core
 from yoso_core import reference
-from yoso_core.model import YosoAttentionOptions, enable_yoso_attention, plain, yoso_attention
+from yoso_core.model import YosoAttentionOptions, enable_yoso_attention, plain
 
 onnx, onnxruntime = (pytest.importorskip(name, reason=f"{name} is not installed") for name in ("onnx", "onnxruntime"))
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -101,6 +102,19 @@ def test_every_head_gives_the_same_at_other_shapes(head: str, way: str, exporter
         close(got, expected)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_convolution_types_positions_and_planes(way: str, tmp_path: Path) -> None:
+    model = lively("YosoForSequenceClassification", num_hidden_layers=1, type_vocab_size=2, conv_window=5, **WAYS[way])
+
+    def inputs(rows: int, tokens: int) -> dict[str, Tensor]:
+        positions = torch.arange(3, 3 + tokens).expand(rows, tokens)
+        return batch(rows, tokens) | {"token_type_ids": positions % 2, "position_ids": positions.clone()}
+
+    session = Session(model, inputs(BATCH, N), "torchscript", tmp_path / "model.onnx", "logits")
+    with torch.no_grad():
+        close(session(inputs(3, 19)), model(**inputs(3, 19)).logits)
+
+
 def test_attentions_leave_as_well(tmp_path: Path) -> None:
     model = lively("YosoModel", num_hidden_layers=1, output_attentions=True)
     session = Session(model, batch(BATCH, N), "torchscript", tmp_path / "model.onnx", "last_hidden_state")
@@ -117,7 +131,7 @@ class Attention(nn.Module):
         self.options = options
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return yoso_attention(query, key, value, **self.options)
+        return yoso_core.yoso_attention(query, key, value, **self.options)
 
 
 def vectors(*leading: int, seed: int = 0, **dims: int) -> dict[str, Tensor]:
