@@ -16,6 +16,7 @@ such a graph.
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -37,9 +38,13 @@ def in_onnx_export() -> bool:
     return recorded and _exporting()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exporting() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+# This is what `torch.compiler.assume_constant_result` does; that would import the compiler. Without
+# it the compiler takes the answer for False, and the exporter falls back on what it records.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def yoso_attention(

@@ -1,5 +1,7 @@
 """Attention in torch's own operations beside the reference: this is what an ONNX file computes."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -176,3 +178,9 @@ def test_hashes_that_are_not_fixed_are_refused() -> None:
 
 def test_outside_an_export_the_operators_run() -> None:
     assert not plain.in_onnx_export()
+
+
+def test_importing_the_model_loads_neither_the_compiler_nor_the_exporter() -> None:
+    program = "import sys, yoso_core.model; print({'torch._dynamo', 'torch.onnx'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
