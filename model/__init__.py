@@ -5,7 +5,7 @@ YOSO model for Hugging Face.
   ``torch.ops.yoso_core`` below it.
 - `configuration`, `layers` and `heads` are the model. Classes, parameters and outputs have the
   names that they have in transformers, which is imported when one of them is first used.
-- `draws` makes the hashes of evaluation.
+- `draws` makes the hashes of evaluation. `values` says which tensors can be looked into.
 - `auto` puts the model where transformers' YOSO stands.
 - `tokenizer`, `filling` and `original` read checkpoints and use them.
 - `encoders` puts YOSO attention into other models.

@@ -43,7 +43,9 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
 
     Raises
     ------
-    ValueError, TypeError : a setting is wrong; the message names it.
+    ValueError, TypeError : a setting is wrong by itself; the message names it. What two settings
+        say together is checked where a model is made of them: that ``hidden_size`` divides into the
+        heads, and that ``pad_token_id`` is a word.
 
     >>> config = YosoConfig(hidden_size=32, num_attention_heads=4, num_hash=16, hash_code_len=6)
     >>> config.num_hash, config.use_expectation
@@ -86,10 +88,6 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
         self.num_hash, self.hash_code_len = checks.hash_numbers(self.num_hash, self.hash_code_len)
         self.hash_seed = checks.integer("hash_seed", self.hash_seed, 0, (1 << 63) - 1)
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads of equal size"
-            )
         if self.conv_window is not None:
             self.conv_window = checks.integer("conv_window", self.conv_window, 1)
             if self.conv_window % 2 == 0:
@@ -105,7 +103,7 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"{name}: need a number of at least 0, got {getattr(self, name)}")
         checks.one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
         if self.pad_token_id is not None:
-            self.pad_token_id = checks.integer("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+            self.pad_token_id = checks.integer("pad_token_id", self.pad_token_id, 0)
         if self.kernel_variant is not None:
             _check_variant(self.kernel_variant)
 

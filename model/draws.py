@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from yoso_core.model.plain import in_onnx_export
+from yoso_core.model.values import shapes_alone
 from yoso_core.reference.hashing import hash_layout
 
 Kind = Literal["signs", "planes"]
@@ -82,7 +83,7 @@ def evaluation_draw(
     numbers = (hash_seed, layer, num_heads, num_hash, hash_code_len, dim)
     if in_onnx_export():  # a constant of the graph, made anew: kept tensors would belong to the export
         return (evaluation_signs if kind == "signs" else evaluation_planes)(*numbers).to(device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or shapes_alone():
         return _copied(kind, *numbers, device)
     return _kept(kind, numbers, device)
 

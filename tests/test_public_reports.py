@@ -208,6 +208,7 @@ def test_the_table_of_reports_has_every_report_that_is_tried() -> None:
     assert all(len(row) == 3 for row in rows)
     listed = [report for row in rows for report in re.findall(r"[\w-]+#\d+", row[0])]
     assert len(rows) >= 20
+    assert all((Path(__file__).parent / name).exists() for name in re.findall(r"`(test_\w+\.py)`", section))
     assert len(listed) == len(set(listed))
     named = re.findall(r'"""([\w#, -]*?#\d+)', Path(__file__).read_text("utf-8"))
     assert named

@@ -454,13 +454,13 @@ print("A model that never asks:\n ", refused(AutoModel.from_config, deberta, att
 #
 # ## The options travel with the model
 #
-# What you gave with `model=` stands in the config and is saved with it.
+# The name, and what you gave with `model=`, are saved in the config.
 
 # %%
 original = trained["YOSO, 32 hashes"]
 with TemporaryDirectory() as folder:
     original.save_pretrained(folder)
-    loaded = BertForTokenClassification.from_pretrained(folder, attn_implementation="yoso")
+    loaded = BertForTokenClassification.from_pretrained(folder)
 assert loaded.config.yoso_attention["num_hash"] == 32
 with torch.no_grad():
     assert torch.equal(loaded(**test).logits, original(**test).logits)
