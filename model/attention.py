@@ -9,7 +9,7 @@ from torch import Tensor
 from yoso_core import checks
 from yoso_core import ops as face
 from yoso_core.arrays import one_caller
-from yoso_core.model import ops
+from yoso_core.model import ops, plain
 from yoso_core.model.weights import Pairs
 from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import LAYOUTS, Layout, Seed, least_rotations, signs_shape
@@ -145,6 +145,8 @@ def yoso_attention(
         backward=backward,
         generator=generator,
     )
+    if plain.in_onnx_export():
+        return plain.yoso_attention(query, key, value, **options)
     return cast(Tensor, ops.yoso_attention(query, key, value, **options)[0])
 
 
@@ -171,6 +173,8 @@ def yoso_attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **opt
     bound = signature(yoso_attention).bind(query, key, value, **options)
     bound.apply_defaults()
     query, key, value, chosen = _prepared(**bound.arguments)
+    if plain.in_onnx_export():
+        return plain.yoso_attention(query, key, value, **chosen), plain.attention_weights(query, key, **chosen)
     with torch.no_grad():
         out, length = ops.yoso_attention(query, key, value, **chosen)
         pairs = Pairs(query, key, chosen["query_mask"], chosen["key_mask"], chosen["hash_code_len"], chosen["grad"])
@@ -212,7 +216,7 @@ def _prepared(
         _check_kinds({"query": query, "key": key, "value": value}, signs=signs, planes=others["planes"], **masks)
         _check_source(rng, generator)
     query, key, value = _under_autocast(query, key, value)
-    if signs is None and others["planes"] is None and not use_expectation:
+    if signs is None and others["planes"] is None and not use_expectation and not plain.in_onnx_export():
         signs = _draw(query, num_hash, hash_code_len, layout=layout, rotations=rotations, rng=rng, generator=generator)
     others["normalize_output"] = bool(others["normalize_output"])
     numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "use_expectation": bool(use_expectation)}

@@ -8,7 +8,7 @@ every version of NumPy, and other random draws do not change it.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from yoso_core import checks
+from yoso_core.model.plain import in_onnx_export
 from yoso_core.model.values import shapes_alone
 from yoso_core.reference.hashing import Layout, least_rotations, signs_shape
 
 Kind = Literal["signs", "planes"]
+Numbers = tuple[int, int, int, int, int, int]
+"""hash_seed, layer, num_heads, num_hash, hash_code_len, dim."""
 
 
 def _words(hash_seed: int, layer: int, head: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -100,18 +103,23 @@ def evaluation_draw(
     True
     """
     numbers = (hash_seed, layer, num_heads, num_hash, hash_code_len, dim)
+    if in_onnx_export():  # a constant of the graph, made anew: kept tensors would belong to the export
+        return _drawn(kind, numbers, layout, rotations).to(device)
     if torch.compiler.is_compiling() or shapes_alone():
         return _copied(kind, *numbers, device, layout, rotations)
     return _kept(kind, numbers, device, layout, rotations)
 
 
 @lru_cache(maxsize=128)
-def _kept(kind: Kind, numbers: tuple[int, ...], device: torch.device, layout: Layout, rotations: int | None) -> Tensor:
-    draw = partial(evaluation_signs, layout=layout, rotations=rotations) if kind == "signs" else evaluation_planes
+def _kept(kind: Kind, numbers: Numbers, device: torch.device, layout: Layout, rotations: int | None) -> Tensor:
     # A tensor of inference mode could not be used in training later. To torch.jit.trace the draw is
     # a constant in the first call as in any other.
     with torch.inference_mode(False), _tracing_paused():
-        return draw(*numbers).to(device)
+        return _drawn(kind, numbers, layout, rotations).to(device)
+
+
+def _drawn(kind: Kind, numbers: Numbers, layout: Layout, rotations: int | None) -> Tensor:
+    return evaluation_signs(*numbers, layout=layout, rotations=rotations) if kind == "signs" else evaluation_planes(*numbers)
 
 
 @contextmanager

@@ -1101,7 +1101,8 @@ def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
     own.
     """
     if "warp_per_chain" in kernel.kernels:
-        return [case, replace(case, layout="chained")]
+        few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
+        return [case, replace(case, layout="chained", rotations=few)]
     return [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
 
 
