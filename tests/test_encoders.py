@@ -569,6 +569,7 @@ def test_gradients_are_those_of_the_options(options: YosoAttentionOptions, grad:
     states, toward = (torch.randn(2, 9, HIDDEN, generator=generator) for _ in range(2))
     heads = [x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (layer.query(states), layer.key(states), layer.value(states))]
     del chosen["seed"]
+    chosen["layout"] = chosen.pop("hash_layout")
     gradients = []
     for function in (lambda: layer(states)[0], lambda: yoso_attention(*heads, **chosen).transpose(1, 2).flatten(2)):
         torch.manual_seed(4)

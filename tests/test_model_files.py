@@ -393,7 +393,7 @@ def test_every_field_of_transformers_has_its_default() -> None:
     assert {name: value for name, value in mine.to_dict().items() if name not in OWN} == theirs.to_dict()
     assert mine.model_type == theirs.model_type
     assert mine.attribute_map == theirs.attribute_map
-    assert [getattr(mine, name) for name in OWN] == ["lower_bound", None, 0]
+    assert [getattr(mine, name) for name in OWN] == ["lower_bound", None, 0, "paper", None]
 
 
 @pytest.mark.parametrize("name", ["YosoConfig", *SHARED, "YosoForPreTraining"])
@@ -421,6 +421,8 @@ CHANGED: dict[str, Any] = TINY | {
     "grad": "exact",
     "kernel_variant": "cpu:fused",
     "hash_seed": 2**63 - 1,
+    "hash_layout": "chained",
+    "rotations": 70,
     "num_labels": 5,
     "problem_type": "regression",
     "chunk_size_feed_forward": 3,
