@@ -13,9 +13,9 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.cumulation import lsh_cumulation
-from yoso_core.cpu.expectation import expectation_attention
-from yoso_core.cpu.finishing import finish_rows
+from yoso_core.cpu.cumulation import cumulate
+from yoso_core.cpu.expectation import expect
+from yoso_core.cpu.finishing import finish_row
 from yoso_core.cpu.hashing import check_dim, fast_hash, hyperplane_hash, spread_signs
 from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.relabeling import dense_tables_fit
@@ -24,7 +24,7 @@ from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.tables import gather_tile, scatter_tile
 from yoso_core.cpu.tiles import load_rotated, pack
 from yoso_core.cpu.views import Array, common_dtype, input_array, kept, output_array, rows
-from yoso_core.reference.hashing import HashLayout, hash_layout
+from yoso_core.reference.hashing import HashLayout, Layout, hash_layout
 
 
 @helper
@@ -44,7 +44,7 @@ def _scatter_kernel(dim: int, dtype: Any) -> Any:
     long as they fit in the cache; otherwise ``clears`` steps before it do.
 
     Reads ``n (d + d_v)`` entries of keys and values; rotates in ``3 n D log2 D`` additions; adds
-    ``n d_v`` entries to a table in cache for every hash.
+    ``n d_v`` entries to a table in cache for every hash. The list of types makes it long.
     """
 
     @kernel(
@@ -159,6 +159,7 @@ def _gather_kernel(dim: int, dtype: Any) -> Any:
         keep=input_array(types.uint8, 3),
         nonfinite=output_array(types.uint8, 3),
         out=output_array(dtype, 4),
+        lengths=output_array(dtype, 3),
         normalize=types.boolean,
     )
     def gather(
@@ -179,6 +180,7 @@ def _gather_kernel(dim: int, dtype: Any) -> Any:
         keep,
         nonfinite,
         out,
+        lengths,
         normalize,
     ):
         n = query.shape[2]
@@ -210,16 +212,11 @@ def _gather_kernel(dim: int, dtype: Any) -> Any:
                             nonfinite[(*head, 1 + i + t)] = 1 - finite[t]
                     gather_tile(tables=tables, part=part, codes=codes, offsets=offsets, guarded=False, out=out, keep=keep, head=head, i=i)
             if is_last(cut, group):
-                finish_rows(
-                    out=out,
-                    keep=keep,
-                    nonfinite=nonfinite,
-                    head=head,
-                    first=begin,
-                    last=stop,
-                    scale=out.dtype.type(1 / cut.num_hash),
-                    normalize=normalize,
-                )
+                scale = out.dtype.type(1 / cut.num_hash)
+                for i in range(begin, stop):
+                    lengths[(*head, i)] = finish_row(
+                        out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize
+                    )
 
     return gather
 
@@ -233,14 +230,15 @@ def _by_stored_codes(
     hash_code_len: int,
     signs: Array | None,
     planes: Array | None,
+    layout: Layout,
     query_mask: Array | None,
     key_mask: Array | None,
     normalize_output: bool,
     num_threads: int | None,
-) -> Array:
+) -> tuple[Array, Array]:
     """All codes first, then the cumulation."""
     if signs is not None:
-        codes = [fast_hash(x, signs, num_hash, hash_code_len, num_threads=num_threads) for x in (query, key)]
+        codes = [fast_hash(x, signs, num_hash, hash_code_len, layout=layout, num_threads=num_threads) for x in (query, key)]
     else:
         assert planes is not None  # the face draws signs where neither is given
         codes = [hyperplane_hash(x, planes, num_hash, hash_code_len, num_threads=num_threads) for x in (query, key)]
@@ -249,7 +247,7 @@ def _by_stored_codes(
     nonfinite = np.empty((*q.shape[:2], 1 + q.shape[2]), np.uint8)
     nonfinite[:, :, 0] = (kept(key_mask, key.shape[:-1]) & ~np.isfinite(k).all(axis=-1)).any(axis=-1)
     nonfinite[:, :, 1:] = ~np.isfinite(q).all(axis=-1)
-    return lsh_cumulation(
+    return cumulate(
         codes[0],
         codes[1],
         value,
@@ -275,12 +273,12 @@ def _fused(
     key_mask: Array | None,
     normalize_output: bool,
     num_threads: int | None,
-) -> Array:
+) -> tuple[Array, Array]:
     """The two rounds with codes made on the spot."""
     dtype = common_dtype(query, value)
     q, k, v = rows(query, dtype), rows(key, dtype), rows(value, dtype)
     n_k, d_v = v.shape[2:]
-    out = np.empty((*q.shape[:3], d_v), dtype)
+    out, lengths = np.empty((*q.shape[:3], d_v), dtype), np.empty(q.shape[:3], dtype)
     plan = make_plan(
         out,
         n_k,
@@ -306,12 +304,13 @@ def _fused(
             query=q,
             keep=kept(query_mask, query.shape[:-1]),
             out=out,
+            lengths=lengths,
             normalize=normalize_output,
             **shared,
         ),
         num_threads=num_threads,
     )
-    return out.reshape(*query.shape[:-1], d_v).astype(value.dtype, copy=False)
+    return out.reshape(*query.shape[:-1], d_v).astype(value.dtype, copy=False), lengths.reshape(*query.shape[:-1], 1)
 
 
 def yoso_attention(
@@ -327,29 +326,40 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
+    return_length: bool = False,
     num_threads: int | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     """See `yoso_core.reference.yoso_attention`.
 
     Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`) at most, whatever ``n``.
-    Codes are stored, ``4 m (n_q + n_k)`` bytes a head, with planes, where ``2**tau > 4 n_k`` (then
-    their labels too), where ``tau > D``, and where the tables of one part would pass that limit;
-    the table of one hash then takes ``min(2**tau, 4 n_k) d_v`` numbers, eight of them at a time.
+    Codes are stored, ``4 m (n_q + n_k)`` bytes a head, with planes, with a chain, where
+    ``2**tau > 4 n_k`` (then their labels too), where ``tau > D``, and where the tables of one part
+    would pass that limit; the table of one hash then takes ``min(2**tau, 4 n_k) d_v`` numbers,
+    eight of them at a time.
     """
     masks: dict[str, Any] = {"query_mask": query_mask, "key_mask": key_mask}
-    if use_expectation:
-        return expectation_attention(query, key, value, hash_code_len, normalize=normalize_output, num_threads=num_threads, **masks)
     options: dict[str, Any] = {
         "num_hash": num_hash,
         "hash_code_len": hash_code_len,
         "normalize_output": normalize_output,
         "num_threads": num_threads,
     }
-    if signs is None:
-        return _by_stored_codes(query, key, value, signs=None, planes=planes, **options, **masks)
+    if use_expectation:
+        found = expect(query, key, value, hash_code_len, normalize=normalize_output, num_threads=num_threads, **masks)
+    elif signs is not None and layout == "paper" and (triples := _fits_fused(query, key, value, num_hash, hash_code_len)) is not None:
+        found = _fused(query, key, value, triples, signs=signs, **options, **masks)
+    else:
+        found = _by_stored_codes(query, key, value, signs=signs, planes=planes, layout=layout, **options, **masks)
+    return found if return_length else found[0]
+
+
+def _fits_fused(query: Array, key: Array, value: Array, num_hash: int, hash_code_len: int) -> HashLayout | None:
+    """The layout of the hash where its codes can be made on the spot; ``None`` where they must be
+    stored.
+    """
     layout = hash_layout(num_hash, hash_code_len, query.shape[-1])
     check_dim("query", layout.padded_dim)
     per, capacity, itemsize = min(layout.codes_per_part, num_hash), 1 << hash_code_len, np.dtype(common_dtype(query, value)).itemsize
-    if per == 0 or not dense_tables_fit(capacity, key.shape[-2]) or not tables_fit(per, capacity * value.shape[-1], itemsize):
-        return _by_stored_codes(query, key, value, signs=signs, planes=None, **options, **masks)
-    return _fused(query, key, value, layout, signs=signs, **options, **masks)
+    fits = per > 0 and dense_tables_fit(capacity, key.shape[-2]) and tables_fit(per, capacity * value.shape[-1], itemsize)
+    return layout if fits else None

@@ -11,7 +11,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.finishing import finish_rows
+from yoso_core.cpu.finishing import finish_row
 from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task
@@ -116,10 +116,27 @@ def _gather_kernel(dtype: Any) -> Any:
         keep=input_array(types.uint8, 3),
         nonfinite=input_array(types.uint8, 3),
         out=output_array(dtype, 4),
+        lengths=output_array(dtype, 3),
         normalize=types.boolean,
     )
     def gather(
-        first, last, tables, head0, part0, parts, block, num_hash, per, splits, table_size, query_code, keep, nonfinite, out, normalize
+        first,
+        last,
+        tables,
+        head0,
+        part0,
+        parts,
+        block,
+        num_hash,
+        per,
+        splits,
+        table_size,
+        query_code,
+        keep,
+        nonfinite,
+        out,
+        lengths,
+        normalize,
     ):
         n = query_code.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
@@ -135,16 +152,11 @@ def _gather_kernel(dtype: Any) -> Any:
                     load_codes(codes, query_code, head, i, part, stop)
                     gather_tile(tables=tables, part=part, codes=codes, offsets=offsets, guarded=True, out=out, keep=keep, head=head, i=i)
             if is_last(cut, group):
-                finish_rows(
-                    out=out,
-                    keep=keep,
-                    nonfinite=nonfinite,
-                    head=head,
-                    first=begin,
-                    last=stop,
-                    scale=out.dtype.type(1 / cut.num_hash),
-                    normalize=normalize,
-                )
+                scale = out.dtype.type(1 / cut.num_hash)
+                for i in range(begin, stop):
+                    lengths[(*head, i)] = finish_row(
+                        out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize
+                    )
 
     return gather
 
@@ -157,8 +169,6 @@ def lsh_cumulation(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
-    nonfinite: Array | None = None,
-    normalize: bool = False,
     num_threads: int | None = None,
 ) -> Array:
     """See `yoso_core.reference.lsh_cumulation_tables`.
@@ -166,10 +176,26 @@ def lsh_cumulation(
     Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`), or the tables of eight
     hashes, ``8 c d_v`` numbers with ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and
     labels the size of the codes where ``hashtable_capacity > 4 n_k``.
+    """
+    codes = query_hash_code, key_hash_code
+    return cumulate(*codes, value, hashtable_capacity, query_mask=query_mask, key_mask=key_mask, num_threads=num_threads)[0]
 
-    ``nonfinite`` and ``normalize`` are for attention: uint8 ``(batch, heads, 1 + n_q)`` that marks
-    a head (at 0) and queries (from 1) whose rows must be NaN; and whether rows are scaled to unit
-    length.
+
+def cumulate(
+    query_hash_code: Array,
+    key_hash_code: Array,
+    value: Array,
+    hashtable_capacity: int,
+    *,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    nonfinite: Array | None = None,
+    normalize: bool = False,
+    num_threads: int | None,
+) -> tuple[Array, Array]:
+    """`lsh_cumulation`, with what attention needs besides: uint8 ``nonfinite (batch, heads, 1 +
+    n_q)`` marks a head (at 0) and queries (from 1) whose rows must be NaN; and with ``normalize``
+    rows are scaled to unit length. Returns the rows, and the length of each before that.
     """
     dtype = working_dtype(value)
     query_code, key_code, v = heads(query_hash_code), heads(key_hash_code), rows(value, dtype)
@@ -181,7 +207,7 @@ def lsh_cumulation(
         hashtable_capacity = n_k + 1
     if nonfinite is None:
         nonfinite = np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q))
-    out = np.empty((batch, num_heads, n_q, d_v), dtype)
+    out, lengths = np.empty((batch, num_heads, n_q, d_v), dtype), np.empty((batch, num_heads, n_q), dtype)
     plan = make_plan(out, n_k, num_hash=num_hash, per=min(PART, num_hash), table_size=hashtable_capacity * d_v, num_threads=num_threads)
     numba_type = from_dtype(out.dtype)
     accumulate(
@@ -195,9 +221,11 @@ def lsh_cumulation(
             keep=keep_query,
             nonfinite=nonfinite,
             out=out,
+            lengths=lengths,
             normalize=normalize,
             **plan.cut._asdict(),
         ),
         num_threads=num_threads,
     )
-    return out.reshape(*query_hash_code.shape[:-1], d_v).astype(value.dtype, copy=False)
+    leading = query_hash_code.shape[:-1]
+    return out.reshape(*leading, d_v).astype(value.dtype, copy=False), lengths.reshape(*leading, 1)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import kernel
-from yoso_core.cpu.finishing import finish_rows
+from yoso_core.cpu.finishing import finish_row
 from yoso_core.cpu.rows import packed_rows, store_row, unit_rows
 from yoso_core.cpu.scratch import aligned, clear, padded_width
 from yoso_core.cpu.spans import (
@@ -62,9 +62,10 @@ def _expectation_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[
         keep_key=input_array(types.uint8, 3),
         nonfinite=input_array(types.uint8, 3),
         out=output_array(dtype, 4),
+        lengths=output_array(dtype, 3),
         normalize=types.boolean,
     )
-    def attend(first, last, sizes, unit_query, unit_key, value, keep_query, keep_key, nonfinite, out, normalize):
+    def attend(first, last, sizes, unit_query, unit_key, value, keep_query, keep_key, nonfinite, out, lengths, normalize):
         n_q, n_k, span, dim = keep_query.shape[2], keep_key.shape[2], sizes.span, sizes.dim
         width, width_v = padded_width(dim), padded_width(out.shape[3])
         query_tiles, sums = aligned(span * width, out.dtype), aligned(span * width_v, out.dtype)
@@ -109,16 +110,10 @@ def _expectation_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[
                     add_over_keys(sums, weights, pairs, value, value_offsets, width_v)
             for t in range(num_queries):
                 store_row(out, head, queries[t], sums, t * width_v)
-            finish_rows(
-                out=out,
-                keep=keep_query,
-                nonfinite=nonfinite,
-                head=head,
-                first=begin,
-                last=stop,
-                scale=out.dtype.type(1),
-                normalize=normalize,
-            )
+            for i in range(begin, stop):
+                lengths[(*head, i)] = finish_row(
+                    out=out, keep=keep_query, nonfinite=nonfinite, head=head, i=i, scale=out.dtype.type(1), normalize=normalize
+                )
 
     return attend
 
@@ -131,14 +126,29 @@ def expectation_attention(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
-    normalize: bool = False,
     num_threads: int | None = None,
 ) -> Array:
-    """See `yoso_core.reference.expectation_attention`. ``normalize``: scale the rows of the result
-    to unit length, for attention.
+    """See `yoso_core.reference.expectation_attention`.
 
     Working memory: unit copies of query and key, and one of the value unless its rows are packed as
     they are.
+    """
+    return expect(query, key, value, hash_code_len, query_mask=query_mask, key_mask=key_mask, normalize=False, num_threads=num_threads)[0]
+
+
+def expect(
+    query: Array,
+    key: Array,
+    value: Array,
+    hash_code_len: int,
+    *,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    normalize: bool,
+    num_threads: int | None,
+) -> tuple[Array, Array]:
+    """`expectation_attention`; with ``normalize`` rows are scaled to unit length, for attention.
+    Returns the rows, and the length of each before that.
     """
     dtype = common_dtype(query, value)
     q, k, v = (rows(x, dtype) for x in (query, key, value))
@@ -148,7 +158,7 @@ def expectation_attention(
     n_k, d_v = v.shape[2:]
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
     nonfinite[:, :, 1:] = nonfinite_query
-    out = np.empty((batch, num_heads, n_q, d_v), dtype)
+    out, lengths = np.empty((batch, num_heads, n_q, d_v), dtype), np.empty((batch, num_heads, n_q), dtype)
     numba_type = from_dtype(out.dtype)
     tiles = -(-n_q // TILE)
     spread = batch * num_heads * tiles // ENOUGH_TASKS
@@ -164,8 +174,10 @@ def expectation_attention(
         keep_key=kept(key_mask, key.shape[:-1]),
         nonfinite=nonfinite,
         out=out,
+        lengths=lengths,
         normalize=normalize,
     )
     cost = float(batch * num_heads) * n_q * n_k * (d + d_v)
     share(batch * num_heads * -(-n_q // span) * pieces, attend, num_threads=num_threads, cost=cost)
-    return out.reshape(*query.shape[:-1], d_v).astype(value.dtype, copy=False)
+    leading = query.shape[:-1]
+    return out.reshape(*leading, d_v).astype(value.dtype, copy=False), lengths.reshape(*leading, 1)

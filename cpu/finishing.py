@@ -37,7 +37,7 @@ def scale_row(out, head, i, scale):
 @helper
 def normalize_row(out, head, i, scale):
     """Multiply by ``scale``, then scale to unit length. A row shorter than 1e-12 becomes zeros, one
-    that is not finite NaN.
+    that is not finite NaN. Returns the length before that.
     """
     d_v = out.shape[3]
     full = d_v - d_v % LANES
@@ -50,13 +50,14 @@ def normalize_row(out, head, i, scale):
         y = out[(*head, i, c)] * scale
         length2 += y * y
     if 1e-20 < length2 < 1e30:
-        to_unit = scale / out.dtype.type(math.sqrt(length2))
+        length = out.dtype.type(math.sqrt(length2))
+        to_unit = scale / length
         for c in range(0, full, LANES):
             store(out, (*head, i, c), load(out, (*head, i, c)) * fill(to_unit))
         for c in range(full, d_v):
             out[(*head, i, c)] *= to_unit
-    else:
-        normalize_extreme_row(out, head, i, scale)
+        return length
+    return normalize_extreme_row(out, head, i, scale)
 
 
 @helper
@@ -75,37 +76,41 @@ def normalize_extreme_row(out, head, i, scale):
     if finite and largest > 0:
         for c in range(d_v):
             length2 += (out[(*head, i, c)] / largest) ** 2
-    length = largest * math.sqrt(length2)
+    length = largest * scale * math.sqrt(length2)
     for c in range(d_v):
         if not finite:
             out[(*head, i, c)] = np.nan
-        elif length * scale <= TINY_NORM:
+        elif length <= TINY_NORM:
             out[(*head, i, c)] = 0
         else:
             out[(*head, i, c)] = out[(*head, i, c)] / largest / math.sqrt(length2)
+    return out.dtype.type(length if finite else np.nan)
 
 
 @helper
-def finish_rows(out, keep, nonfinite, head, first, last, scale, normalize):
-    """The last touch to rows ``first ... last - 1`` of a head.
+def finish_row(out, keep, nonfinite, head, i, scale, normalize):
+    """The last touch to a row. Returns its length before it was scaled to unit length; 0 where that
+    is not asked for, and for masked queries.
 
     ``nonfinite (batch, heads, 1 + n_q)`` marks what makes NaN: at 0 the whole head, where a key was
     not finite, and from 1 on the queries.
     """
-    for i in range(first, last):
-        if not keep[(*head, i)]:
-            out[(*head, i)] = 0
-        elif nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]:
-            out[(*head, i)] = np.nan
-        elif normalize:
-            normalize_row(out, head, i, scale)
-        else:
-            scale_row(out, head, i, scale)
+    length = out.dtype.type(0)
+    if not keep[(*head, i)]:
+        out[(*head, i)] = 0
+    elif nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]:
+        out[(*head, i)] = np.nan
+        length = out.dtype.type(np.nan)
+    elif normalize:
+        length = normalize_row(out, head, i, scale)
+    else:
+        scale_row(out, head, i, scale)
+    return length
 
 
 @cache
 def _finish_kernel(dtype: Any) -> Any:
-    """`finish_rows` without normalization, for results that are summed elsewhere. A task is (head,
+    """`finish_row` without normalization, for results that are summed elsewhere. A task is (head,
     block of rows).
     """
 
@@ -115,23 +120,16 @@ def _finish_kernel(dtype: Any) -> Any:
         blocks = (n + ROW_BLOCK - 1) // ROW_BLOCK
         for task in range(first, last):
             head_index, block = divmod(task, blocks)
-            finish_rows(
-                out=out,
-                keep=keep,
-                nonfinite=nonfinite,
-                head=divmod(head_index, out.shape[1]),
-                first=block * ROW_BLOCK,
-                last=min((block + 1) * ROW_BLOCK, n),
-                scale=out.dtype.type(scale),
-                normalize=False,
-            )
+            head = divmod(head_index, out.shape[1])
+            for i in range(block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, n)):
+                finish_row(out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=out.dtype.type(scale), normalize=False)
 
     return finish
 
 
 def finish(out: Array, keep: Array, nonfinite: Array, scale: float, num_threads: int | None) -> None:
     """``out (batch, heads, n, d_v)`` times ``scale``, in place; zeros in masked rows, NaN for
-    infinities and in rows that ``nonfinite`` marks, as in `finish_rows`.
+    infinities and in rows that ``nonfinite`` marks, as in `finish_row`.
     """
     share(
         out.shape[0] * out.shape[1] * -(-out.shape[2] // ROW_BLOCK),

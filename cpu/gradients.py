@@ -144,7 +144,8 @@ def _gradient_kernel(dtype: Any, polynomials: tuple[tuple[float, ...], tuple[flo
     up in rows of its own; a head has ``parts`` of them.
 
     For ``64 * 64`` pairs it does ``64 * 64 (3 d + 2 d_v)`` multiply-adds. Constants: ``exact`` says
-    which ``w`` is meant, ``sampled`` that ``C`` is a collision rate.
+    which ``w`` is meant, ``sampled`` that ``C`` is a collision rate. The list of types makes it
+    long.
     """
 
     @kernel(

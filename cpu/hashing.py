@@ -1,5 +1,6 @@
 """Hash codes: the fast Hadamard projection and Gaussian hyperplanes, sixteen vectors to a tile."""
 
+import math
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import MAX_DIM, hadamard, load_rotated, load_tile, pack, tame_tile
 from yoso_core.cpu.views import Array, heads, input_array, output_array, rows, working_dtype
-from yoso_core.reference.hashing import hash_layout
+from yoso_core.reference.hashing import WARM_UP, Layout, chain_factor
 
 BLOCK = 64
 """Vectors to a task: 4 tiles."""
@@ -72,7 +73,54 @@ def hadamard_transform(x: Array, *, num_threads: int | None = None) -> Array:
 
 
 @cache
-def _fast_hash_kernel(dim: int, dtype: Any) -> Any:
+def _chain_kernel(dim: int, dtype: Any) -> Any:
+    """Codes of a block of vectors for each task: a tile of 16 goes through the whole chain, and the
+    bits of every round are or-ed into the codes as it goes by. ``n R D log2 D`` additions for ``R``
+    rounds; reads each vector once.
+    """
+
+    @kernel(x=input_array(dtype, 4), signs=input_array(dtype, 4), codes=output_array(types.int32, 4), hash_code_len=types.intp)
+    def hash_block(first, last, x, signs, codes, hash_code_len):
+        num_hash, rounds = codes.shape[3], signs.shape[2]
+        apart = (rounds - WARM_UP) * dim // hash_code_len
+        tile, packed = aligned(dim * LANES, x.dtype), aligned(num_hash * LANES, np.int32)
+        finite = np.ones(LANES, np.uint8)
+        blocks = (x.shape[2] + BLOCK - 1) // BLOCK
+        for task in range(first, last):
+            head_index, block = divmod(task, blocks)
+            head = divmod(head_index, x.shape[1])
+            for i in range(block * BLOCK, min((block + 1) * BLOCK, x.shape[2]), LANES):
+                if not load_tile(tile, dim, x, head, i):
+                    tame_tile(tile, dim, finite)
+                packed[:] = 0
+                for round in range(rounds):
+                    hadamard(tile, dim, True, signs, (*head, round))
+                    if round >= WARM_UP:
+                        add_rotation_bits(tile, dim, packed, (round - WARM_UP) * dim, apart, num_hash, hash_code_len)
+                store_codes(codes, packed, head, i, 0, num_hash)
+
+    return hash_block
+
+
+@helper
+def add_rotation_bits(tile, dim, packed, start, apart, num_hash, hash_code_len):
+    """Coordinate ``c`` of this rotation stands at ``start + c`` of the stream, and position
+    ``b * apart + h`` is bit ``b`` of code ``h``: neighboring coordinates are neighboring hashes.
+    """
+    position = start
+    while position < start + dim:
+        bit, hash = divmod(position, apart)
+        run = min(apart - hash, start + dim - position)
+        if bit < hash_code_len:
+            weight = types.int32(1 << bit)
+            for k in range(min(run, num_hash - hash)):
+                found = weight_where_positive(load(tile, (position - start + k) * LANES), weight)
+                store(packed, (hash + k) * LANES, load(packed, (hash + k) * LANES) | found)
+        position += run
+
+
+@cache
+def _triples_kernel(dim: int, dtype: Any) -> Any:
     """Codes of a block of vectors for each task: every part rotates the same tile of 16. Reads each
     vector once per part, from cache.
     """
@@ -134,21 +182,33 @@ def spread_signs(signs: Array, leading: tuple[int, ...], dtype: Any) -> Array:
     return heads(np.broadcast_to(signs.astype(dtype, order="C"), (*leading, *signs.shape[-3:])), tail=3)
 
 
-def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, num_threads: int | None = None) -> Array:
+def spread_chain(signs: Array, leading: tuple[int, ...], dtype: Any) -> Array:
+    """The signs of a chain as floats times the exact factor of their round, one draw for each
+    head, as in `spread_signs`.
+    """
+    rounds, dim = signs.shape[-2:]
+    factors = np.array([chain_factor(round, dim) for round in range(1, rounds + 1)], dtype)
+    return heads(np.broadcast_to(signs.astype(dtype, order="C") * factors[:, None], (*leading, rounds, dim)))
+
+
+def fast_hash(
+    vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "paper", num_threads: int | None = None
+) -> Array:
     """See `yoso_core.reference.fast_hash`; the same bits."""
     dtype = working_dtype(vectors)
     x = rows(vectors, dtype)
     batch, num_heads, n, _ = x.shape
-    layout = hash_layout(num_hash, hash_code_len, x.shape[-1])
-    check_dim("vectors", layout.padded_dim)
+    dim = signs.shape[-1]
+    check_dim("vectors", dim)
     codes = np.empty((batch, num_heads, n, num_hash), np.int32)
-    spread = spread_signs(signs, vectors.shape[:-2], dtype)
-    hash_block = _fast_hash_kernel(layout.padded_dim, from_dtype(np.dtype(dtype)))
+    chained = layout == "chained"
+    spread = (spread_chain if chained else spread_signs)(signs, vectors.shape[:-2], dtype)
+    hash_block = (_chain_kernel if chained else _triples_kernel)(dim, from_dtype(np.dtype(dtype)))
     share(
         batch * num_heads * -(-n // BLOCK),
         partial(hash_block, x=x, signs=spread, codes=codes, hash_code_len=hash_code_len),
         num_threads=num_threads,
-        cost=batch * num_heads * n * layout.parts * layout.padded_dim * layout.padded_dim.bit_length(),
+        cost=batch * num_heads * n * math.prod(spread.shape[2:]) * dim.bit_length() / 3,
     )
     return codes.reshape(*vectors.shape[:-1], num_hash)
 

@@ -139,6 +139,7 @@ def _backward_kernel(dtype: Any) -> Any:
     ``triples``, flat, are those of the queries, then those of the keys; so are ``lengths`` and
     ``nonfinite``. A task of stage ``PREPARE`` or ``FINISH`` is a block of rows of both sides, of
     ``SORT`` some hashes, of ``WALK`` a range of the buckets of a hash, or all buckets of several.
+    The list of types makes it long.
     """
 
     @kernel(

@@ -50,7 +50,8 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
             yield f"{kernel} {name}", partial(make, dtype)
         of_dim: dict[str, Callable[..., Any]] = {
             "hadamard transform": hashing._hadamard_kernel,
-            "fast hash": hashing._fast_hash_kernel,
+            "fast hash, chained": hashing._chain_kernel,
+            "fast hash, paper": hashing._triples_kernel,
             "attention, scatter": attention._scatter_kernel,
             "attention, gather": attention._gather_kernel,
         }

@@ -5,7 +5,7 @@ YOSO model for Hugging Face.
   ``torch.ops.yoso_core`` below it.
 - `configuration`, `layers` and `heads` are the model. Classes, parameters and outputs have the
   names that they have in transformers, which is imported when one of them is first used.
-- `draws` makes the hashes of evaluation.
+- `draws` makes the hashes of evaluation. `values` says which tensors can be looked into.
 - `auto` puts the model where transformers' YOSO stands.
 - `tokenizer`, `filling` and `original` read checkpoints and use them.
 - `encoders` puts YOSO attention into other models.
@@ -24,7 +24,8 @@ except ModuleNotFoundError as error:
     missing = "yoso_core.model needs PyTorch, which is not installed: pip install 'yoso-core[model]'"
     raise ModuleNotFoundError(missing, name="torch") from error
 
-from yoso_core.model.attention import expected_weights, sample_signs, yoso_attention
+from yoso_core.model.attention import sample_signs, yoso_attention, yoso_attention_with_weights
+from yoso_core.model.weights import expected_weights
 
 if TYPE_CHECKING:
     from yoso_core.model.auto import adopt, export_for_hub, register_auto_classes
@@ -66,6 +67,7 @@ __all__ = [
     "register_auto_classes",
     "sample_signs",
     "yoso_attention",
+    "yoso_attention_with_weights",
 ]
 
 _LAZY = {

@@ -1,7 +1,7 @@
 """Differentiable YOSO attention on torch tensors."""
 
-import math
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -9,9 +9,10 @@ from torch import Tensor
 from yoso_core import checks
 from yoso_core import ops as face
 from yoso_core.arrays import one_caller
-from yoso_core.model import ops
+from yoso_core.model import ops, plain
+from yoso_core.model.weights import Pairs
 from yoso_core.reference.expectation import Grad
-from yoso_core.reference.hashing import Seed, hash_layout
+from yoso_core.reference.hashing import LAYOUTS, Layout, Seed, least_rotations, signs_shape
 
 Backward = Literal["lsh", "expectation"]
 
@@ -22,15 +23,17 @@ def sample_signs(
     dim: int,
     *,
     batch_shape: tuple[int, ...] = (),
+    layout: Layout = "paper",
+    rotations: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """`yoso_core.sample_signs` from torch's random numbers: int8 ``(*batch_shape, 3, parts, D)`` of
-    +1 and -1.
+    """`yoso_core.sample_signs` from torch's random numbers: int8 of +1 and -1.
 
     Parameters
     ----------
-    num_hash, hash_code_len, dim, batch_shape : those of `yoso_core.sample_signs`.
+    num_hash, hash_code_len, dim, batch_shape, layout, rotations : those of
+        `yoso_core.sample_signs`.
     generator : the source of random numbers. It draws on its own device. ``None``: torch's own
         generator of ``device``, which `torch.manual_seed` seeds.
     device : where the result goes. ``None``: it stays where it was drawn.
@@ -40,8 +43,8 @@ def sample_signs(
     """
     if not torch.compiler.is_compiling():
         num_hash, hash_code_len, dim, batch_shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
-    layout = hash_layout(num_hash, hash_code_len, dim)
-    shape = (*batch_shape, 3, layout.parts, layout.padded_dim)
+        rotations = checks.rotations("layout", layout, rotations, least_rotations(num_hash, hash_code_len, dim))
+    shape = (*batch_shape, *signs_shape(num_hash, hash_code_len, dim, layout, rotations))
     if generator is None:
         return 2 * torch.randint(0, 2, shape, dtype=torch.int8, device=device) - 1
     bits = torch.randint(0, 2, shape, dtype=torch.int8, generator=generator, device=generator.device)
@@ -62,6 +65,8 @@ def yoso_attention(
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
+    rotations: int | None = None,
     variant: str | None = None,
     grad: Grad = "lower_bound",
     backward: Backward = "lsh",
@@ -73,7 +78,8 @@ def yoso_attention(
     Parameters
     ----------
     query, key, value, num_hash, hash_code_len, use_expectation, query_mask, key_mask,
-        normalize_output : those of `yoso_core.yoso_attention`; torch tensors of one device.
+        normalize_output, layout, rotations : those of `yoso_core.yoso_attention`; torch tensors of
+        one device.
     signs, planes : the draw to use. Where neither is given, signs are drawn here: one draw for each
         index of the last leading dim (the heads), shared over the dims before it.
     rng : draw the signs from this NumPy generator or seed, as `yoso_core.yoso_attention` does. Not
@@ -119,93 +125,124 @@ def yoso_attention(
     >>> x.grad.shape
     torch.Size([2, 100, 16])
     """
-    if not torch.compiler.is_compiling():  # compiled, the operator says what is wrong, when it runs
-        num_hash, hash_code_len = checks.hash_numbers(num_hash, hash_code_len)
-        _check_kinds({"query": query, "key": key, "value": value}, signs, planes, query_mask, key_mask)
-        _check_source(rng, generator)
-    query, key, value = _under_autocast(query, key, value)
-    if signs is None and planes is None and not use_expectation:
-        signs = _draw(query, num_hash, hash_code_len, rng=rng, generator=generator)
-    wants_gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    out, _ = ops.yoso_attention(
+    query, key, value, options = _prepared(
         query,
         key,
         value,
-        signs=signs,
-        planes=planes,
-        query_mask=query_mask,
-        key_mask=key_mask,
         num_hash=num_hash,
         hash_code_len=hash_code_len,
-        use_expectation=bool(use_expectation),
-        normalize_output=bool(normalize_output),
+        use_expectation=use_expectation,
+        signs=signs,
+        planes=planes,
+        rng=rng,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        normalize_output=normalize_output,
+        layout=layout,
+        rotations=rotations,
+        variant=variant,
         grad=grad,
         backward=backward,
-        for_backward=wants_gradients,
-        variant=variant,
+        generator=generator,
     )
-    return out
+    if plain.in_onnx_export():
+        return plain.yoso_attention(query, key, value, **options)
+    return cast(Tensor, ops.yoso_attention(query, key, value, **options)[0])
 
 
-def expected_weights(
-    query: Tensor, key: Tensor, hash_code_len: int, *, query_mask: Tensor | None = None, key_mask: Tensor | None = None
-) -> Tensor:
-    """The expected weights themselves, ``E_ij = (1 - theta_ij / pi)**tau``, to look at.
-
-    ``yoso_attention(..., use_expectation=True)`` is ``E @ value`` with every row scaled to unit
-    length. ``theta_ij`` is the angle between query ``i`` and key ``j``. A zero vector is at a right
-    angle to every other vector.
+def yoso_attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`yoso_attention`, and the weights ``C_ij`` that its output was made with, to look at.
 
     Parameters
     ----------
-    query, key, hash_code_len, query_mask, key_mask : those of `yoso_core.yoso_attention`.
+    query, key, value, options : those of `yoso_attention`.
 
     Returns
     -------
-    ``(..., n_q, n_k)`` in the dtype of ``query``, so memory is quadratic. Rows of masked queries
-    and columns of masked keys are zeros. The weights are computed in float32 at least. Their
-    gradient is the true derivative.
+    The output, with the same bits and the same gradients as that of `yoso_attention`, and the
+    weights ``(..., n_q, n_k)`` in the dtype of ``query``: the share of hashes that collide where
+    attention is sampled, else the expected weights. Gradients flow through the weights, so
+    ``weights.retain_grad()`` works. Memory is quadratic.
 
-    Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.1.
-
-    >>> query = torch.tensor([[1.0, 0.0]])
-    >>> key = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])  # at 0, 90 and 180 degrees
-    >>> expected_weights(query, key, hash_code_len=2)
-    tensor([[1.0000, 0.2500, 0.0000]])
+    >>> x = torch.eye(2)
+    >>> out, weights = yoso_attention_with_weights(x, x, x, hash_code_len=2, use_expectation=True)
+    >>> weights
+    tensor([[1.0000, 0.2500],
+            [0.2500, 1.0000]])
     """
-    q, k = (_unit(x, mask) for x, mask in ((query, query_mask), (key, key_mask)))
-    # The arccos of a cosine near 1 would lose the angle; from |q - k| and |q + k| it is exact.
-    difference, total = (torch.cdist(q, other, compute_mode="donot_use_mm_for_euclid_dist") for other in (k, -k))
-    both_zero = difference + total == 0
-    angle = 2 * torch.atan2(difference.masked_fill(both_zero, 1), total.masked_fill(both_zero, 1))
-    weights = (1 - angle / math.pi) ** hash_code_len
-    for mask, dim in ((query_mask, -1), (key_mask, -2)):
-        if mask is not None:
-            weights = weights.masked_fill((mask == 0).unsqueeze(dim), 0)
-    return weights.to(query.dtype)
+    bound = signature(yoso_attention).bind(query, key, value, **options)
+    bound.apply_defaults()
+    query, key, value, chosen = _prepared(**bound.arguments)
+    if plain.in_onnx_export():
+        return plain.yoso_attention(query, key, value, **chosen), plain.attention_weights(query, key, **chosen)
+    with torch.no_grad():
+        out, length = ops.yoso_attention(query, key, value, **chosen)
+        pairs = Pairs(query, key, chosen["query_mask"], chosen["key_mask"], chosen["hash_code_len"], chosen["grad"])
+        if chosen["use_expectation"]:
+            used = pairs.expected()
+        else:
+            draw = [chosen[name] for name in ("signs", "planes", "num_hash", "hash_code_len", "layout", "variant")]
+            used = pairs.sampled(*(ops.codes_of(x, *draw) for x in (query, key)))
+        by_expectation = not chosen["use_expectation"] and chosen["backward"] == "expectation"
+        of_gradient = pairs.expected() if by_expectation else used
+    weights = pairs.in_graph(used, of_gradient).to(query.dtype)
+    rows = (of_gradient + (weights - weights.detach())) @ pairs.kept(value)
+    moved = (rows - rows.detach()).nan_to_num()  # zero; its gradient is that of the rows
+    if chosen["normalize_output"]:
+        moved = ops.l2_normalize_moved(moved, out, length)
+    return out + moved.to(out.dtype), weights
 
 
-def _unit(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of length one. A zero row and a masked row become zeros."""
-    if mask is not None:
-        x = x.masked_fill((mask == 0).unsqueeze(-1), 0)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    x = x.masked_fill(largest == 0, 0)  # a row without a direction has no gradient
-    x = x / largest.clamp_min(torch.finfo(x.dtype).tiny)  # no square overflows or vanishes
-    return torch.nn.functional.normalize(x, dim=-1)
+def _prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_hash: int,
+    hash_code_len: int,
+    use_expectation: bool,
+    signs: Tensor | None,
+    layout: Layout,
+    rotations: int | None,
+    rng: Seed,
+    generator: torch.Generator | None,
+    **others: Any,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """The arguments of the operator: checked, converted as autocast wants it, with signs drawn."""
+    if not torch.compiler.is_compiling():  # compiled, the operator says what is wrong, when it runs
+        num_hash, hash_code_len = checks.hash_numbers(num_hash, hash_code_len)
+        checks.one_of("layout", layout, LAYOUTS)
+        masks = {name: others[name] for name in ("query_mask", "key_mask")}
+        _check_kinds({"query": query, "key": key, "value": value}, signs=signs, planes=others["planes"], **masks)
+        _check_source(rng, generator)
+    query, key, value = _under_autocast(query, key, value)
+    if signs is None and others["planes"] is None and not use_expectation and not plain.in_onnx_export():
+        signs = _draw(query, num_hash, hash_code_len, layout=layout, rotations=rotations, rng=rng, generator=generator)
+    others["normalize_output"] = bool(others["normalize_output"])
+    numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "use_expectation": bool(use_expectation)}
+    return query, key, value, {"signs": signs, "layout": layout, **numbers, **others}
 
 
-def _draw(query: Tensor, num_hash: int, hash_code_len: int, *, rng: Seed, generator: torch.Generator | None) -> Tensor | None:
+def _draw(
+    query: Tensor,
+    num_hash: int,
+    hash_code_len: int,
+    *,
+    layout: Layout,
+    rotations: int | None,
+    rng: Seed,
+    generator: torch.Generator | None,
+) -> Tensor | None:
     """Signs for every head of ``query``. ``None`` where an argument is wrong: the operator says
     which.
     """
     if num_hash < 1 or not 1 <= hash_code_len <= checks.MAX_CODE_LEN or query.dim() < 2 or query.shape[-1] < 1:
         return None
     heads, dim = tuple(query.shape[-3:-2]), query.shape[-1]
+    options: dict[str, Any] = {"batch_shape": heads, "layout": layout, "rotations": rotations}
     if rng is None:
-        return sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, generator=generator, device=query.device)
-    return torch.from_numpy(face.sample_signs(num_hash, hash_code_len, dim, batch_shape=heads, rng=rng)).to(query.device)
+        return sample_signs(num_hash, hash_code_len, dim, **options, generator=generator, device=query.device)
+    return torch.from_numpy(face.sample_signs(num_hash, hash_code_len, dim, **options, rng=rng)).to(query.device)
 
 
 def _check_kinds(
@@ -215,7 +252,7 @@ def _check_kinds(
     device.
     """
     given = [*required.values(), *(x for x in (signs, planes, query_mask, key_mask) if x is not None)]
-    if all(isinstance(x, Tensor) for x in given) and all(x.device == given[0].device for x in given):
+    if all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested and x.device == given[0].device for x in given):
         return
     with torch.no_grad():
         library = one_caller(required, signs=signs, planes=planes, query_mask=query_mask, key_mask=key_mask).library

@@ -3,14 +3,16 @@ loaded already, and in a folder that others load.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.yoso import modeling_yoso
 
 from yoso_core.files import written_folder
 from yoso_core.model import heads, layers
@@ -74,15 +76,23 @@ def adopt(model: nn.Module) -> YosoPreTrainedModel:
     """Turn a YOSO model of transformers, with any head, into this library's, in place.
 
     The model stays the same object with the same parameter tensors. So an optimizer keeps working,
-    and so do hooks and added layers, such as those of peft. Its ``config`` becomes a `YosoConfig`
-    of this library with the same settings. What changes is the computation: padding has an effect,
-    and sampling runs everywhere. A model of this library is returned as it is.
+    and so do hooks and added layers. Modules that were wrapped are converted inside their wrappers,
+    every copy of them, as peft makes for ``modules_to_save`` and for the classifier of a
+    ``task_type``. Its ``config`` becomes a `YosoConfig` of this library with the same settings.
+    What changes is the computation: padding has an effect, and sampling runs everywhere. A model of
+    this library is returned as it is.
+
+    Parameters
+    ----------
+    model : the model, or a module that holds it and no other, such as a model of peft, which is
+        returned. Give this one where there is one, since it has the ``config`` as well.
 
     Raises
     ------
     TypeError : any other model.
-    ValueError : the ``forward`` of a module was replaced, as accelerate's offloading does. Adopt
-        the model before that.
+    ValueError : the ``forward`` of a module was replaced, as accelerate's offloading does; adopt
+        the model before that. Or something else stands in the place of a module. Nothing was
+        changed then.
 
     >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     >>> model = transformers.YosoModel(transformers.YosoConfig(**sizes)).eval()
@@ -91,23 +101,57 @@ def adopt(model: nn.Module) -> YosoPreTrainedModel:
     >>> isinstance(model, heads.YosoModel)
     True
     """
-    if isinstance(model, YosoPreTrainedModel):
-        return model
+    whole = _outermost(model, lambda module: isinstance(module, PreTrainedModel))
+    if len(whole) == 1 and isinstance(whole[0], YosoPreTrainedModel):
+        return cast(YosoPreTrainedModel, model)
     stock = {getattr(transformers, ours.__name__, None): ours for ours in _AUTO.values()}
-    kind = stock.get(type(model))
+    kind = stock.get(type(whole[0])) if len(whole) == 1 else None
     if kind is None:
         raise TypeError(f"model: need a YOSO model of transformers, got {type(model).__module__}.{type(model).__qualname__}")
-    config = YosoConfig.from_dict(cast(transformers.YosoConfig, model.config).to_dict())
+    (yoso,) = whole
+    old: Any = yoso.config
+    config = YosoConfig.from_dict(old.to_dict())
     with torch.device("meta"):
         pattern = kind(config)
-    own = (heads.__name__, layers.__name__)
-    pairs = [(model.get_submodule(name), part) for name, part in pattern.named_modules() if type(part).__module__ in own]
+    pairs = list(_pairs(yoso, pattern, ""))
     for theirs, _ in pairs:
         if "forward" in vars(theirs):
             raise ValueError(f"model: forward of {type(theirs).__name__} was replaced (by accelerate?); adopt the model before that")
     for theirs, ours in pairs:
         _become(theirs, ours)
+    for module in model.modules():  # wrappers keep the config too
+        if vars(module).get("config") is old:
+            cast(Any, module).config = config
     return cast(YosoPreTrainedModel, model)
+
+
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """``module`` if it is wanted, else the wanted modules in it that are in no other wanted one."""
+    if wanted(module):
+        return [module]
+    return [found for child in module.children() for found in _outermost(child, wanted)]
+
+
+def _pairs(theirs: nn.Module, ours: nn.Module, name: str) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Every module of transformers' YOSO with the one of ours that stands at the same name: inside
+    a wrapper, where there is one, and then each copy in it.
+    """
+    own = type(ours).__module__ in (heads.__name__, layers.__name__)
+    if not own and not any(True for _ in ours.children()):  # a layer of torch: it stays, and so does what stands in its place
+        return
+    kind = getattr(modeling_yoso, type(ours).__name__) if own else type(ours)
+    found = _outermost(theirs, lambda module: type(module) is kind)
+    if not found:
+        raise ValueError(
+            f"model: need a {kind.__name__} at {name}, got {type(theirs).__module__}.{type(theirs).__name__} without one; adopt the model "
+            "before modules are replaced"
+        )
+    for module in found:
+        if own:
+            yield module, ours
+        for child_name, child in ours.named_children():
+            if child_name in module._modules:
+                yield from _pairs(module.get_submodule(child_name), child, f"{name}.{child_name}" if name else child_name)
 
 
 def _become(theirs: nn.Module, ours: nn.Module) -> None:
@@ -115,7 +159,8 @@ def _become(theirs: nn.Module, ours: nn.Module) -> None:
     its state stay.
     """
     for name in _STALE.get(type(ours), ()):
-        delattr(theirs, name)
+        if hasattr(theirs, name):
+            delattr(theirs, name)
     theirs.__class__ = type(ours)
     for name, value in vars(ours).items():
         if name == "config" or name not in vars(theirs):

@@ -1,4 +1,4 @@
-"""The model's settings: every field of transformers' YosoConfig, and three more."""
+"""The model's settings: every field of transformers' YosoConfig, and five more."""
 
 from typing import Any, Literal
 
@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from yoso_core import checks
+from yoso_core.reference.hashing import Layout
 
 
 class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -13,8 +14,9 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
     these.
 
     A model reads how to attend whenever it runs: ``use_expectation``, ``num_hash``,
-    ``hash_code_len``, ``use_fast_hash``, ``lsh_backward``, ``grad``, ``kernel_variant`` and
-    ``hash_seed``. So ``model.config.use_expectation = False`` takes effect at once.
+    ``hash_code_len``, ``use_fast_hash``, ``lsh_backward``, ``grad``, ``kernel_variant``,
+    ``hash_layout``, ``rotations`` and ``hash_seed``. So ``model.config.use_expectation = False``
+    takes effect at once.
 
     Parameters
     ----------
@@ -38,12 +40,18 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
         `yoso_core.model.yoso_attention`.
     kernel_variant : the name of a variant of ``yoso_attention``, as
         ``yoso_core.variants("yoso_attention")`` lists them. ``None``: the best that can run.
+    hash_layout : where the bits of the fast hash come from, ``"paper"`` or ``"chained"``; see
+        `yoso_core.fast_hash`. A model that was trained by sampling has learned with the bias of its
+        layout.
+    rotations : of a chain; see `yoso_core.sample_signs`.
     hash_seed : in evaluation the hashes of every layer and head follow from this number alone, so
         that a result repeats.
 
     Raises
     ------
-    ValueError, TypeError : a setting is wrong; the message names it.
+    ValueError, TypeError : a setting is wrong by itself; the message names it. What two settings
+        say together is checked where a model is made of them: that ``hidden_size`` divides into the
+        heads, and that ``pad_token_id`` is a word.
 
     >>> config = YosoConfig(hidden_size=32, num_attention_heads=4, num_hash=16, hash_code_len=6)
     >>> config.num_hash, config.use_expectation
@@ -78,6 +86,8 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
     grad: Literal["lower_bound", "exact"] = "lower_bound"
     kernel_variant: str | None = None
     hash_seed: int = 0
+    hash_layout: Layout = "paper"
+    rotations: int | None = None
 
     def __post_init__(self, **others: Any) -> None:
         super().__post_init__(**others)
@@ -86,10 +96,7 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
         self.num_hash, self.hash_code_len = checks.hash_numbers(self.num_hash, self.hash_code_len)
         self.hash_seed = checks.integer("hash_seed", self.hash_seed, 0, (1 << 63) - 1)
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads of equal size"
-            )
+        self.rotations = checks.rotations("hash_layout", self.hash_layout, self.rotations, 1)
         if self.conv_window is not None:
             self.conv_window = checks.integer("conv_window", self.conv_window, 1)
             if self.conv_window % 2 == 0:
@@ -105,7 +112,7 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"{name}: need a number of at least 0, got {getattr(self, name)}")
         checks.one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
         if self.pad_token_id is not None:
-            self.pad_token_id = checks.integer("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+            self.pad_token_id = checks.integer("pad_token_id", self.pad_token_id, 0)
         if self.kernel_variant is not None:
             _check_variant(self.kernel_variant)
 

@@ -6,6 +6,8 @@ every version of NumPy, and other random draws do not change it.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -14,17 +16,32 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from yoso_core.reference.hashing import hash_layout
+from yoso_core import checks
+from yoso_core.model.plain import in_onnx_export
+from yoso_core.model.values import shapes_alone
+from yoso_core.reference.hashing import Layout, least_rotations, signs_shape
 
 Kind = Literal["signs", "planes"]
+Numbers = tuple[int, int, int, int, int, int]
+"""hash_seed, layer, num_heads, num_hash, hash_code_len, dim."""
 
 
 def _words(hash_seed: int, layer: int, head: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     return np.random.PCG64(np.random.SeedSequence([hash_seed, layer, head])).random_raw(count)
 
 
-def evaluation_signs(hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int) -> Tensor:
-    """The diagonals of the fast hash: int8 ``(num_heads, 3, parts, D)`` of +1 and -1.
+def evaluation_signs(
+    hash_seed: int,
+    layer: int,
+    num_heads: int,
+    num_hash: int,
+    hash_code_len: int,
+    dim: int,
+    layout: Layout = "paper",
+    rotations: int | None = None,
+) -> Tensor:
+    """The diagonals of the fast hash: int8 of +1 and -1, ``(num_heads, 3, parts, D)``, or
+    ``(num_heads, rotations + 3, D)`` for a chain.
 
     Entry ``i`` of the flattened signs of a head is +1 where bit ``i % 64`` of the head's word
     ``i // 64`` is one.
@@ -33,8 +50,8 @@ def evaluation_signs(hash_seed: int, layer: int, num_heads: int, num_hash: int, 
     >>> evaluation_signs(hash_seed=0, layer=0, **numbers).shape
     torch.Size([2, 3, 2, 16])
     """
-    layout = hash_layout(num_hash, hash_code_len, dim)
-    shape = 3, layout.parts, layout.padded_dim
+    rotations = checks.rotations("layout", layout, rotations, least_rotations(num_hash, hash_code_len, dim))
+    shape = signs_shape(num_hash, hash_code_len, dim, layout, rotations)
     size = math.prod(shape)
     bits = np.empty((num_heads, size), np.int8)
     for head in range(num_heads):
@@ -65,10 +82,19 @@ def evaluation_planes(hash_seed: int, layer: int, num_heads: int, num_hash: int,
 
 
 def evaluation_draw(
-    kind: Kind, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
+    kind: Kind,
+    hash_seed: int,
+    layer: int,
+    num_heads: int,
+    num_hash: int,
+    hash_code_len: int,
+    dim: int,
+    device: torch.device,
+    layout: Layout = "paper",
+    rotations: int | None = None,
 ) -> Tensor:
     """`evaluation_signs` or `evaluation_planes` on ``device``, kept there for the next call: do not
-    write to it.
+    write to it. Planes have no ``layout``.
 
     >>> numbers = {"num_heads": 2, "num_hash": 4, "hash_code_len": 8, "dim": 16}
     >>> cpu = torch.device("cpu")
@@ -77,30 +103,61 @@ def evaluation_draw(
     True
     """
     numbers = (hash_seed, layer, num_heads, num_hash, hash_code_len, dim)
-    if torch.compiler.is_compiling():
-        return _copied(kind, *numbers, device)
-    return _kept(kind, numbers, device)
+    if in_onnx_export():  # a constant of the graph, made anew: kept tensors would belong to the export
+        return _drawn(kind, numbers, layout, rotations).to(device)
+    if torch.compiler.is_compiling() or shapes_alone():
+        return _copied(kind, *numbers, device, layout, rotations)
+    return _kept(kind, numbers, device, layout, rotations)
 
 
 @lru_cache(maxsize=128)
-def _kept(kind: Kind, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    draw = evaluation_signs if kind == "signs" else evaluation_planes
-    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
-        return draw(*numbers).to(device)
+def _kept(kind: Kind, numbers: Numbers, device: torch.device, layout: Layout, rotations: int | None) -> Tensor:
+    # A tensor of inference mode could not be used in training later. To torch.jit.trace the draw is
+    # a constant in the first call as in any other.
+    with torch.inference_mode(False), _tracing_paused():
+        return _drawn(kind, numbers, layout, rotations).to(device)
+
+
+def _drawn(kind: Kind, numbers: Numbers, layout: Layout, rotations: int | None) -> Tensor:
+    return evaluation_signs(*numbers, layout=layout, rotations=rotations) if kind == "signs" else evaluation_planes(*numbers)
+
+
+@contextmanager
+def _tracing_paused() -> Iterator[None]:
+    if not torch._C._is_tracing():
+        yield
+        return
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 @custom_op("yoso_core::evaluation_draw", mutates_args=())
 def _copied(
-    kind: str, hash_seed: int, layer: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device
+    kind: str,
+    hash_seed: int,
+    layer: int,
+    num_heads: int,
+    num_hash: int,
+    hash_code_len: int,
+    dim: int,
+    device: torch.device,
+    layout: str = "paper",
+    rotations: int | None = None,
 ) -> Tensor:
     """A copy, for compiled code: the compiler may reuse the memory of an operator's result."""
-    return _kept(cast(Kind, kind), (hash_seed, layer, num_heads, num_hash, hash_code_len, dim), device).clone()
+    numbers = (hash_seed, layer, num_heads, num_hash, hash_code_len, dim)
+    return _kept(cast(Kind, kind), numbers, device, cast(Layout, layout), rotations).clone()
 
 
 @_copied.register_fake
-def _(kind: str, *numbers_and_device: Any) -> Tensor:
-    _, _, num_heads, num_hash, hash_code_len, dim, device = numbers_and_device
+def _(
+    kind: str, _: int, __: int, num_heads: int, num_hash: int, hash_code_len: int, dim: int, device: torch.device, *of_signs: Any
+) -> Tensor:
     if kind == "planes":
         return torch.empty(num_heads, dim, num_hash * hash_code_len, device=device)
-    layout = hash_layout(num_hash, hash_code_len, dim)
-    return torch.empty(num_heads, 3, layout.parts, layout.padded_dim, dtype=torch.int8, device=device)
+    shape = signs_shape(num_hash, hash_code_len, dim, *(of_signs or ("paper",)))
+    return torch.empty(num_heads, *shape, dtype=torch.int8, device=device)

@@ -11,8 +11,9 @@ What runs, and how it differs from softmax attention:
 - Every global layer that attends in both directions computes `yoso_attention`: unit queries and
   keys, hashed or compared by angle, and an output row of length one. So ``scaling`` has no effect.
   A model that was trained with softmax must be trained further before it is of use.
-- Padding is masked as keys: a row of a padded batch gets what it would get alone. The rows of
-  padding themselves have no meaning.
+- Padding is masked as keys: a row of a padded batch gets what it would get alone, up to rounding.
+  Sampled in float32, a rounding can turn over a bit of a code, and the layers above spread it. The
+  rows of padding themselves have no meaning.
 - There are no probabilities to drop. The model's attention dropout has no effect in these layers,
   as in YOSO itself.
 - In evaluation the hashes are a pure function of (seed, layer, head, shape). In training they are
@@ -20,8 +21,20 @@ What runs, and how it differs from softmax attention:
 - Local layers (ModernBERT's with ``sliding_window``) keep their softmax, their window and their
   dropout. They are computed as with ``attn_implementation="sdpa"``, at its cost, with a mask of
   ``n`` by ``n``. A part that never calls the interface (a pooling layer, say) keeps its attention.
-- ``output_attentions=True`` returns the expected weights, before rows are scaled to length one.
+- ``output_attentions=True`` returns the weights, before rows are scaled to length one: the expected
+  ones, or where it is sampled the share of hashes that collide.
   Local layers return their own weights.
+
+The folder of a saved model says that it attends with YOSO, and with which options. Loaded in a
+process that has called `enable_yoso_attention`, it does so again. In another process transformers
+refuses the name; ``attn_implementation="sdpa"`` loads the weights there. Adapters of peft are saved
+without the model under them, so call `enable_yoso_attention` for that model again.
+
+The encoder of an encoder-decoder whose decoder is causal (BART, Whisper) can attend with YOSO by
+itself. It then has a config of its own, which is not saved with the whole::
+
+    model = AutoModelForSpeechSeq2Seq.from_pretrained("openai/whisper-tiny")
+    enable_yoso_attention(YosoAttentionOptions(num_hash=64), model=model.get_encoder())
 
 What cannot be computed raises: causal attention, masks that differ from query to query, additive
 masks and position biases, softcaps, sinks, packed sequences, paged caches. A model whose attention
@@ -29,22 +42,27 @@ never calls the interface raises when it is made; transformers alone would accep
 attend as before.
 """
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from yoso_core import checks
-from yoso_core.model.attention import Backward, expected_weights, yoso_attention
+from yoso_core.model.attention import Backward, yoso_attention, yoso_attention_with_weights
 from yoso_core.model.draws import evaluation_draw
+from yoso_core.model.values import values_can_be_read
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.hashing import Layout
 from yoso_core.registry import variants
 
 NAME = "yoso"
@@ -63,6 +81,7 @@ class YosoAttentionOptions:
         ``False``: attend by sampling, at linear cost. This is the default, as in `yoso_attention`,
         since linear cost is the reason to change the attention of a model.
     seed : in evaluation the hashes of every layer and head follow from this number alone.
+    hash_layout, rotations : ``layout`` and ``rotations`` of `yoso_core.model.yoso_attention`.
     grad, backward, variant : those of `yoso_core.model.yoso_attention`.
 
     >>> YosoAttentionOptions(num_hash=64, hash_code_len=9).use_expectation
@@ -73,6 +92,8 @@ class YosoAttentionOptions:
     hash_code_len: int = 8
     use_expectation: bool = False
     seed: int = 0
+    hash_layout: Layout = "paper"
+    rotations: int | None = None
     grad: Grad = "lower_bound"
     backward: Backward = "lsh"
     variant: str | None = None
@@ -82,6 +103,7 @@ class YosoAttentionOptions:
         numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "seed": checks.integer("seed", self.seed, 0)}
         for name, number in numbers.items():  # plain ints, whatever kind was given: they are saved in a config.json
             object.__setattr__(self, name, number)
+        object.__setattr__(self, "rotations", checks.rotations("hash_layout", self.hash_layout, self.rotations, 1))
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
         checks.one_of("backward", self.backward, ("lsh", "expectation"))
         if not isinstance(self.use_expectation, bool):
@@ -102,19 +124,20 @@ def enable_yoso_attention(options: YosoAttentionOptions | None = None, *, model:
         `YosoAttentionOptions()`. With ``model``, the options of that model; ``None``: those in its
         config, or `YosoAttentionOptions()`.
     model : this model attends with YOSO from now on, whatever it did before. Its options go to
-        ``config.yoso_attention``, a dict, where they may be changed. They are saved with the model,
-        and a model loaded with ``attn_implementation="yoso"`` has them again. Models that share a
-        config share its options.
+        ``config.yoso_attention``, a dict, where they may be changed. They are saved with the model.
+        Models that share a config share its options. The encoder of an encoder-decoder gets a
+        config of its own, so that the decoder stays as it is.
 
     Raises
     ------
     ValueError : no attention of ``model`` calls transformers' attention interface (DeBERTa,
-        transformers' own YOSO).
+        transformers' own YOSO), or it is an encoder-decoder with a causal decoder.
 
     From the first call on, such a model also raises when it is built or loaded with
     ``attn_implementation="yoso"``, and in ``model.set_attn_implementation("yoso")``. To this end
     the call extends `PreTrainedModel.post_init` and `PreTrainedModel.set_attn_implementation`. They
-    then also number the attention layers of models that do not number them (DistilBERT, ViT).
+    then also number the attention layers of models that do not number them (DistilBERT, ViT). It
+    extends `PreTrainedModel.save_pretrained` too, which then writes the name and the options.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -134,11 +157,32 @@ def enable_yoso_attention(options: YosoAttentionOptions | None = None, *, model:
     if model is None:
         _default = options or YosoAttentionOptions()
         return
+    layers = _attention_layers(model)
+    _refuse_causal_decoder(model, layers)
+    if model.config.is_encoder_decoder and model.config._attn_implementation != NAME:
+        _separate_config(model)
     model.set_attn_implementation(NAME)
-    for layer in _attention_layers(model):
+    for layer in layers:
         config: Any = layer.config
         if options is not None or getattr(config, "yoso_attention", None) is None:
             config.yoso_attention = dataclasses.asdict(options or YosoAttentionOptions())
+
+
+def _refuse_causal_decoder(model: PreTrainedModel, layers: list[Any]) -> None:
+    if model.config.is_encoder_decoder and any(getattr(layer, "is_causal", False) for layer in layers):
+        raise ValueError(
+            f'attn_implementation="yoso": {type(model).__name__} has a decoder that is causal, which hashing cannot follow; give YOSO to '
+            "the encoder alone: enable_yoso_attention(model=model.get_encoder())"
+        )
+
+
+def _separate_config(model: PreTrainedModel) -> None:
+    """Give a part of a model a config of its own."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
 
 
 # What transformers calls
@@ -203,11 +247,6 @@ def _attention(
             output_attentions=bool(output_attentions),
         )
     options = _options(module)
-    if output_attentions and not options.use_expectation:
-        raise ValueError(
-            "output_attentions: sampled attention has no weights to return; set use_expectation=True in YosoAttentionOptions for the "
-            "expected weights"
-        )
     key_mask = None if attention_mask is None else _key_mask(attention_mask, key.shape[2])
     signs = None
     if not options.use_expectation and not module.training:
@@ -220,8 +259,11 @@ def _attention(
             hash_code_len=options.hash_code_len,
             dim=query.shape[3],
             device=query.device,
+            layout=options.hash_layout,
+            rotations=options.rotations,
         )
-    context = yoso_attention(
+    attend = yoso_attention_with_weights if output_attentions else yoso_attention
+    found = attend(
         query,
         key,
         value,
@@ -230,11 +272,13 @@ def _attention(
         use_expectation=options.use_expectation,
         signs=signs,
         key_mask=key_mask,
+        layout=options.hash_layout,
+        rotations=options.rotations,
         variant=options.variant,
         grad=options.grad,
         backward=options.backward,
     )
-    weights = expected_weights(query, key, options.hash_code_len, key_mask=key_mask) if output_attentions else None
+    context, weights = found if isinstance(found, tuple) else (found, None)
     return context.transpose(1, 2).contiguous(), weights
 
 
@@ -269,6 +313,8 @@ def _key_mask(mask: Tensor, n_k: int) -> Tensor:
         raise TypeError(
             f"attention_mask: need a bool mask, True for keep, got an additive one of {mask.dtype}; YOSO has no scores to add a bias to"
         )
+    if mask.dtype != torch.bool and values_can_be_read(mask) and not mask.is_cuda and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask: need 1 for a token and 0 for padding, got other numbers; an additive mask means the opposite")
     if mask.dim() != 4 or mask.shape[3] != n_k:
         raise ValueError(f"attention_mask: need shape (batch, {n_k}) given to the model, got {tuple(mask.shape)}")
     if mask.shape[2] != 1:
@@ -332,11 +378,12 @@ def _layer_number(module: nn.Module) -> int:
 
 def _extend_models() -> None:
     """Extend transformers once, so that it checks every model that is built with the name or set to
-    it, and numbers its layers.
+    it, numbers its layers, and saves the name.
     """
     if getattr(PreTrainedModel.post_init, "checks_yoso_attention", False):
         return
     post_init, set_attn_implementation = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
+    save_pretrained = PreTrainedModel.save_pretrained
 
     @wraps(post_init)
     def checked_post_init(self: PreTrainedModel) -> None:
@@ -345,24 +392,81 @@ def _extend_models() -> None:
 
     @wraps(set_attn_implementation)
     def checked_set(self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        before = [(part.config, part.config._attn_implementation) for part in _parts(self)]
         set_attn_implementation(self, attn_implementation, *args, **kwargs)
-        if attn_implementation == NAME and self.config._attn_implementation != NAME:
-            raise _never_calls(self)
-        _prepare(self)
+        try:
+            if attn_implementation == NAME and self.config._attn_implementation != NAME:
+                raise _never_calls(self)
+            _prepare(self)
+        except ValueError:
+            for config, name in before:
+                config._attn_implementation_internal = name
+            raise
+
+    @wraps(save_pretrained)
+    def telling_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        with _named_in_the_config(self):
+            save_pretrained(self, *args, **kwargs)
 
     checked_post_init.checks_yoso_attention = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation = checked_post_init, checked_set
+    PreTrainedModel.save_pretrained = telling_save
+
+
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _with_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    parts = (getattr(config, name) for name in config.sub_configs)
+    return [config, *(inner for part in parts if part is not None for inner in _with_parts(part))]
+
+
+def _implementation(config: PreTrainedConfig) -> str | dict[str, Any] | None:
+    """What to give as ``attn_implementation`` for the same parts to attend with YOSO again."""
+    own = NAME if config._attn_implementation == NAME else None
+    parts = {name: _implementation(getattr(config, name)) for name in config.sub_configs if getattr(config, name) is not None}
+    if all(part == own for part in parts.values()):
+        return own
+    return ({"": own} if own else {}) | {name: part for name, part in parts.items() if part}
+
+
+@contextmanager
+def _named_in_the_config(model: PreTrainedModel) -> Iterator[None]:
+    """While the model is saved, its config says which parts attend with YOSO, and how. transformers
+    writes neither by itself, but reads ``attn_implementation`` from a ``config.json``.
+    """
+    saved = [config for config in _with_parts(model.config) if config._attn_implementation == NAME]
+    if any(part.config._attn_implementation == NAME and all(part.config is not config for config in saved) for part in _parts(model)):
+        warnings.warn(
+            f"{type(model).__name__}: a part of it attends with YOSO by a config of its own, which is not saved; after loading, call "
+            "enable_yoso_attention for that part again",
+            stacklevel=4,
+        )
+    lent = [config for config in saved if getattr(config, "yoso_attention", None) is None]
+    if saved:
+        model.config.attn_implementation = _implementation(model.config)
+    for config in lent:
+        config.yoso_attention = dataclasses.asdict(_default)
+    try:
+        yield
+    finally:
+        if saved:
+            del model.config.attn_implementation
+        for config in lent:
+            del config.yoso_attention
 
 
 def _prepare(model: PreTrainedModel) -> None:
     """Check that every part of the model that is set to YOSO calls the interface, and number the
     layers in the order in which the class defines them.
     """
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
+    for part in _parts(model):
+        if part.config._attn_implementation == NAME:
             layers = _attention_layers(part)
             if not layers:
                 raise _never_calls(part)
+            _refuse_causal_decoder(part, layers)
             for number, layer in enumerate(layers):
                 layer._yoso_layer = number  # a part comes after the whole, so a layer keeps its number in the innermost part
 

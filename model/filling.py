@@ -105,7 +105,9 @@ def fill_mask(model: YosoForMaskedLM, tokenizer: PreTrainedTokenizerBase, text: 
     longest = model.config.max_position_embeddings
     if len(ids) > longest:
         raise ValueError(f"text: need at most {longest} tokens, one for each position of the model, got {len(ids)}")
-    logits = model(torch.tensor([ids], device=model.device)).logits[0, positions]
+    # Weights that were offloaded are nowhere until they are used; the ids are brought to them.
+    device = next((weight.device for weight in model.parameters() if not weight.is_meta), "cpu")
+    logits = model(torch.tensor([ids], device=device)).logits[0, positions]
     scores, tokens = logits.float().softmax(dim=-1).topk(min(top, logits.shape[-1]))
     # The mask token may have taken the space before it.
     spaces = [" " * piece[-1:].isspace() for piece in pieces[:-1]]

@@ -10,19 +10,30 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from yoso_core.model.attention import expected_weights, yoso_attention
+from yoso_core import checks
+from yoso_core.model.attention import yoso_attention, yoso_attention_with_weights
 from yoso_core.model.configuration import YosoConfig
 from yoso_core.model.draws import evaluation_draw
+from yoso_core.model.values import values_can_be_read
 
 FIRST_POSITION = 2
 """The first token's row in the position table, as in RoBERTa."""
 
 
-def check_ids(name: str, ids: Tensor, size: int, why: str) -> None:
-    """Check that ids index a table of ``size`` rows. On a GPU, and in compiled code, the lookup
-    itself is the check: a look at the ids would wait for the GPU.
+def rows_of(table: nn.Module) -> int | None:
+    """The rows of a table of embeddings, by its weight, which adapters that stand in its place pass
+    on. ``None`` where no weight is to be seen until the table is called: sharded, or in a wrapper
+    that passes on nothing.
     """
-    if torch.compiler.is_compiling() or ids.is_cuda or not ids.numel():
+    shape: tuple[int, ...] = getattr(getattr(table, "weight", None), "shape", ())
+    return shape[0] if len(shape) == 2 else None
+
+
+def check_ids(name: str, ids: Tensor, size: int | None, why: str) -> None:
+    """Check that ids index a table of ``size`` rows. On a GPU, and where there are no values to
+    look at, the lookup itself is the check: a look at the ids would wait for the GPU.
+    """
+    if size is None or ids.is_cuda or not values_can_be_read(ids) or not ids.numel():
         return
     low, high = (int(x) for x in torch.aminmax(ids))
     if low < 0 or high >= size:
@@ -34,6 +45,8 @@ class YosoEmbeddings(nn.Module):
 
     def __init__(self, config: YosoConfig) -> None:
         super().__init__()
+        if config.pad_token_id is not None:
+            checks.integer("pad_token_id", config.pad_token_id, 0, config.vocab_size - 1)
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings + FIRST_POSITION, config.hidden_size)
@@ -47,28 +60,41 @@ class YosoEmbeddings(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
+        """``(batch, n, hidden)``. ``attention_mask`` is bool ``(batch, n)``: the words of padding
+        count as zeros, whatever stands there. NaN in padding would be NaN in the gradients of
+        weights, since NaN times zero is NaN.
+
+        Every table is asked through its own call, once for each text, so that hooks on it run and
+        the gradients of single texts can be told apart.
+        """
         if inputs_embeds is None:
             assert input_ids is not None  # YosoModel checks that one of the two is given
-            check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings, "vocabulary")
-            inputs_embeds = self.word_embeddings(input_ids)
-        rows, tokens = self.position_embeddings.num_embeddings, inputs_embeds.shape[1]
+            check_ids("input_ids", input_ids, rows_of(self.word_embeddings), "vocabulary")
+            words = self.word_embeddings(input_ids)
+        else:
+            words = inputs_embeds
+        if attention_mask is not None:
+            words = words.masked_fill(~attention_mask[..., None], 0)
+        batch, tokens = words.shape[:2]
+        rows = rows_of(self.position_embeddings)
         if position_ids is None:
-            if tokens > rows - FIRST_POSITION:
+            if rows is not None and tokens > rows - FIRST_POSITION:
                 given = "inputs_embeds" if input_ids is None else "input_ids"
                 raise ValueError(
                     f"{given}: {tokens} tokens are more than max_position_embeddings = {rows - FIRST_POSITION}; cut the text, or "
                     "lengthen the position table with extend_positions and train on long texts"
                 )
-            position_ids = torch.arange(FIRST_POSITION, FIRST_POSITION + tokens, device=inputs_embeds.device)[None]
+            position_ids = torch.arange(FIRST_POSITION, FIRST_POSITION + tokens, device=words.device)[None]
         else:
             check_ids("position_ids", position_ids, rows, f"rows of the position table (the first token stands at {FIRST_POSITION})")
         if token_type_ids is None:
-            token_types = self.token_type_embeddings.weight[0]
+            token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=words.device)
         else:
-            check_ids("token_type_ids", token_type_ids, self.token_type_embeddings.num_embeddings, "token types (type_vocab_size)")
-            token_types = self.token_type_embeddings(token_type_ids)
-        embeddings = inputs_embeds + token_types + self.position_embeddings(position_ids)
+            check_ids("token_type_ids", token_type_ids, rows_of(self.token_type_embeddings), "token types (type_vocab_size)")
+        types = self.token_type_embeddings(token_type_ids.expand(batch, -1))
+        embeddings = words + types + self.position_embeddings(position_ids.expand(batch, -1))
         return cast(Tensor, self.dropout(self.LayerNorm(embeddings)))
 
 
@@ -79,6 +105,11 @@ class YosoSelfAttention(nn.Module):
 
     def __init__(self, config: YosoConfig, layer: int = 0) -> None:
         super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: hidden_size = {config.hidden_size} does not divide into {config.num_attention_heads} heads of equal "
+                "size"
+            )
         self.config = config
         self.layer = layer
         self.num_attention_heads = config.num_attention_heads
@@ -101,8 +132,8 @@ class YosoSelfAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The context ``(batch, n, hidden)`` of ``hidden_states (batch, n, hidden)``, and the
-        expected weights ``(batch, heads, n, n)`` with ``output_attentions``. ``attention_mask`` is
-        bool ``(batch, n)``.
+        weights ``(batch, heads, n, n)`` that it was made with, for ``output_attentions``.
+        ``attention_mask`` is bool ``(batch, n)``.
         """
         config = self.config
         query, key, value = (
@@ -111,7 +142,8 @@ class YosoSelfAttention(nn.Module):
         )
         mask = None if attention_mask is None else attention_mask[:, None, :]  # the heads share it
         signs, planes = (None, None) if config.use_expectation else self._draw(query.device)
-        context = yoso_attention(
+        attend = yoso_attention_with_weights if output_attentions else yoso_attention
+        found = attend(
             query,
             key,
             value,
@@ -124,11 +156,13 @@ class YosoSelfAttention(nn.Module):
             key_mask=mask,
             variant=config.kernel_variant,
             grad=config.grad,
+            layout=config.hash_layout,
+            rotations=config.rotations,
             backward="lsh" if config.lsh_backward else "expectation",
         )
+        context, weights = found if isinstance(found, tuple) else (found, None)
         if config.conv_window is not None:
             context = context + self.conv(value if mask is None else value.masked_fill(~mask[..., None], 0))
-        weights = expected_weights(query, key, config.hash_code_len, query_mask=mask, key_mask=mask) if output_attentions else None
         return context.transpose(1, 2).flatten(2), weights
 
     def _draw(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -148,6 +182,8 @@ class YosoSelfAttention(nn.Module):
             hash_code_len=config.hash_code_len,
             dim=dim,
             device=device,
+            layout=config.hash_layout,
+            rotations=config.rotations,
         )
         return (draw, None) if config.use_fast_hash else (None, draw)
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from yoso_core import checks
 from yoso_core import ops as face
+from yoso_core.model.operators import Operator, keep, trailing_dims
+from yoso_core.model.weights import Pairs
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.hashing import Layout
 from yoso_core.reference.normalize import TINY_NORM
 from yoso_core.registry import variants
 
@@ -33,26 +35,55 @@ codes, unit vectors and results.
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _no_second_derivative(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor) -> None:
+def _no_second_derivative(op: Operator) -> None:
+    """Refuse to differentiate gradients."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(
-            f"yoso_core::{name}: there is no second derivative; take first gradients alone (create_graph=False), or differentiate the "
-            "formula of yoso_core.reference in torch's own operations"
+            f"yoso_core::{op.__name__.removesuffix('_backward')}: there is no second derivative; take first gradients alone "
+            "(create_graph=False), or differentiate the formula of yoso_core.reference in torch's own operations"
         )
 
-    return backward
+    op.differentiate(save=lambda ctx, inputs, output: None, backward=refuse, jvp=refuse)
+
+
+# The transform: linear, and its own transpose
+
+
+@Operator
+def hadamard_transform(x: Tensor, variant: str | None = None) -> Tensor:
+    """See `yoso_core.hadamard_transform`. Its gradient is the transform of the gradient."""
+    return face.hadamard_transform(x, variant=variant)
+
+
+@hadamard_transform.register_fake
+def _(x: Tensor, variant: str | None = None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_variant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.variant = inputs[-1]
+
+
+def _transform_of(ctx: Any, moved: Tensor, _: None = None) -> Any:
+    return hadamard_transform(moved, ctx.variant)
+
+
+hadamard_transform.differentiate(save=_save_variant, backward=lambda ctx, grad_out: (_transform_of(ctx, grad_out), None), jvp=_transform_of)
 
 
 # Hashes: whole numbers, without gradients
 
 
-@custom_op("yoso_core::fast_hash", mutates_args=())
-def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, variant: str | None = None) -> Tensor:
+@Operator
+def fast_hash(
+    vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: str = "paper", variant: str | None = None
+) -> Tensor:
     """See `yoso_core.fast_hash`."""
-    return face.fast_hash(vectors, signs, num_hash, hash_code_len, variant=variant)
+    return face.fast_hash(vectors, signs, num_hash, hash_code_len, layout=cast(Layout, layout), variant=variant)
 
 
-@custom_op("yoso_core::hyperplane_hash", mutates_args=())
+@Operator
 def hyperplane_hash(vectors: Tensor, planes: Tensor, num_hash: int, hash_code_len: int, variant: str | None = None) -> Tensor:
     """See `yoso_core.hyperplane_hash`."""
     return face.hyperplane_hash(vectors, planes, num_hash, hash_code_len, variant=variant)
@@ -60,15 +91,23 @@ def hyperplane_hash(vectors: Tensor, planes: Tensor, num_hash: int, hash_code_le
 
 @fast_hash.register_fake
 @hyperplane_hash.register_fake
-def _(vectors: Tensor, draw: Tensor, num_hash: int, hash_code_len: int, variant: str | None = None) -> Tensor:
+def _(vectors: Tensor, draw: Tensor, num_hash: int, *rest: Any) -> Tensor:
     return vectors.new_empty(*vectors.shape[:-1], num_hash, dtype=torch.int32)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+for _hash, _arguments in ((fast_hash, 6), (hyperplane_hash, 5)):
+    _hash.differentiate(save=_save_nothing, backward=lambda ctx, _, count=_arguments: (None,) * count, jvp=lambda ctx, *tangents: None)
 
 
 # Cumulations: linear in the values, so each is its own gradient with queries and keys exchanged,
 # any number of times
 
 
-@custom_op("yoso_core::lsh_cumulation", mutates_args=())
+@Operator
 def lsh_cumulation(
     query_hash_code: Tensor,
     key_hash_code: Tensor,
@@ -105,7 +144,7 @@ def _save_cumulation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     keys exchanged back.
     """
     *tensors, capacity, query_mask, key_mask, _, variant = inputs
-    ctx.save_for_backward(*tensors, query_mask, key_mask)
+    keep(ctx, *tensors, query_mask, key_mask)
     ctx.how = {"hashtable_capacity": capacity, "validate": False, "variant": variant}
 
 
@@ -115,10 +154,16 @@ def _cumulation_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...
     return None, None, grad_value, None, None, None, None, None
 
 
-lsh_cumulation.register_autograd(_cumulation_backward, setup_context=_save_cumulation)
+def _cumulation_jvp(ctx: Any, _: None, __: None, value: Tensor | None, *rest: None) -> Tensor | None:
+    """``sum_j C_ij dv_j``."""
+    query_code, key_code, _, query_mask, key_mask = ctx.saved_tensors
+    return None if value is None else lsh_cumulation(query_code, key_code, value, query_mask=query_mask, key_mask=key_mask, **ctx.how)
 
 
-@custom_op("yoso_core::lsh_weighted_cumulation", mutates_args=())
+lsh_cumulation.differentiate(save=_save_cumulation, backward=_cumulation_backward, jvp=_cumulation_jvp)
+
+
+@Operator
 def lsh_weighted_cumulation(
     query_hash_code: Tensor,
     query_weight: Tensor,
@@ -174,13 +219,27 @@ def _weighted_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return None, grad_a, None, grad_b, grad_value, None, None, None, None, None
 
 
-lsh_weighted_cumulation.register_autograd(_weighted_backward, setup_context=_save_cumulation)
+def _weighted_jvp(
+    ctx: Any, _: None, query_weight: Tensor | None, __: None, key_weight: Tensor | None, value: Tensor | None, *rest: None
+) -> Tensor | None:
+    """Linear in each of three: the sum with each in turn replaced by its tangent."""
+    query_code, a, key_code, b, v, query_mask, key_mask = ctx.saved_tensors
+    moved: Tensor | None = None
+    for args in ((query_weight, b, v), (a, key_weight, v), (a, b, value)):
+        if all(x is not None for x in args):
+            x, y, z = args
+            part = lsh_weighted_cumulation(query_code, x, key_code, y, z, query_mask=query_mask, key_mask=key_mask, **ctx.how)
+            moved = part if moved is None else moved + part
+    return moved
+
+
+lsh_weighted_cumulation.differentiate(save=_save_cumulation, backward=_weighted_backward, jvp=_weighted_jvp)
 
 
 # The expectation
 
 
-@custom_op("yoso_core::expectation_attention", mutates_args=())
+@Operator
 def expectation_attention(
     query: Tensor,
     key: Tensor,
@@ -203,7 +262,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return value.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-@custom_op("yoso_core::expectation_attention_backward", mutates_args=())
+@Operator
 def expectation_attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -231,7 +290,7 @@ def expectation_attention_backward(
 
 def _save_expectation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, value, ctx.hash_code_len, query_mask, key_mask, ctx.grad, _ = inputs
-    ctx.save_for_backward(query, key, value, query_mask, key_mask)
+    keep(ctx, query, key, value, query_mask, key_mask)
 
 
 def _expectation_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -242,8 +301,14 @@ def _expectation_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ..
     return *grads, None, None, None, None, None
 
 
-expectation_attention.register_autograd(_expectation_backward, setup_context=_save_expectation)
-expectation_attention_backward.register_autograd(_no_second_derivative("expectation_attention"))
+def _expectation_jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    query, key, value, query_mask, key_mask = ctx.saved_tensors
+    pairs = Pairs(query, key, query_mask, key_mask, ctx.hash_code_len, ctx.grad)
+    return pairs.moved_rows(pairs.expected(), value, tangents[:3]).to(value.dtype)
+
+
+expectation_attention.differentiate(save=_save_expectation, backward=_expectation_backward, jvp=_expectation_jvp)
+_no_second_derivative(expectation_attention_backward)
 
 
 # The whole attention
@@ -258,11 +323,16 @@ class _How(NamedTuple):
     normalize_output: bool = True
     grad: str = "lower_bound"
     backward: str = "lsh"
-    for_backward: bool = True
+    layout: str = "paper"
     variant: str | None = None
 
+    @property
+    def by_expectation(self) -> bool:
+        """The gradients come from the expected weights."""
+        return self.use_expectation or self.backward == "expectation"
 
-@custom_op("yoso_core::yoso_attention", mutates_args=())
+
+@Operator
 def yoso_attention(
     query: Tensor,
     key: Tensor,
@@ -277,15 +347,15 @@ def yoso_attention(
     normalize_output: bool = True,
     grad: str = "lower_bound",
     backward: str = "lsh",
-    for_backward: bool = True,
+    layout: str = "paper",
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `yoso_core.model.yoso_attention`, which draws the signs and calls this operator.
 
     Returns the output, and for the backward pass the length of every row before it was scaled:
-    ``(..., n_q, 1)``, in float32 at least. The lengths are empty where nothing was scaled, or with
-    ``for_backward=False``. Of the rest only the inputs are kept. The backward pass hashes again, to
-    the same codes, which is cheaper than to store them.
+    ``(..., n_q, 1)``, in float32 at least; ``(..., n_q, 0)`` where nothing was scaled. Of the rest
+    only the inputs are kept. The backward pass hashes again, to the same codes, which is cheaper
+    than to store them.
     """
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     checks.one_of("backward", backward, ("lsh", "expectation"))
@@ -301,56 +371,44 @@ def yoso_attention(
         "planes": planes,
         "query_mask": query_mask,
         "key_mask": key_mask,
+        "layout": layout,
         "variant": variant,
     }
-    if not (normalize_output and for_backward):
-        return face.yoso_attention(query, key, value, **options, normalize_output=normalize_output), value.new_empty(0)
-    rows = face.yoso_attention(query, key, _widened(value), **options, normalize_output=False)
-    out, length = _unit_rows(rows)
-    return out.to(value.dtype), length
+    if normalize_output:
+        out, length = face.yoso_attention(query, key, value, **options, return_length=True)
+    else:
+        out = face.yoso_attention(query, key, value, **options, normalize_output=False)
+        length = value.new_empty(*query.shape[:-1], 0, dtype=_wide(value))
+    return out, length
 
 
 @yoso_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, signs: Tensor, planes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _, _, *settings = rest  # after the two masks
     how, rows = _How(*settings), query.shape[:-1]
-    out = value.new_empty(*rows, value.shape[-1])
-    if not (how.normalize_output and how.for_backward):
-        return out, value.new_empty(0)
-    return out, value.new_empty(*rows, 1, dtype=torch.float32 if value.dtype in HALF else None)
+    return value.new_empty(*rows, value.shape[-1]), value.new_empty(*rows, int(how.normalize_output), dtype=_wide(value))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in HALF else x.dtype
 
 
 def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
+    return x.to(_wide(x))
 
 
-def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale ``rows`` to unit length in place; rows shorter than 1e-12 become zeros. Returns the
-    rows and the lengths that they had.
+def l2_normalize_moved(moved: Tensor, out: Tensor, length: Tensor) -> Tensor:
+    """How unit rows ``out`` move with the rows ``x`` that they were: ``(dx - (dx . y) y) / |x|``,
+    zero for rows shorter than 1e-12. The map is its own transpose, so it is the gradient of the
+    step too: `yoso_core.reference.l2_normalize_backward`, from the scaled rows and their lengths.
     """
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    if not rows.is_cuda and math.isfinite(length.sum()):
-        return rows.div_(torch.threshold(length, TINY_NORM, torch.inf)), length
-    # A sum of squares overflows long before its root does, so the rows are made smaller first. On a
-    # GPU this is done always: a look at the lengths would wait for the GPU.
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, keepdim=True)
-    rows /= torch.threshold(largest, 0, 1)
-    scaled = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    length = largest * scaled
-    return rows.div_(scaled.masked_fill(length <= TINY_NORM, torch.inf)), length
+    dx, y = _widened(moved), _widened(out)
+    along = (dx * y).sum(dim=-1, keepdim=True)
+    tiny = length <= TINY_NORM
+    return torch.addcmul(dx, along, y, value=-1).div_(length.masked_fill(tiny, 1)).masked_fill_(tiny, 0)
 
 
-def _l2_normalize_backward(grad_out: Tensor, out: Tensor, length: Tensor) -> Tensor:
-    """The gradient before the rows ``out`` were scaled to unit length: ``(g - (g . y) y) / |x|``,
-    zero for rows shorter than 1e-12. As `yoso_core.reference.l2_normalize_backward`, from the
-    scaled rows and their lengths.
-    """
-    g, y = _widened(grad_out), _widened(out)
-    along = (g * y).sum(dim=-1, keepdim=True)
-    return torch.addcmul(g, along, y, value=-1).div_(length).masked_fill_(length <= TINY_NORM, 0)
-
-
-@custom_op("yoso_core::yoso_attention_backward", mutates_args=())
+@Operator
 def yoso_attention_backward(
     grad_out: Tensor,
     out: Tensor,
@@ -367,6 +425,7 @@ def yoso_attention_backward(
     by_expectation: bool,
     normalize_output: bool,
     grad: str,
+    layout: str,
     variant: str | None,
 ) -> Gradients:
     """The gradients of `yoso_attention` by query, key and value.
@@ -393,6 +452,7 @@ def yoso_attention_backward(
         by_expectation=by_expectation,
         normalize_output=normalize_output,
         grad=cast(Grad, grad),
+        layout=layout,
         variant=variant,
     )
     leading, rows = tuple(query.shape[:-2]), query.shape[-2] + key.shape[-2]
@@ -402,7 +462,7 @@ def yoso_attention_backward(
         return gradients(saved)
     found = _like(query, key, value)
     for heads in groups:
-        part = gradients(_Saved(**{name: _of_heads(name, x, leading, heads) for name, x in saved._asdict().items()}))
+        part = gradients(_Saved(**{name: _of_heads(x, trailing_dims(name, layout), leading, heads) for name, x in saved._asdict().items()}))
         for whole, few in zip(found, part, strict=True):
             whole[heads] = few
     return found
@@ -413,13 +473,46 @@ def _like(query: Tensor, key: Tensor, value: Tensor) -> Gradients:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-@expectation_attention_backward.register_fake
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Gradients:
+@yoso_attention_backward.register_fake
+def _(grad_out: Tensor, out: Tensor, length: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Gradients:
     return _like(query, key, value)
 
 
-@yoso_attention_backward.register_fake
-def _(grad_out: Tensor, out: Tensor, length: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Gradients:
+@Operator
+def lsh_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_hash_code: Tensor,
+    key_hash_code: Tensor,
+    hash_code_len: int,
+    grad: str = "lower_bound",
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    validate: bool = True,
+    variant: str | None = None,
+) -> Gradients:
+    """See `yoso_core.lsh_attention_backward`."""
+    return face.lsh_attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        query_hash_code,
+        key_hash_code,
+        hash_code_len,
+        grad=cast(Grad, grad),
+        query_mask=query_mask,
+        key_mask=key_mask,
+        validate=validate,
+        variant=variant,
+    )
+
+
+@expectation_attention_backward.register_fake
+@lsh_attention_backward.register_fake
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Gradients:
     return _like(query, key, value)
 
 
@@ -438,29 +531,31 @@ class _Saved(NamedTuple):
     key_mask: Tensor | None
 
 
-_TRAILING_DIMS = {"signs": 3, "query_mask": 1, "key_mask": 1}
-"""How many dims of a tensor are no leading dims, where it is not two."""
-
-
-def _of_heads(name: str, x: Tensor | None, leading: tuple[int, ...], heads: tuple[Any, ...]) -> Any:
+def _of_heads(x: Tensor | None, trailing: int, leading: tuple[int, ...], heads: tuple[Any, ...]) -> Any:
     """The part of one tensor that belongs to these heads; what heads share is expanded first."""
-    if x is None:
-        return None
-    return x.expand(*leading, *x.shape[x.dim() - _TRAILING_DIMS.get(name, 2) :])[heads]
+    return None if x is None else x.expand(*leading, *x.shape[x.dim() - trailing :])[heads]
 
 
 def _gradients_of_heads(
-    saved: _Saved, *, num_hash: int, hash_code_len: int, by_expectation: bool, normalize_output: bool, grad: Grad, variant: str | None
+    saved: _Saved,
+    *,
+    num_hash: int,
+    hash_code_len: int,
+    by_expectation: bool,
+    normalize_output: bool,
+    grad: Grad,
+    layout: str,
+    variant: str | None,
 ) -> Gradients:
     query, key, value, grad_rows = saved.query, saved.key, saved.value, saved.grad_out
     if normalize_output:
         value = _widened(value)
-        grad_rows = _l2_normalize_backward(saved.grad_out, saved.out, saved.length)
+        grad_rows = l2_normalize_moved(saved.grad_out, saved.out, saved.length)
     options: dict[str, Any] = {"grad": grad, "query_mask": saved.query_mask, "key_mask": saved.key_mask}
     if by_expectation:
         found = face.expectation_attention_backward(grad_rows, query, key, value, hash_code_len, **options)
     else:
-        query_code, key_code = (_codes(x, saved.signs, saved.planes, num_hash, hash_code_len, variant) for x in (query, key))
+        query_code, key_code = (codes_of(x, saved.signs, saved.planes, num_hash, hash_code_len, layout, variant) for x in (query, key))
         codes: dict[str, Any] = {"query_hash_code": query_code, "key_hash_code": key_code, "hash_code_len": hash_code_len}
         found = face.lsh_attention_backward(grad_rows, query, key, value, **codes, **options, validate=False)
     grad_query, grad_key, grad_value = found
@@ -482,45 +577,69 @@ def _head_groups(leading: tuple[int, ...], head_bytes: int, limit: int) -> Itera
             yield from ((i, *rest) for rest in _head_groups(leading[1:], head_bytes, limit))
 
 
-def _codes(vectors: Tensor, signs: Tensor | None, planes: Tensor | None, num_hash: int, hash_code_len: int, variant: str | None) -> Tensor:
+def codes_of(
+    vectors: Tensor,
+    signs: Tensor | None,
+    planes: Tensor | None,
+    num_hash: int,
+    hash_code_len: int,
+    layout: str,
+    variant: str | None,
+) -> Tensor:
     """The codes of the forward pass again.
 
     Codes by signs are the same bits in every variant. Codes by planes are not, so those come from
     the backend of the forward pass.
     """
     if signs is not None:
-        return face.fast_hash(vectors, signs, num_hash, hash_code_len)
+        return cast(Tensor, fast_hash(vectors, signs, num_hash, hash_code_len, layout))
     backend = None if variant is None else variant.partition(":")[0]
     same = next((v.name for v in variants("hyperplane_hash") if v.where == backend), None)
-    return face.hyperplane_hash(vectors, planes, num_hash, hash_code_len, variant=same)
+    return cast(Tensor, hyperplane_hash(vectors, planes, num_hash, hash_code_len, variant=same))
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, how = inputs[:7], _How(*inputs[7:])
+    tensors, ctx.how = inputs[:7], _How(*inputs[7:])
     out, length = output
     ctx.mark_non_differentiable(length)
-    ctx.save_for_backward(*tensors, out if how.normalize_output else None, length)
-    ctx.lengths_kept = how.for_backward or not how.normalize_output
-    ctx.how = {
-        "num_hash": how.num_hash,
-        "hash_code_len": how.hash_code_len,
-        "by_expectation": how.use_expectation or how.backward == "expectation",
-        "normalize_output": how.normalize_output,
-        "grad": how.grad,
-        "variant": how.variant,
-    }
+    keep(ctx, *tensors, out if ctx.how.normalize_output else None, length)
 
 
 def _attention_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.lengths_kept:
-        raise RuntimeError(
-            "yoso_core::yoso_attention: called with for_backward=False, so it kept nothing to make gradients from; call it with "
-            "for_backward=True"
-        )
+    how: _How = ctx.how
     *tensors, out, length = ctx.saved_tensors
-    grads = yoso_attention_backward(grad_out, grad_out if out is None else out, length, *tensors, **ctx.how)
+    grads = yoso_attention_backward(
+        grad_out,
+        grad_out if out is None else out,
+        length,
+        *tensors,
+        num_hash=how.num_hash,
+        hash_code_len=how.hash_code_len,
+        by_expectation=how.by_expectation,
+        normalize_output=how.normalize_output,
+        grad=how.grad,
+        layout=how.layout,
+        variant=how.variant,
+    )
     return *grads, *(None,) * (len(_How._fields) + 4)
 
 
-yoso_attention.register_autograd(_attention_backward, setup_context=_save_attention)
-yoso_attention_backward.register_autograd(_no_second_derivative("yoso_attention"))
+def _attention_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+    how: _How = ctx.how
+    query, key, value, signs, planes, query_mask, key_mask, out, length = ctx.saved_tensors
+    pairs = Pairs(query, key, query_mask, key_mask, how.hash_code_len, cast(Grad, how.grad))
+    if how.by_expectation:
+        weights = pairs.expected()
+    else:
+        weights = pairs.sampled(
+            *(codes_of(x, signs, planes, how.num_hash, how.hash_code_len, how.layout, how.variant) for x in (query, key))
+        )
+    moved = pairs.moved_rows(weights, value, tangents[:3])
+    if out is not None:
+        moved = l2_normalize_moved(moved, out, length)
+    return moved.to(value.dtype), None
+
+
+yoso_attention.differentiate(save=_save_attention, backward=_attention_backward, jvp=_attention_jvp)
+for _backward in (yoso_attention_backward, lsh_attention_backward):
+    _no_second_derivative(_backward)

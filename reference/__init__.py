@@ -22,9 +22,11 @@ from yoso_core.reference.expectation import (
 from yoso_core.reference.hadamard import hadamard_transform
 from yoso_core.reference.hashing import (
     HashLayout,
+    Layout,
     fast_hash,
     hash_layout,
     hyperplane_hash,
+    least_rotations,
     sample_planes,
     sample_signs,
 )
@@ -33,6 +35,7 @@ from yoso_core.reference.normalize import TINY_NORM, l2_normalize, l2_normalize_
 __all__ = [
     "TINY_NORM",
     "HashLayout",
+    "Layout",
     "angles",
     "collision_rate",
     "expectation_attention",
@@ -45,6 +48,7 @@ __all__ = [
     "hyperplane_hash",
     "l2_normalize",
     "l2_normalize_backward",
+    "least_rotations",
     "lsh_attention_backward",
     "lsh_cumulation_pairs",
     "lsh_cumulation_tables",

@@ -5,8 +5,8 @@ import numpy as np
 from yoso_core.reference.arrays import Array, full_mask, nan_unless_finite, working
 from yoso_core.reference.cumulation import lsh_cumulation_tables, mark_nonfinite_rows
 from yoso_core.reference.expectation import expectation_attention
-from yoso_core.reference.hashing import fast_hash, hyperplane_hash
-from yoso_core.reference.normalize import TINY_NORM, l2_normalize
+from yoso_core.reference.hashing import Layout, fast_hash, hyperplane_hash
+from yoso_core.reference.normalize import TINY_NORM, l2_normalize, row_norm
 
 
 def yoso_attention(
@@ -22,7 +22,9 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
-) -> Array:
+    layout: Layout = "paper",
+    return_length: bool = False,
+) -> Array | tuple[Array, Array]:
     """``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``: attention by hash collisions, or by
     their expectation.
 
@@ -39,11 +41,14 @@ def yoso_attention(
     query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep.
     normalize_output : scale every output row to unit length. A row shorter than 1e-12 becomes
         zeros: its query met no key.
+    layout : that of the signs.
+    return_length : also return ``|y_i|``, which the gradient of that step needs.
 
     Returns
     -------
     ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite query gives NaN in its row. A kept
-    non-finite key gives NaN in every row of its head.
+    non-finite key gives NaN in every row of its head. With ``return_length`` a pair: that, and
+    ``(..., n_q, 1)`` in the dtype in which the rows were summed.
 
     Source: Zeng et al. 2021, equation 5 and section 3.4.
 
@@ -58,7 +63,7 @@ def yoso_attention(
         out = expectation_attention(query, key, v, hash_code_len, query_mask=keep_query, key_mask=keep_key)
     else:
         if signs is not None:
-            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len) for x in (query, key))
+            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len, layout=layout) for x in (query, key))
         elif planes is not None:
             query_code, key_code = (hyperplane_hash(x, planes, num_hash, hash_code_len) for x in (query, key))
         else:
@@ -66,6 +71,6 @@ def yoso_attention(
         out = lsh_cumulation_tables(query_code, key_code, v, 1 << hash_code_len, query_mask=keep_query, key_mask=keep_key)
         nonfinite_head = np.any(keep_key & ~np.isfinite(key).all(axis=-1), axis=-1)
         out = np.where(nonfinite_head[..., None, None] & keep_query[..., None], np.nan, mark_nonfinite_rows(out, query, keep_query))
-    if normalize_output:
-        out = l2_normalize(out.astype(v.dtype), tiny=TINY_NORM)
-    return nan_unless_finite(out).astype(value.dtype)
+    rows = nan_unless_finite(out.astype(v.dtype))
+    out = (l2_normalize(rows, tiny=TINY_NORM) if normalize_output else rows).astype(value.dtype)
+    return (out, row_norm(rows)) if return_length else out

@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """To attend."""
 
-OWN = ("grad", "kernel_variant", "hash_seed")
+OWN = ("grad", "kernel_variant", "hash_seed", "hash_layout", "rotations")
 """Settings that transformers' YosoConfig lacks."""
 
 

@@ -44,12 +44,17 @@ class Case:
     normalize_output: bool = True
     grad: str = "lower_bound"
     """Of the backward functions."""
+    layout: str = "paper"
+    """Of the signs."""
+    rotations: int | None = None
+    """Of a chain; with fewer than ``hash_code_len`` a rotation gives several bits of one code."""
 
     def __str__(self) -> str:
         n = f"n{self.n_q}" if self.n_q == self.n_k else f"q{self.n_q}-k{self.n_k}"
         parts = [n, f"d{self.d}-v{self.d_v}-m{self.num_hash}-tau{self.hash_code_len}", self.dtype]
         parts += [self.mask] * (self.mask != "none") + [self.kind] * (self.kind != "clusters") + [self.mode] * (self.mode != "signs")
         parts += ["raw"] * (not self.normalize_output) + [self.grad] * (self.grad != "lower_bound")
+        parts += [self.layout] * (self.layout != "paper") + [f"P{self.rotations}"] * (self.rotations is not None)
         parts += ["lead" + "x".join(map(str, self.leading))] * (self.leading != (2,))
         return "-".join(parts)
 
@@ -124,7 +129,7 @@ def ingredients(case: Case, dim: int) -> Hostile:
     key = hide(draw_vectors(rng, (*key_rows, dim), case.kind), keep_key, case.mask, np.nan)
     value = hide(rng.standard_normal((*key_rows, case.d_v)), keep_key, case.mask, np.nan)
     query_hash_code, key_hash_code = (draw_codes(rng, (*rows, m), capacity) for rows in (query_rows, key_rows))
-    signs = reference.sample_signs(m, tau, dim, batch_shape=case.leading[-1:], rng=1)
+    signs = reference.sample_signs(m, tau, dim, batch_shape=case.leading[-1:], layout=case.layout, rotations=case.rotations, rng=1)
     # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does
     # not depend on the order of a sum.
     planes = rng.integers(-8, 9, size=(*case.leading[-1:], dim, m * tau)).astype(np.float32)
@@ -153,7 +158,7 @@ def build(op: str, case: Case) -> dict[str, Any]:
     """
     operation = OPERATIONS[op]
     dim = 1 << (case.d - 1).bit_length() if operation.power_of_two else case.d
-    options = {"grad": case.grad, "normalize_output": case.normalize_output}
+    options = {"grad": case.grad, "normalize_output": case.normalize_output, "layout": case.layout}
     made = operation.example_inputs(ingredients(case, dim))
     made |= {name: x for name, x in options.items() if name in operation.keywords}
 

@@ -1096,8 +1096,13 @@ CROWDED = Case(137, 137, 64, 40, 3, 1, leading=())  # so many to a bucket that e
 LONG_CODES = Case(7, 63, 7, 80, 7, 13, "float16", mask="fully", kind="repeated")
 
 
-def with_gradients(kernel: registry.Kernel, case: Case) -> list[Case]:
-    """A backward operation has a second gradient, with kernels of its own."""
+def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
+    """A backward operation has a second gradient, and a hash a second layout, with kernels of their
+    own.
+    """
+    if "warp_per_chain" in kernel.kernels:
+        few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
+        return [case, replace(case, layout="chained", rotations=few)]
     return [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
 
 
@@ -1111,7 +1116,7 @@ def run_checked(kernel: registry.Kernel, case: Case) -> None:
 @pytest.mark.parametrize("case", [MASKED, CROWDED, LONG_CODES], ids=str)
 @pytest.mark.parametrize("kernel", EMULATED, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
 def test_kernels_pass_the_check(kernel: registry.Kernel, case: Case) -> None:
-    for variant in with_gradients(kernel, case):
+    for variant in with_every_kernel(kernel, case):
         run_checked(kernel, variant)
 
 
@@ -1139,7 +1144,7 @@ def test_every_barrier_is_needed(file: str, at: int, monkeypatch: pytest.MonkeyP
         for case in (CROWDED, MASKED):
             for kernel in EMULATED:
                 if set(kernel.kernels) & set(source.kernels_in(file)) and kernel.op != "yoso_attention":
-                    for variant in with_gradients(kernel, case):
+                    for variant in with_every_kernel(kernel, case):
                         run_checked(kernel, variant)
 
     with pytest.raises(KernelFault, match=r"no barrier orders that|no thread of the block has written"):

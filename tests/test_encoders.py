@@ -344,6 +344,51 @@ def test_options_are_saved_with_the_model(tmp_path: Path) -> None:
     assert loaded.config.yoso_attention == asdict(SAMPLED)
 
 
+@both_modes
+@pytest.mark.parametrize("own", [True, False], ids=["own_options", "options_of_the_process"])
+def test_a_saved_model_attends_with_yoso_again(options: YosoAttentionOptions, own: bool, tmp_path: Path) -> None:
+    """Loaded by its name alone, with the options that it had, whatever the process has by then."""
+    inputs, _ = inputs_of("bert")
+    model = build("bert", options if own else None)
+    enable_yoso_attention(YosoAttentionOptions() if own else options)
+    settings = model.config.to_dict()
+    model.save_pretrained(tmp_path)
+    assert model.config.to_dict() == settings | {"architectures": ["BertModel"], "dtype": model.config.to_dict()["dtype"]}
+    expected = hidden(model, **inputs)
+    enable_yoso_attention()
+    for again in (transformers.AutoModel.from_pretrained(tmp_path), transformers.BertModel.from_pretrained(tmp_path)):
+        assert again.config._attn_implementation == "yoso"
+        assert torch.equal(hidden(again, **inputs), expected)
+        again.save_pretrained(tmp_path / "again")
+        assert torch.equal(hidden(transformers.AutoModel.from_pretrained(tmp_path / "again"), **inputs), expected)
+    softmax = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert softmax.config._attn_implementation == "sdpa"
+    softmax.save_pretrained(tmp_path / "softmax")
+    assert transformers.AutoModel.from_pretrained(tmp_path / "softmax").config._attn_implementation == "sdpa"
+
+
+def test_a_saved_model_is_refused_where_yoso_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transformers: other numbers in silence would be worse."""
+    build("bert", SAMPLED).save_pretrained(tmp_path)
+    monkeypatch.delitem(AttentionInterface._global_mapping, "yoso")
+    with pytest.raises(ValueError, match='Specified `attn_implementation="yoso"` is not supported'):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [("vision_config",), ("text_config", "vision_config")], ids=len)
+def test_a_saved_model_of_several_parts_has_the_same_parts_again(parts: tuple[str, ...], tmp_path: Path) -> None:
+    vision = USUAL | {"image_size": 16, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=16)
+    model = transformers.CLIPModel(config)
+    model.set_attn_implementation({"": "sdpa"} | {name: "yoso" if name in parts else "eager" for name in ("text_config", "vision_config")})
+    model.save_pretrained(tmp_path)
+    again = transformers.CLIPModel.from_pretrained(tmp_path)
+    for name in ("text_config", "vision_config"):
+        assert (getattr(again.config, name)._attn_implementation == "yoso") == (name in parts)
+    pixels = torch.ones(1, 3, 16, 16)
+    assert torch.equal(again.vision_model(pixels).last_hidden_state, model.eval().vision_model(pixels).last_hidden_state)
+
+
 def test_options_in_every_config_of_a_composite_model() -> None:
     towers = {"text_config": TEXT, "vision_config": USUAL | {"image_size": 16, "patch_size": 4}, "projection_dim": 8}
     model = transformers.CLIPModel(transformers.CLIPConfig(**towers)).eval()
@@ -524,6 +569,7 @@ def test_gradients_are_those_of_the_options(options: YosoAttentionOptions, grad:
     states, toward = (torch.randn(2, 9, HIDDEN, generator=generator) for _ in range(2))
     heads = [x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (layer.query(states), layer.key(states), layer.value(states))]
     del chosen["seed"]
+    chosen["layout"] = chosen.pop("hash_layout")
     gradients = []
     for function in (lambda: layer(states)[0], lambda: yoso_attention(*heads, **chosen).transpose(1, 2).flatten(2)):
         torch.manual_seed(4)
@@ -603,18 +649,87 @@ def causal_models() -> dict[str, Callable[[], Any]]:
         )(ids),
         "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**decoder))(ids),
         "mistral-sliding": lambda: transformers.MistralModel(transformers.MistralConfig(**decoder, sliding_window=4))(ids),
-        "bart": lambda: transformers.BartModel(
-            transformers.BartConfig(
-                vocab_size=VOCAB,
-                d_model=HIDDEN,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                attn_implementation="yoso",
-            )
-        )(ids),
     }
+
+
+SEQ2SEQ = {"d_model": HIDDEN, "vocab_size": VOCAB, "encoder_layers": LAYERS, "decoder_layers": 1} | {
+    f"{side}_{name}": number for side in ("encoder", "decoder") for name, number in (("attention_heads", HEADS), ("ffn_dim", 48))
+}
+SPECIAL = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+
+
+def seq2seq(name: str, **settings: Any) -> Any:
+    """BART or Whisper, with weights large enough for attention to matter."""
+    sizes = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20} if name == "Whisper" else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SEQ2SEQ | SPECIAL | sizes, **settings)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(std=0.3)
+    return model
+
+
+def source(name: str) -> Tensor:
+    return torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)) if name == "Whisper" else some_ids(2, 9)
+
+
+both_kinds = pytest.mark.parametrize("name", ["Bart", "Whisper"])
+
+
+@both_kinds
+@both_modes
+def test_the_encoder_alone_of_an_encoder_decoder(name: str, options: YosoAttentionOptions, tmp_path: Path) -> None:
+    """The decoder and its attention to the encoder stay as they were. The whole generates and
+    learns, and says when it is saved that this is not.
+    """
+    model, plain = seq2seq(name), seq2seq(name)
+    enable_yoso_attention(options, model=model.get_encoder())
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert [part.config._attn_implementation for part in (model, model.get_encoder(), model.get_decoder())] == ["sdpa", "yoso", "sdpa"]
+    enable_yoso_attention(options, model=model.get_encoder())
+    words, begin = source(name), some_ids(2, 4, seed=1)
+    with torch.no_grad():
+        encoded = model.get_encoder()(words)
+        whole = model(words, decoder_input_ids=begin).logits
+        assert torch.equal(whole, plain(encoder_outputs=encoded, decoder_input_ids=begin).logits)
+        assert apart(whole, plain(words, decoder_input_ids=begin).logits) > 1e-3
+        assert model.generate(words, max_new_tokens=3, do_sample=False).shape[0] == 2
+    model.train()(words, decoder_input_ids=begin, labels=begin).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    with pytest.warns(UserWarning, match=r"ForConditionalGeneration: a part of it attends with YOSO .* not saved"):
+        model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    enable_yoso_attention(options, model=again.get_encoder())
+    with torch.no_grad():
+        assert torch.equal(again(words, decoder_input_ids=begin).logits, whole)
+
+
+def test_padded_text_of_an_encoder_decoder_is_what_it_is_alone() -> None:
+    model = seq2seq("Bart")
+    enable_yoso_attention(SAMPLED, model=model.get_encoder())
+    words, begin, mask = source("Bart"), some_ids(2, 4, seed=1), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    padded = model(words, attention_mask=mask, decoder_input_ids=begin).logits[0]
+    assert apart(padded, model(words[:1, :6], decoder_input_ids=begin[:1]).logits[0]) < 1e-5
+
+
+@both_kinds
+def test_an_encoder_decoder_with_a_causal_decoder_is_refused_as_a_whole(name: str, tmp_path: Path) -> None:
+    """And is left as it was."""
+    message = r"has a decoder that is causal, which hashing cannot follow; give YOSO to the encoder alone: enable_yoso_attention\(model="
+    with pytest.raises(ValueError, match=message):
+        seq2seq(name, attn_implementation="yoso")
+    model = seq2seq(name)
+    for asked in (lambda: enable_yoso_attention(model=model), lambda: model.set_attn_implementation("yoso")):
+        with pytest.raises(ValueError, match=message):
+            asked()
+        assert {part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)} == {"sdpa"}
+        assert getattr(model.config, "yoso_attention", None) is None
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        type(model).from_pretrained(tmp_path, attn_implementation="yoso")
 
 
 @pytest.mark.parametrize("name", causal_models())
@@ -628,10 +743,11 @@ def test_causal_models_raise(name: str) -> None:
     [
         (torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(), ValueError, r"one mask for all queries, shape \(batch, 9\)"),
         (torch.zeros(2, 1, 1, 9), TypeError, "an additive one of torch.float32"),
+        (torch.where(torch.arange(9) < 4, 0, -10000).expand(2, 1, 1, 9), ValueError, "need 1 for a token and 0 for padding"),
         (torch.ones(2, 9, 9), ValueError, r"need shape \(batch, 9\), got \(2, 9, 9\)"),
         (torch.ones(2, 8), ValueError, r"need shape \(batch, 9\) given to the model, got \(2, 1, 1, 8\)"),
     ],
-    ids=["per-query", "additive", "three-dims", "too-short"],
+    ids=["per-query", "additive", "additive-integers", "three-dims", "too-short"],
 )
 def test_masks_that_cannot_be_kept_to_raise(mask: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^attention_mask: .*{message}"):
@@ -672,9 +788,15 @@ def test_a_window_without_its_mask_raises() -> None:
             model(some_ids(1, 20), attention_mask={"full_attention": None, "sliding_attention": mask})
 
 
-def test_weights_of_sampled_attention_raise() -> None:
-    with pytest.raises(ValueError, match="output_attentions: sampled attention has no weights"):
-        build("bert", SAMPLED)(some_ids(1, 9), output_attentions=True)
+def test_weights_of_sampled_attention_are_shares_of_the_hashes() -> None:
+    model = build("bert", SAMPLED).eval()
+    found = model(some_ids(1, 9), output_attentions=True)
+    assert torch.equal(found.last_hidden_state, model(some_ids(1, 9)).last_hidden_state)
+    for weights in found.attentions:
+        shares = weights * SAMPLED.num_hash
+        torch.testing.assert_close(shares, shares.round(), rtol=0, atol=1e-5)
+        assert 0 < weights.mean() < 1
+        assert weights.requires_grad
 
 
 OWN_ATTENTION = {"deberta": "Deberta", "deberta-v2": "DebertaV2", "yoso": "Yoso", "mpnet": "MPNet", "fnet": "FNet"}

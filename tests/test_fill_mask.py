@@ -45,6 +45,15 @@ def check(found: list[dict[str, Any]], probabilities: torch.Tensor) -> None:
     assert [row["score"] for row in found] == pytest.approx(probabilities.topk(len(found)).values.tolist(), rel=1e-5)
 
 
+def test_an_offloaded_model_fills_masks(checkpoint: Path) -> None:  # noqa: F811
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model, tokenizer = load_masked_lm(checkpoint), load_tokenizer(checkpoint)
+    expected = fill_mask(model, tokenizer, ONE)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.device.type == "meta"
+    assert fill_mask(model, tokenizer, ONE) == expected
+
+
 @pytest.mark.parametrize("mask", ["[MASK]", "<mask>"])
 def test_the_scores_are_a_softmax(mask: str, checkpoint: Path) -> None:  # noqa: F811
     (found,) = masks(ONE.replace("[MASK]", mask), "--model", checkpoint, "--top", 4)

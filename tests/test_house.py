@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+import torch
 
 import yoso_core
 from yoso_core import arrays, checks, operations, registry
@@ -161,8 +162,8 @@ def test_its_outputs_are_what_it_says(op: str) -> None:
     operation = OPERATIONS[op]
     arguments = dict(zip(operation.positional, args, strict=True)) | kwargs
     found = support.as_tuple(getattr(yoso_core, op)(*args, **kwargs))
-    assert [x.shape for x in found] == [output.shape(arguments) for output in operation.outputs]
-    assert [x.dtype for x in found] == ["int32" if output.dtype_of is None else "float32" for output in operation.outputs]
+    assert [x.shape for x in found] == [output.shape(arguments) for output in operation.outputs_of(arguments)]
+    assert [x.dtype for x in found] == ["int32" if output.dtype_of is None else "float32" for output in operation.outputs_of(arguments)]
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -313,6 +314,20 @@ def test_a_kernel_of_ones_own_is_never_chosen_by_itself(monkeypatch: pytest.Monk
         chosen = registry.automatic("hadamard_transform", "cpu")
     assert chosen is not None
     assert chosen.name == "numpy:butterflies"
+
+
+def test_it_has_gradients() -> None:
+    """It returns what the function does; the length that the backward pass needs is found out."""
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"num_hash": 3, "hash_code_len": 4, "signs": torch.from_numpy(yoso_core.sample_signs(3, 4, 16, rng=0))}
+    found = []
+    with registry.register("yoso_attention", "mine", yoso_core.reference.yoso_attention):
+        for variant in ("mine", "numpy:formula"):
+            leaf = x.clone().requires_grad_()
+            out = yoso_core.yoso_attention(leaf, leaf, leaf, **options, variant=variant)
+            assert torch.equal(out, yoso_core.yoso_attention(x, x, x, **options, variant=variant))
+            found.append(torch.autograd.grad(out.pow(3).sum(), leaf)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
 def test_what_it_is_given() -> None:

@@ -16,6 +16,7 @@ import yoso_core
 from yoso_core import gpu, registry
 from yoso_core.gpu.catalog import NUMBA_FOLDER, catalog
 from yoso_core.gpu.cupy_kernels import source
+from yoso_core.operations import OPERATIONS
 
 SMALL = Case(9, 11, 20, 12, 5, 3, mask="masked")
 TIES = Case(3, 9, 8, 4, 5, 3, kind="quantized")
@@ -51,6 +52,14 @@ CUDA = (
         "emulated:warp_per_vector",
         "if (vector >= num_vectors) return;",
         "if (vector + 1 >= num_vectors) return;",
+    ),
+    Fault(
+        "warp_per_chain",
+        "fast_hash",
+        "emulated:warp_per_vector",
+        "const int bit = position / apart, hash = position % apart;",
+        "const int hash = position / hash_code_len, bit = position % hash_code_len;",
+        replace(SMALL, layout="chained"),
     ),
     Fault("thread_per_code", "hyperplane_hash", "emulated:thread_per_code", "projection[bit] > ACC(0)", "projection[bit] >= ACC(0)", TIES),
     Fault("shared_table", "lsh_cumulation", "emulated:shared_table", "code[earlier] == code[b] ? sum[earlier] : sum[b]", "sum[b]"),
@@ -184,7 +193,15 @@ NUMBA = (
         "table[code * columns + column] += value",
         "table[code * columns + column] = value",
     ),
-    Fault("hash_vectors", "fast_hash", "hashing:fast_hash_shared_memory", "= a + b, a - b", "= a + b, b - a"),
+    Fault("hash_vectors", "fast_hash", "hashing:fast_hash_shared_memory", "entry[i] = -entry[i]", "entry[i] = entry[i]"),
+    Fault(
+        "hash_by_chain",
+        "fast_hash",
+        "hashing:fast_hash_shared_memory",
+        "start = (round - WARM_UP) * padded_dim",
+        "start = (round - WARM_UP + 1) * padded_dim",
+        replace(SMALL, layout="chained"),
+    ),
     Fault(
         "add_weighted_keys_to_table",
         "lsh_weighted_cumulation",
@@ -279,6 +296,8 @@ LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated"
 def test_the_kernel_named_is_the_kernel_that_ran(kernel: registry.Kernel) -> None:
     """Over small cases, a variant launches every kernel that its row names, and no other."""
     modes = [replace(SMALL, mode=mode) for mode in ("signs", "planes", "expectation")] if kernel.op == "yoso_attention" else [SMALL]
+    if "layout" in OPERATIONS[kernel.op].keywords and not kernel.name.endswith(":block_per_part"):
+        modes.append(replace(SMALL, layout="chained"))
     if kernel.op == "lsh_attention_backward":  # a code of 16 bits has no table in shared memory
         modes += [replace(SMALL, grad="exact"), Case(70, 3, 4, 3, 1, 16)]
     with gpu.launches() as made:

@@ -107,6 +107,40 @@ def test_a_padded_row_in_float32_has_the_codes_that_it_has_alone(way: str) -> No
     assert wrong <= total / 100_000
 
 
+DEEP = {"num_hidden_layers": 12, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 24, "num_hash": 16}
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "tolerance"),
+    [("expectation", torch.float32, 1e-5), ("expectation", torch.float64, 1e-12), ("sampled", torch.float64, 1e-12)],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_in_twelve_layers_a_padded_row_is_what_it_is_alone(way: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Of sampling in float32 nothing is promised beyond the first layer."""
+    model = lively("YosoModel", **DEEP | WAYS[way]).to(dtype)
+    words = padded(ids(BATCH, N), RIGHT)
+    with torch.no_grad():
+        got = model(words, attention_mask=RIGHT).last_hidden_state
+    for row, kept, expected in zip(got, RIGHT, alone(model, words, RIGHT), strict=True):
+        close(row[kept], expected, tolerance)
+
+
+@every_way
+def test_in_twelve_layers_of_float32_rows_of_one_shape_are_the_same(way: str) -> None:
+    """Bit for bit, whatever the other rows hold: at one shape matrix products round alike."""
+    model = lively("YosoModel", **DEEP | WAYS[way])
+    words, others = ids(BATCH, N), ids(BATCH, N, seed=5)
+    others[0] = words[0]
+    keep = RIGHT.clone()
+    keep[0], keep[1:] = torch.arange(N) < 13, keep[1:].flip(0)
+    mask = RIGHT.clone()
+    mask[0] = keep[0]
+    with torch.no_grad():
+        first = model(words, attention_mask=mask).last_hidden_state[0, :13]
+        second = model(others, attention_mask=keep).last_hidden_state[0, :13]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 @every_way
 def test_what_stands_at_padding_does_not_matter(way: str) -> None:
     """Not even which words, which positions or how they are counted; bit for bit, since the shape
@@ -122,6 +156,60 @@ def test_what_stands_at_padding_does_not_matter(way: str) -> None:
     torch.testing.assert_close(second, first, rtol=0, atol=0)
     torch.testing.assert_close(third, first, rtol=0, atol=0)
     assert (unmasked - first).abs().max() > 1e-3
+
+
+MASKS = {
+    "of_bool": lambda keep: keep,
+    "of_int8": lambda keep: keep.to(torch.int8),
+    "of_scores": lambda keep: keep[:, None, None],
+    "of_scores_as_numbers": lambda keep: keep[:, None, None].float(),
+}
+
+
+@every_way
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_may_have_every_form_that_bert_takes(kind: str, way: str) -> None:
+    model = lively("YosoForTokenClassification", conv_window=5, **WAYS[way])
+    words, labels = padded(ids(BATCH, N), RIGHT), {"labels": ids(BATCH, N, seed=1) % 2}
+    with torch.no_grad():
+        expected = model(words, attention_mask=RIGHT.long(), **labels)
+        got = model(words, attention_mask=MASKS[kind](RIGHT), **labels)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=0)
+
+
+@every_way
+@pytest.mark.parametrize("form", [(1, N), (1, 1, 1, N)], ids=str)
+def test_a_mask_of_one_row_is_that_of_every_text(form: tuple[int, ...], way: str) -> None:
+    model = lively("YosoForTokenClassification", conv_window=5, **WAYS[way])
+    words, labels = ids(BATCH, N), {"labels": ids(BATCH, N, seed=1) % 2}
+    row = torch.arange(N) < 9
+    choices = lively("YosoForMultipleChoice", **WAYS[way])
+    with torch.no_grad():
+        expected = model(words, attention_mask=row.expand(BATCH, N), **labels)
+        got = model(words, attention_mask=row.reshape(form), **labels)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=0)
+        torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=0)
+        assert (got.logits[:, :9] - model(words).logits[:, :9]).abs().max() > 1e-3
+        positions = torch.arange(N)[None, None] + 4
+        scores = choices(words[None], attention_mask=row.reshape(1, *form), position_ids=positions).logits
+        alike = {"attention_mask": row.expand(1, BATCH, N), "position_ids": positions.expand(1, BATCH, N)}
+        torch.testing.assert_close(scores, choices(words[None], **alike).logits, rtol=0, atol=0)
+
+
+@every_way
+def test_padding_of_ids_is_padding_of_embeddings(way: str) -> None:
+    """Its rows have no meaning, but they are the same, whatever stood there."""
+    model = lively("YosoModel", conv_window=5, **WAYS[way])
+    words = padded(ids(BATCH, N), RIGHT)
+    embeds = model.get_input_embeddings()(words)
+    with torch.no_grad():
+        expected = model(words, attention_mask=RIGHT, output_hidden_states=True).hidden_states
+        for given in (embeds, embeds.masked_fill(~RIGHT[..., None], torch.nan)):
+            for x, y in zip(
+                model(inputs_embeds=given, attention_mask=RIGHT, output_hidden_states=True).hidden_states, expected, strict=True
+            ):
+                torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @every_way

@@ -482,11 +482,26 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "embeddings_of_two_dims": ("YosoModel", {"inputs_embeds": EMBEDS[0]}, r"inputs_embeds: need the shape .* got \(6, 36\)"),
     "mask_too_short": ("YosoModel", {"input_ids": FLAT, "attention_mask": ONES[:, 1:]}, r"attention_mask: .*\(2, 6\), got \(2, 5\)"),
-    "mask_of_one_row": ("YosoModel", {"input_ids": FLAT, "attention_mask": ONES[:1]}, r"attention_mask: .*\(2, 6\), got \(1, 6\)"),
-    "mask_of_four_dims": (
+    "mask_of_one_dim": ("YosoModel", {"input_ids": FLAT, "attention_mask": ONES[0]}, r"attention_mask: .*\(2, 6\), got \(6,\)"),
+    "mask_of_three_rows": (
         "YosoModel",
-        {"input_ids": FLAT, "attention_mask": ONES[:, None, None]},
-        r"attention_mask: need the shape \(batch, n\) = \(2, 6\), got \(2, 1, 1, 6\)",
+        {"input_ids": FLAT, "attention_mask": torch.ones(3, 6)},
+        r"attention_mask: .*\(2, 6\), got \(3, 6\)",
+    ),
+    "mask_of_three_dims": (
+        "YosoModel",
+        {"input_ids": FLAT, "attention_mask": ONES[:, None]},
+        r"attention_mask: need the shape \(batch, n\) = \(2, 6\), got \(2, 1, 6\)",
+    ),
+    "mask_for_every_query": (
+        "YosoModel",
+        {"input_ids": FLAT, "attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.bool)},
+        r"attention_mask: need the shape \(batch, n\) = \(2, 6\), got \(2, 1, 6, 6\); a mask that differs from query to query cannot",
+    ),
+    "additive_mask_of_four_dims": (
+        "YosoModel",
+        {"input_ids": FLAT, "attention_mask": torch.where(torch.arange(6) < 4, 0.0, -torch.inf).expand(2, 1, 1, 6)},
+        r"attention_mask: need 1 for a token and 0 for padding, got other numbers; an additive mask means the opposite",
     ),
     "additive_mask": (
         "YosoModel",
@@ -575,7 +590,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask_without_choices": (
         "YosoForMultipleChoice",
         {"input_ids": CHOICES, "attention_mask": ONES},
-        r"attention_mask: need the shape \(batch, choices, n\) of the input, \(2, 3, 6\), got \(2, 6\)",
+        r"attention_mask: need the shape \(batch, choices, n\) = \(2, 3, 6\), got \(2, 6\)",
     ),
     "token_label_too_large": (
         "YosoForTokenClassification",
@@ -630,23 +645,99 @@ def test_labels_must_fit_the_named_problem(problem: str) -> None:
         single(FLAT, labels=torch.tensor([0.0, 1.0]))
 
 
-@pytest.mark.parametrize("way", ["sampled", "planes"])
-@pytest.mark.parametrize("by_config", [False, True], ids=["asked", "by_config"])
-def test_sampled_attention_has_no_weights_to_give(by_config: bool, way: str) -> None:
-    for head in ("YosoModel", "YosoForMaskedLM", "YosoForTokenClassification"):
-        model = lively(head, **WAYS[way])
-        model.config.output_attentions = by_config
-        with pytest.raises(ValueError, match=r"^output_attentions: sampled attention has no weights; set config\.use_expectation = True"):
-            model(FLAT, **({} if by_config else {"output_attentions": True}))
-
-
 def test_head_size_must_divide() -> None:
     with pytest.raises(ValueError, match=r"num_attention_heads: hidden_size = 36 does not divide into 5 heads"):
         YosoForSequenceClassification(config(num_attention_heads=5))
 
 
-def test_an_argument_that_no_head_has_is_refused() -> None:
-    with pytest.raises(TypeError, match="labels"):
-        lively("YosoModel")(FLAT, labels=FLAT)
-    with pytest.raises(TypeError, match="attention_masks"):
-        lively("YosoForMaskedLM")(FLAT, attention_masks=ONES)
+PASSED: dict[str, Any] = {
+    "special_tokens_mask": torch.zeros(2, 6, dtype=torch.long),
+    "offset_mapping": torch.zeros(2, 6, 2, dtype=torch.long),
+    "length": torch.tensor([6, 6]),
+    "overflow_to_sample_mapping": torch.tensor([0, 1]),
+    "idx": torch.tensor([3, 4]),
+    "example_id": ["a", "b"],
+    "use_cache": False,
+    "return_loss": True,
+    "encoder_hidden_states": None,
+    "head_mask": None,
+    "past_key_values": None,
+}
+"""What tokenizers, data sets and trainers add."""
+
+ALL_HEADS = [
+    "YosoModel",
+    "YosoForMaskedLM",
+    "YosoForPreTraining",
+    "YosoForSequenceClassification",
+    "YosoForMultipleChoice",
+    "YosoForTokenClassification",
+    "YosoForQuestionAnswering",
+]
+
+
+@pytest.mark.parametrize("head", ALL_HEADS)
+def test_what_tokenizers_and_trainers_add_is_ignored(head: str) -> None:
+    model, words = lively(head), CHOICES if head == "YosoForMultipleChoice" else FLAT
+    with torch.no_grad():
+        for got, expected in zip(model(words, **PASSED).to_tuple(), model(words).to_tuple(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_all_that_a_tokenizer_returns_is_taken() -> None:
+    keys = {f"return_{name}": True for name in ("special_tokens_mask", "offsets_mapping", "length", "token_type_ids")}
+    given = tokenizer()(["w1 w2 w3", "w4 w5"], padding=True, return_tensors="pt", **keys)
+    assert given.keys() >= {"special_tokens_mask", "offset_mapping", "length"}
+    model = lively("YosoForMaskedLM")
+    plain = {name: given[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model(**given).logits, model(**plain).logits)
+
+
+@needs_accelerate
+def test_a_trainer_may_hand_over_every_column(tmp_path: Path) -> None:
+    rows = table("YosoForSequenceClassification")
+    rows.columns["idx"] = torch.arange(8)
+    how = arguments(tmp_path, max_steps=2, per_device_train_batch_size=4, remove_unused_columns=False)
+    assert Trainer(lively("YosoForSequenceClassification", num_labels=1), how, train_dataset=rows).train().global_step == 2
+
+
+MISSPELT = [
+    ("YosoModel", "atention_mask", "attention_mask"),
+    ("YosoModel", "attn_mask", "attention_mask"),
+    ("YosoForMaskedLM", "attention_masks", "attention_mask"),
+    ("YosoForMaskedLM", "token_type_id", "token_type_ids"),
+    ("YosoForMaskedLM", "label", "labels"),
+    ("YosoForSequenceClassification", "label_ids", "labels"),
+    ("YosoForTokenClassification", "positions_ids", "position_ids"),
+    ("YosoForMultipleChoice", "input_embeds", "inputs_embeds"),
+    ("YosoForQuestionAnswering", "start_position", "start_positions"),
+    ("YosoForPreTraining", "sentence_order_labels", "sentence_order_label"),
+    ("YosoModel", "output_attention", "output_attentions"),
+]
+
+
+@pytest.mark.parametrize(("head", "name", "meant"), MISSPELT, ids=[name for _, name, _ in MISSPELT])
+def test_a_misspelt_argument_is_refused(head: str, name: str, meant: str) -> None:
+    words = CHOICES if head == "YosoForMultipleChoice" else FLAT
+    with pytest.raises(TypeError, match=f"^{name}: {head} has no such argument; {meant} is probably meant"):
+        lively(head)(words, **{name: torch.ones_like(words)})
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        ("YosoModel", "labels"),
+        ("YosoForQuestionAnswering", "labels"),
+        ("YosoForMaskedLM", "sentence_order_label"),
+        ("YosoForSequenceClassification", "num_items_in_batch"),
+        ("YosoForPreTraining", "next_sentence_label"),
+        ("YosoModel", "encoder_hidden_states"),
+        ("YosoModel", "encoder_attention_mask"),
+        ("YosoForMaskedLM", "head_mask"),
+        ("YosoForTokenClassification", "past_key_values"),
+        ("YosoForMaskedLM", "cu_seq_lens_q"),
+    ],
+)
+def test_an_argument_that_would_change_the_result_is_refused(head: str, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: {head} has no such argument, and would give another result than is meant with it"):
+        lively(head)(FLAT, **{name: FLAT})

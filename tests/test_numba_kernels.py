@@ -594,6 +594,10 @@ FAULTY = [
     (hashing, "hash_vectors", "stride = padded_dim // 2", "stride = padded_dim // 4"),
     (hashing, "hash_vectors", "entry[i] > 0", "entry[i] >= 0"),
     (hashing, "hash_vectors", "diagonal, part, i", "diagonal, 0, i"),
+    (hashing, "hash_by_chain", f"{BARRIER}            stride //= 2", "stride //= 2"),
+    (hashing, "hash_by_chain", f"codes[vector, hash] = code\n        {BARRIER}", "codes[vector, hash] = code\n"),
+    (hashing, "hash_by_chain", "bit += 1", "bit += 2"),
+    (hashing, "hash_by_chain", "> 0:\n                        code", ">= 0:\n                        code"),
     (cumulation, "add_keys_to_table", "or keep_key[head, key] == 0", ""),
     (cumulation, "add_keys_to_table", "cuda.atomic.add(table, (head, hash, code, offset), v)", "table[head, hash, code, offset] = v"),
     (cumulation, "read_table", "code = query_hash_code[head, query, hash]", "code = query_hash_code[head, query, 0]"),
@@ -607,6 +611,7 @@ FAULTY = [
 ]
 LAUNCHER_OF = {
     "hash_vectors": fast_hash_shared_memory,
+    "hash_by_chain": fast_hash_shared_memory,
     "add_keys_to_table": lsh_cumulation_global_table,
     "read_table": lsh_cumulation_global_table,
     "cumulate_in_shared_table": lsh_cumulation_shared_table,
@@ -623,8 +628,12 @@ def edited(module: ModuleType, kernel: str, old: str, new: str) -> Any:
     return names[kernel]
 
 
-def right_in_every_order(launcher: Callable[..., Array]) -> bool:
-    case = Case(1, 3, 16, 1, 9, 3, kind="quantized") if launcher is fast_hash_shared_memory else IN_EVERY_ORDER[launcher]
+def right_in_every_order(kernel: str) -> bool:
+    launcher = LAUNCHER_OF[kernel]
+    hashed = Case(1, 3, 16, 1, 9, 3, kind="quantized")
+    if kernel == "hash_by_chain":
+        hashed = Case(1, 3, 16, 1, 5, 9, kind="quantized", layout="chained", rotations=3)
+    case = hashed if launcher is fast_hash_shared_memory else IN_EVERY_ORDER[launcher]
     try:
         for chosen in ORDERS:
             with emulator.order(chosen):
@@ -638,9 +647,9 @@ def right_in_every_order(launcher: Callable[..., Array]) -> bool:
 def test_a_wrong_line_shows(module: ModuleType, kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copy, faulty = edited(module, kernel, old, old), edited(module, kernel, old, new)
     monkeypatch.setattr(module, kernel, copy)
-    assert right_in_every_order(LAUNCHER_OF[kernel])
+    assert right_in_every_order(kernel)
     monkeypatch.setattr(module, kernel, faulty)
-    assert not right_in_every_order(LAUNCHER_OF[kernel])
+    assert not right_in_every_order(kernel)
 
 
 # Other processes: Numba's own simulator, the compiler, a plain import.

@@ -46,6 +46,29 @@ SIZES = (
     Case(63, 4097, 20, 7, 7, 8, leading=()),
 )
 
+CHAINED = tuple(
+    replace(case, layout="chained")
+    for case in (
+        Case(0, 63, 48, 7, 7, 9),
+        Case(1, 1, 1, 1, 1, 1),
+        Case(1, 137, 20, 7, 33, 30),
+        Case(7, 7, 7, 20, 7, 13),
+        Case(63, 63, 1, 1, 7, 30),
+        Case(63, 63, 4, 1, 33, 13, "float64"),
+        *(Case(63, 63, 48, 48, 7, 9, dtype, mask="masked") for dtype in ("float32", "float64", "float16", "bfloat16")),
+        Case(63, 137, 64, 64, 33, 8, mask="fully"),
+        Case(137, 137, 80, 20, 1, 1, mask="broadcast", leading=(2, 3)),
+        Case(137, 137, 20, 64, 7, 9, kind="onehot"),
+        Case(63, 63, 64, 7, 7, 8, kind="quantized", leading=()),
+        Case(63, 63, 64, 7, 7, 8, leading=(0, 2)),
+        Case(7, 7, 1024, 7, 7, 9),
+        *(Case(1, 63, 48, 1, 33, 9, dtype, kind=kind) for dtype in ("float32", "float64") for kind in ("1e-15", "1e15", "1e35")),
+        Case(63, 63, 20, 7, 7, 9, mask="masked", rotations=2),
+        Case(7, 7, 64, 7, 33, 8, rotations=5),
+        Case(7, 7, 4, 7, 3, 30, "float64", rotations=23),
+    )
+)
+
 MAGNITUDES = ("1e-15", "1e-8", "1e8", "1e15", "1e35")
 HASHES = (
     *SIZES,
@@ -77,9 +100,9 @@ CASES = {
     "expectation_attention_backward": GRADIENTS,
     "lsh_attention_backward": GRADIENTS,
     "hadamard_transform": HASHES,
-    "fast_hash": HASHES,
+    "fast_hash": HASHES + CHAINED,
     "hyperplane_hash": HASHES,
-    "yoso_attention": ATTENTIONS,
+    "yoso_attention": ATTENTIONS + CHAINED,
     "expectation_attention": (*SIZES, Case(63, 63, 48, 7, 7, 9, kind="1e15"), Case(63, 63, 48, 7, 7, 9, "float64", kind="1e35")),
 }
 
@@ -113,8 +136,13 @@ def cases_for(kernel: registry.Kernel) -> tuple[Case, ...]:
     if kernel.where == "stepped":
         # Weights are taken one coordinate after another, each with a table: a few show what many
         # do.
+        if kernel.op == "fast_hash":
+            chained = (replace(case, layout="chained") for case in STEPPED[2:])
+            return *STEPPED, *chained, Case(1, 7, 20, 7, 7, 9, layout="chained", rotations=2)
         return tuple(replace(case, d=min(case.d, 7)) for case in STEPPED) if kernel.op == "lsh_weighted_cumulation" else STEPPED
     cases = CASES.get(kernel.op, SIZES)
+    if kernel.name.endswith(":block_per_part"):  # a chain has no parts
+        cases = HASHES
     if kernel.where == "emulated":  # where every CUDA thread is a fiber
         return tuple(case for case in cases if max(case.n_q, case.n_k) <= 137 and max(case.d, case.d_v) <= 128)
     return cases

@@ -20,10 +20,11 @@ OPS = torch.ops.yoso_core
 N_Q, N_K, D, D_V, M, TAU = 5, 7, 6, 4, 3, 3
 LEADING = (2, 2)
 
+TRANSFORM = ["hadamard_transform"]
 HASHES = ["fast_hash", "hyperplane_hash"]
 CUMULATIONS = ["lsh_cumulation", "lsh_weighted_cumulation"]
-BACKWARD = ["expectation_attention_backward", "yoso_attention_backward"]
-EVERY = [*HASHES, *CUMULATIONS, "expectation_attention", "yoso_attention", *BACKWARD]
+BACKWARD = ["expectation_attention_backward", "lsh_attention_backward", "yoso_attention_backward"]
+EVERY = [*TRANSFORM, *HASHES, *CUMULATIONS, "expectation_attention", "yoso_attention", *BACKWARD]
 
 
 def arguments(op: str, dtype: torch.dtype = torch.float32, *, masked: bool = True, requires_grad: bool = False) -> dict[str, Any]:
@@ -47,17 +48,28 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, *, masked: bool = Tru
     coded = {"query_hash_code": codes(N_Q), "key_hash_code": codes(N_K), "value": value, "hashtable_capacity": 1 << TAU, **masks}
     vectors = {"query": query, "key": key, "value": value}
     length = torch.rand(*LEADING, N_Q, 1, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    in_buckets = {"grad_out": grad_out, **vectors, "query_hash_code": codes(N_Q), "key_hash_code": codes(N_K)}
     return {
+        "hadamard_transform": {"x": normal(N_Q, 8)},
         "fast_hash": {"vectors": query, "signs": signs, **numbers},
         "hyperplane_hash": {"vectors": query, "planes": planes, **numbers},
         "lsh_cumulation": coded,
         "lsh_weighted_cumulation": {**coded, "query_weight": query, "key_weight": key},
         "expectation_attention": {**vectors, "hash_code_len": TAU, **masks},
         "expectation_attention_backward": {"grad_out": grad_out, **vectors, "hash_code_len": TAU, **masks},
+        "lsh_attention_backward": {**in_buckets, "hash_code_len": TAU, **masks},
         "yoso_attention": {**vectors, "signs": signs, "planes": None, **masks, **numbers},
         "yoso_attention_backward": {
             **{"grad_out": grad_out, "out": normal(N_Q, D_V), "length": length, **vectors, "signs": signs, "planes": None},
-            **{**masks, **numbers, "by_expectation": False, "normalize_output": True, "grad": "lower_bound", "variant": None},
+            **{
+                **masks,
+                **numbers,
+                "by_expectation": False,
+                "normalize_output": True,
+                "grad": "lower_bound",
+                "layout": "paper",
+                "variant": None,
+            },
         },
     }[op]
 
@@ -94,7 +106,7 @@ def test_opcheck_of_attention_in_every_mode(mode: dict[str, Any]) -> None:
 def test_opcheck_of_attention_by_planes_and_without_gradients() -> None:
     planes = arguments("hyperplane_hash")["planes"]
     check_registration("yoso_attention", arguments("yoso_attention", requires_grad=True) | {"signs": None, "planes": planes})
-    check_registration("yoso_attention", arguments("yoso_attention") | {"for_backward": False})
+    check_registration("yoso_attention", arguments("yoso_attention"))
 
 
 def test_opcheck_rejects_an_operator_that_tells_the_compiler_a_wrong_shape() -> None:
@@ -118,17 +130,11 @@ def test_an_operator_returns_what_the_face_does(op: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("use_expectation", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_attention_returns_what_the_face_does(dtype: torch.dtype, use_expectation: bool) -> None:
-    """The same bits without gradients. With them the length is taken in a second step, by another
-    order of additions.
-    """
+    """The same bits, and the length of every row before it was scaled."""
     call = arguments("yoso_attention", dtype) | {"use_expectation": use_expectation}
     expected = yoso_core.yoso_attention(**call)
-    out, length = OPS.yoso_attention(**call, for_backward=False)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    assert length.numel() == 0
     out, length = OPS.yoso_attention(**call)
-    ulps = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(out, expected, rtol=ulps, atol=ulps)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
     wide = {name: call[name].to(length.dtype) for name in ("query", "key", "value")}
     rows = yoso_core.yoso_attention(**call | wide, normalize_output=False)
     torch.testing.assert_close(length, torch.linalg.vector_norm(rows, dim=-1, keepdim=True), rtol=1e-6, atol=0)
@@ -247,13 +253,6 @@ def test_there_is_no_second_derivative(op: str) -> None:
         first.sum().backward()
 
 
-def test_attention_called_without_a_backward_pass_in_mind_says_so() -> None:
-    call = arguments("yoso_attention", requires_grad=True)
-    out, _ = OPS.yoso_attention(**call, for_backward=False)
-    with pytest.raises(RuntimeError, match=r"^yoso_core::yoso_attention: called with for_backward=False"):
-        out.sum().backward()
-
-
 def test_hashes_have_no_gradients() -> None:
     for op in HASHES:
         assert not getattr(OPS, op)(**arguments(op, requires_grad=True)).requires_grad
@@ -323,4 +322,34 @@ def test_without_torch_the_extra_is_named() -> None:
 
 def test_the_module_names_what_it_registers() -> None:
     for op in EVERY:
-        assert getattr(ops, op)._opoverload is getattr(OPS, op).default
+        assert getattr(ops, op).raw._opoverload is getattr(OPS, op).default
+
+
+# The length of a row
+
+
+@pytest.mark.parametrize("variant", [v.name for v in registry.variants("yoso_attention") if v.where in ("numpy", "cpu", "emulated")])
+@pytest.mark.parametrize("use_expectation", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_kernel_says_how_long_a_row_was(variant: str, use_expectation: bool, dtype: torch.dtype) -> None:
+    """Also where it was tiny, huge, masked or not finite; and the row has the same bits as
+    without.
+    """
+    call = arguments("yoso_attention", dtype) | {"use_expectation": use_expectation, "variant": variant}
+    call["value"] *= torch.tensor([1e-30, 1e30, 1.0, 0.0]).to(dtype).reshape(2, 2, 1, 1)
+    call["query"][1, 0, 0] = torch.nan
+    call["query_mask"][1, 0, 0] = True
+    out, length = yoso_core.ops.yoso_attention(**call, return_length=True)
+    torch.testing.assert_close(out, yoso_core.yoso_attention(**call), rtol=0, atol=0, equal_nan=True)
+    wide = {name: call[name].to(length.dtype) for name in ("query", "key", "value")}
+    rows = yoso_core.yoso_attention(**call | wide, normalize_output=False)
+    expected = torch.linalg.vector_norm(rows.double(), dim=-1, keepdim=True).to(length.dtype)
+    torch.testing.assert_close(length, expected, rtol=1e-5, atol=0, equal_nan=True)
+    assert torch.isnan(length[1, 0, 0])
+    assert (length[~call["query_mask"]] == 0).all()
+
+
+def test_without_scaling_there_is_no_length_before_it() -> None:
+    call = arguments("yoso_attention")
+    with pytest.raises(ValueError, match=r"^return_length: with normalize_output=False no row is scaled"):
+        yoso_core.ops.yoso_attention(**call, normalize_output=False, return_length=True)

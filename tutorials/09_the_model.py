@@ -542,7 +542,7 @@ with TemporaryDirectory() as folder, torch.no_grad():
 #   weights as BERT's.
 # - `use_expectation` and `num_hash` may change between two calls. How many hashes are enough
 #   depends on how sharp the model's attention is, and on whether it has met sampling in training.
-# - Padded equals alone, and checkpoints go to transformers and back.
+# - Padded equals alone up to rounding, and checkpoints go to transformers and back.
 #
 # Next: [10. YOSO in your own encoder](10_yoso_in_your_encoder.ipynb), where other people's models
 # attend this way.

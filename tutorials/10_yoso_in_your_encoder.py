@@ -440,7 +440,6 @@ def refused(what, *arguments, **given):
 
 decoder = AutoModel.from_config(transformers.LlamaConfig(**small, num_key_value_heads=2), attn_implementation="yoso").eval()
 print("A decoder:\n ", refused(decoder, words))
-print("Weights of sampled attention:\n ", refused(trained["YOSO, 32 hashes"], **test, output_attentions=True))
 print("An additive mask:\n ", refused(yoso, words, attention_mask=torch.zeros(4, 1, 1, 20)))
 deberta = transformers.DebertaV2Config(**small)
 print("A model that never asks:\n ", refused(AutoModel.from_config, deberta, attn_implementation="yoso"))
@@ -449,21 +448,19 @@ print("A model that never asks:\n ", refused(AutoModel.from_config, deberta, att
 # - **Decoders.** A bucket holds the sum of *all* its keys. Token 5 of a decoder may see the first
 #   five only, so it would need a table of its own, and so would every token: the cost would be
 #   back.
-# - **Weights.** Sampling never computes them; that is why it is fast. With the expectation,
-#   `output_attentions=True` gives them.
 # - **Additive masks and position biases.** There are no scores that something could be added to.
 # - **Models that never ask the table.** transformers alone would accept the name and go on as
 #   before, and you would measure the wrong model.
 #
 # ## The options travel with the model
 #
-# What you gave with `model=` stands in the config and is saved with it.
+# The name, and what you gave with `model=`, are saved in the config.
 
 # %%
 original = trained["YOSO, 32 hashes"]
 with TemporaryDirectory() as folder:
     original.save_pretrained(folder)
-    loaded = BertForTokenClassification.from_pretrained(folder, attn_implementation="yoso")
+    loaded = BertForTokenClassification.from_pretrained(folder)
 assert loaded.config.yoso_attention["num_hash"] == 32
 with torch.no_grad():
     assert torch.equal(loaded(**test).logits, original(**test).logits)

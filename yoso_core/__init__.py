@@ -19,8 +19,7 @@ Hugging Face.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from yoso_core.attend import yoso_attention
-from yoso_core.ops import (
+from yoso_core.attend import (
     expectation_attention,
     expectation_attention_backward,
     fast_hash,
@@ -29,9 +28,9 @@ from yoso_core.ops import (
     lsh_attention_backward,
     lsh_cumulation,
     lsh_weighted_cumulation,
-    sample_planes,
-    sample_signs,
+    yoso_attention,
 )
+from yoso_core.ops import sample_planes, sample_signs
 from yoso_core.registry import Registration, Variant, register, variants
 
 if TYPE_CHECKING:

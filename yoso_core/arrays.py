@@ -114,10 +114,49 @@ def one_caller(required: Mapping[str, Array], **optional: Array | None) -> Calle
     return Caller(first_library, first_device)
 
 
+def is_transformed() -> bool:
+    """Whether this runs under a transform of `torch.func`, or where tensors can carry forward-mode
+    derivatives.
+    """
+    torch = sys.modules["torch"]
+    return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+
+
+def has_tangent(x: object) -> bool:
+    """Whether a tensor carries a forward-mode derivative."""
+    torch = sys.modules["torch"]
+    forward_ad = torch.autograd.forward_ad
+    return isinstance(x, torch.Tensor) and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def of_a_program(*arguments: object) -> bool:
+    """Whether torch records or transforms what happens to a tensor among the arguments: under
+    `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` and dispatch modes, with dual
+    tensors, and for tensors without numbers of their own (fake ones, and those on the meta device).
+    """
+    torch = sys.modules.get("torch")
+    tensors = [] if torch is None else [x for x in arguments if isinstance(x, torch.Tensor) and not x.is_nested]
+    if torch is None or not tensors:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or torch._C._len_torch_dispatch_stack():
+        return True
+    plain = torch.Tensor.__torch_dispatch__
+    return all(x.is_meta for x in tensors) or any(type(x).__torch_dispatch__ is not plain for x in tensors)
+
+
+def check_dense(name: str, x: Array) -> None:
+    """Refuse tensors that are no plain blocks of numbers: sparse and nested ones."""
+    if x.is_nested:
+        raise TypeError(f"{name}: need a dense tensor, got a nested one; pad it (torch.nested.to_padded_tensor), and mask the padding")
+    if x.layout != sys.modules["torch"].strided:
+        raise TypeError(f"{name}: need a dense tensor, got layout {x.layout}")
+
+
 def _check_tensor(name: str, x: Array) -> None:
     torch = sys.modules["torch"]
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: need a dense tensor, got layout {x.layout}")
+    check_dense(name, x)
+    if has_tangent(x):
+        raise NotImplementedError(f"{name}: carries a forward-mode derivative; the function of that name in yoso_core passes it on")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: requires gradients, and this function does not record them; call it under torch.no_grad() or pass {name}.detach()"

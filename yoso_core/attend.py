@@ -1,14 +1,46 @@
-"""YOSO attention as people call it: any array, with gradients where they are wanted.
+"""The functions as people call them: any array, with gradients where they are wanted.
 
-The top of the house: it goes to `yoso_core.ops`, or to `yoso_core.model` for torch tensors that
-require gradients. Nothing below imports it.
+The top of the house: it goes to `yoso_core.ops`, or to the operators of `yoso_core.model` for torch
+tensors whose numbers cannot be looked at, since a program is recorded or transformed. Attention
+goes there too where it requires gradients. Nothing below imports it.
 """
 
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from yoso_core import ops
-from yoso_core.arrays import Array
-from yoso_core.reference.hashing import Seed
+from yoso_core.arrays import Array, of_a_program
+from yoso_core.reference.hashing import Layout, Seed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _or_operator(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, or its operator for the tensors of a recorded or transformed program."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not of_a_program(*args, *kwargs.values()):
+            return function(*args, **kwargs)
+        from yoso_core.model import ops as operators
+
+        found: R = getattr(operators, function.__name__)(*args, **kwargs)
+        return found
+
+    return call
+
+
+hadamard_transform = _or_operator(ops.hadamard_transform)
+fast_hash = _or_operator(ops.fast_hash)
+hyperplane_hash = _or_operator(ops.hyperplane_hash)
+lsh_cumulation = _or_operator(ops.lsh_cumulation)
+lsh_weighted_cumulation = _or_operator(ops.lsh_weighted_cumulation)
+expectation_attention = _or_operator(ops.expectation_attention)
+expectation_attention_backward = _or_operator(ops.expectation_attention_backward)
+lsh_attention_backward = _or_operator(ops.lsh_attention_backward)
 
 
 def yoso_attention(
@@ -25,6 +57,8 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
+    layout: Layout = "paper",
+    rotations: int | None = None,
     variant: str | None = None,
 ) -> Array:
     """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``. Differentiable on
@@ -49,6 +83,9 @@ def yoso_attention(
         nonzero = keep. Masked entries are skipped. Masked queries get zeros.
     normalize_output : scale every row to unit length, in float32 at least. A row shorter than
         1e-12, such as that of a query that met no key, becomes zeros.
+    layout : of the signs. ``"paper"`` repeats the paper and its kernels, whose collisions are too
+        rare; ``"chained"`` is unbiased and cheaper for many hashes: see `fast_hash`.
+    rotations : of a chain that is drawn here; see `sample_signs`.
     variant : a name from `variants`, or ``None`` for the best that can run here.
 
     Returns
@@ -57,9 +94,11 @@ def yoso_attention(
     non-finite key that is kept in every row of its head, a non-finite value that is kept in every
     row that meets it.
 
-    While gradients are enabled, torch tensors that require them go to
-    `yoso_core.model.yoso_attention`. It draws from torch's own generator where ``rng`` is ``None``,
-    and takes ``grad`` and ``backward`` besides: which gradient it is.
+    Torch tensors go to `yoso_core.model.yoso_attention` where they require gradients, under
+    `torch.autocast` (the result then has autocast's dtype), and where torch records or transforms a
+    program: `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func`. It draws from torch's
+    own generator where ``rng`` is ``None``, and takes ``grad`` and ``backward`` besides: which
+    gradient it is.
 
     Source: Zeng et al. 2021 (arXiv 2111.09714).
 
@@ -70,8 +109,8 @@ def yoso_attention(
     >>> bool((exact * sampled).sum(-1).mean() > 0.9)
     True
     """
-    attend = ops.yoso_attention
-    if _wants_gradients(query, key, value):
+    attend: Callable[..., Array] = ops.yoso_attention
+    if _wants_torch(query, key, value):
         from yoso_core.model import yoso_attention as attend
     return attend(
         query,
@@ -86,10 +125,21 @@ def yoso_attention(
         query_mask=query_mask,
         key_mask=key_mask,
         normalize_output=normalize_output,
+        layout=layout,
+        rotations=rotations,
         variant=variant,
     )
 
 
-def _wants_gradients(*arrays: Array) -> bool:
+def _wants_torch(*arrays: Array) -> bool:
+    """Whether attention belongs to `yoso_core.model`: gradients are wanted, autocast chooses the
+    dtype, or torch records or transforms a program.
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arrays)
+    tensors = [] if torch is None else [x for x in arrays if isinstance(x, torch.Tensor)]
+    if torch is None or not tensors:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    device = tensors[0].device.type
+    return of_a_program(*tensors) or (device in ("cpu", "cuda") and torch.is_autocast_enabled(device))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from yoso_core.arrays import Array
+from yoso_core.reference.hashing import LAYOUTS
 
 MAX_CODE_LEN = 30
 """Codes are int32, and ``2**tau`` must be one too."""
@@ -134,6 +135,18 @@ def codes_in_range(name: str, x: Array, capacity: int) -> None:
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: need one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def rotations(name: str, layout: object, wanted: object, least: int) -> int | None:
+    """The rotations of a chain, of which there must be enough; ``None`` chooses. ``name`` is the
+    argument that says the layout.
+    """
+    one_of(name, layout, LAYOUTS)
+    if wanted is None:
+        return None
+    if layout != "chained":
+        raise ValueError(f"rotations: a chain has them, {name}={layout!r} has parts; leave it None")
+    return integer("rotations", wanted, least)
 
 
 def signs(x: Array) -> None:

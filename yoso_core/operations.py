@@ -133,9 +133,13 @@ class Output(NamedTuple):
 
     name: str
     dtype_of: str | None
-    """The argument whose dtype it has; ``None`` for hash codes, which are int32."""
+    """The argument whose dtype it has; ``None`` for hash codes, which are int32, and for what keeps
+    the precision of the sums.
+    """
     shape: Callable[[Arguments], Shape]
     """Its shape, given the arguments."""
+    asked_by: str | None = None
+    """The argument that asks for it; ``None`` for what every call returns."""
 
 
 def _rows(of: str, columns: str) -> Callable[[Arguments], Shape]:
@@ -205,7 +209,11 @@ class Operation:
 
     @property
     def is_hash(self) -> bool:
-        return all(output.dtype_of is None for output in self.outputs)
+        return all(output.dtype_of is None for output in self.outputs_of({}))
+
+    def outputs_of(self, arguments: Arguments) -> tuple[Output, ...]:
+        """What a call with these arguments returns, in order."""
+        return tuple(output for output in self.outputs if output.asked_by is None or arguments.get(output.asked_by))
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -333,15 +341,22 @@ def _with_signs(arguments: Arguments) -> dict[str, Any]:
     One draw for each index of the last leading dim (the heads), shared over the dims before it, so
     that a result does not depend on its neighbors in a batch.
     """
-    completed = {name: x for name, x in arguments.items() if name != "rng"}
+    completed = {name: x for name, x in arguments.items() if name not in ("rng", "rotations")}
     if arguments.get("use_expectation") or arguments.get("signs") is not None or arguments.get("planes") is not None:
         return completed
     query = arguments["query"]
     caller = one_caller({"query": query})
     checks.vectors("query", query)
     num_hash, hash_code_len = checks.hash_numbers(arguments.get("num_hash", 32), arguments.get("hash_code_len", 8))
-    rng = checks.generator("rng", arguments.get("rng"))
-    signs = reference.sample_signs(num_hash, hash_code_len, query.shape[-1], batch_shape=tuple(query.shape[-3:-2]), rng=rng)
+    numbers = num_hash, hash_code_len, query.shape[-1]
+    layout = arguments.get("layout", "paper")
+    signs = reference.sample_signs(
+        *numbers,
+        batch_shape=tuple(query.shape[-3:-2]),
+        layout=layout,
+        rotations=checks.rotations("layout", layout, arguments.get("rotations"), reference.least_rotations(*numbers)),
+        rng=checks.generator("rng", arguments.get("rng")),
+    )
     return completed | {"signs": caller.from_numpy(signs)}
 
 
@@ -470,7 +485,10 @@ LSH_ATTENTION_BACKWARD = Operation(
 YOSO_ATTENTION = Operation(
     name="yoso_attention",
     definition="numpy:formula",
-    outputs=(Output("out", "value", _rows("query", "value")),),
+    outputs=(
+        Output("out", "value", _rows("query", "value")),
+        Output("length", None, lambda arguments: (*arguments["query"].shape[:-1], 1), asked_by="return_length"),
+    ),
     example_inputs=lambda given: {
         "query": given.query,
         "key": given.key,

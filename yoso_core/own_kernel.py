@@ -4,7 +4,7 @@
 is given and what it returns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,35 +36,61 @@ def check_target(target: object, where: str) -> None:
 def adapted(operation: Operation, target: Any) -> Callable[..., Any]:
     """The kernel as the backends call one: arguments by name, behind the device where there is
     one.
+
+    A kernel returns what the public function does. What the library asks for besides, the length
+    of a row before it was scaled, comes from a second call that does not scale.
     """
     function = target.launcher if isinstance(target, CudaVariant | NumbaCudaVariant) else target
 
-    def call(*device: Any, num_threads: int | None = None, **arguments: Any) -> Any:
-        fresh = {name: _copied(x) for name, x in arguments.items() if x is not None}
-        shapes = [output.shape(fresh) for output in operation.outputs]
-        dtypes = [np.dtype(np.int32) if output.dtype_of is None else fresh[output.dtype_of].dtype for output in operation.outputs]
-        given = {name: _copied(x) for name, x in fresh.items()}
-        positional = [given[name] for name in operation.positional]
-        keywords = {name: x for name, x in given.items() if name not in operation.positional}
-        result = function(*device, *positional, **keywords)
-        for name, x in fresh.items():
-            if hasattr(x, "dtype") and not _same_bytes(x, given[name]):
-                raise WrongResult(f"overwrote its argument {name}")
-        outputs = result if isinstance(result, tuple) else (result,)
-        if len(outputs) != len(operation.outputs):
-            raise WrongResult(f"returned {len(outputs)} arrays, need {len(shapes)}: {', '.join(o.name for o in operation.outputs)}")
-        array_type = type(next(x for x in given.values() if hasattr(x, "dtype")))
-        for output, x, shape, dtype in zip(operation.outputs, outputs, shapes, dtypes, strict=True):
-            if not isinstance(x, array_type):
-                raise WrongResult(f"returned {'nothing' if x is None else type(x).__name__}, need an array")
-            if tuple(x.shape) != shape:
-                raise WrongResult(f"returned shape {tuple(x.shape)}, need {shape}")
-            if x.dtype != dtype:
-                of = "" if output.dtype_of is None else f", the dtype of {output.dtype_of}"
-                raise WrongResult(f"returned {x.dtype}, need {dtype}{of}")
-        return result
+    def call(*device: Any, num_threads: int | None = None, return_length: bool = False, **arguments: Any) -> Any:
+        result = _called(operation, function, device, arguments)
+        if not return_length:
+            return result
+        return result, _row_length(_called(operation, function, device, {**arguments, "normalize_output": False}))
 
     return call
+
+
+def _called(operation: Operation, function: Callable[..., Any], device: tuple[Any, ...], arguments: Mapping[str, Any]) -> Any:
+    """The kernel's result, after every check of it. It is given ``layout`` only where that is not
+    the paper's.
+    """
+    fresh = {name: _copied(x) for name, x in arguments.items() if x is not None and (name, x) != ("layout", "paper")}
+    expected = operation.outputs_of(fresh)
+    shapes = [output.shape(fresh) for output in expected]
+    dtypes = [np.dtype(np.int32) if output.dtype_of is None else fresh[output.dtype_of].dtype for output in expected]
+    given = {name: _copied(x) for name, x in fresh.items()}
+    positional = [given[name] for name in operation.positional]
+    keywords = {name: x for name, x in given.items() if name not in operation.positional}
+    result = function(*device, *positional, **keywords)
+    for name, x in fresh.items():
+        if hasattr(x, "dtype") and not _same_bytes(x, given[name]):
+            raise WrongResult(f"overwrote its argument {name}")
+    outputs = result if isinstance(result, tuple) else (result,)
+    if len(outputs) != len(expected):
+        raise WrongResult(f"returned {len(outputs)} arrays, need {len(shapes)}: {', '.join(o.name for o in expected)}")
+    array_type = type(next(x for x in given.values() if hasattr(x, "dtype")))
+    for output, x, shape, dtype in zip(expected, outputs, shapes, dtypes, strict=True):
+        if not isinstance(x, array_type):
+            raise WrongResult(f"returned {'nothing' if x is None else type(x).__name__}, need an array")
+        if tuple(x.shape) != shape:
+            raise WrongResult(f"returned shape {tuple(x.shape)}, need {shape}")
+        if x.dtype != dtype:
+            of = "" if output.dtype_of is None else f", the dtype of {output.dtype_of}"
+            raise WrongResult(f"returned {x.dtype}, need {dtype}{of}")
+    return result
+
+
+def _row_length(rows: Any) -> Any:
+    """``|y_i|`` in float32 at least, in the operators that NumPy and CuPy share; a bfloat16 comes
+    as its bits.
+    """
+    if rows.dtype == np.uint16:
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    wide = rows.astype(np.promote_types(rows.dtype, np.float32))
+    largest = abs(wide).max(axis=-1, keepdims=True, initial=0)
+    scale = largest + (largest == 0)
+    return scale * ((wide / scale) ** 2).sum(axis=-1, keepdims=True) ** 0.5
 
 
 def _copied(x: Any) -> Any:

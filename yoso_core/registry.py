@@ -70,7 +70,7 @@ class Kernel:
         function = self.load()
         if self.registered_on is not None:
             function = own_kernel.adapted(OPERATIONS[self.op], function)
-        outputs = OPERATIONS[self.op].outputs
+        outputs = OPERATIONS[self.op].outputs_of(arguments)
         likes = [None if output.dtype_of is None else arguments[output.dtype_of] for output in outputs]
         found = self.backend.call(function, caller, arguments)
         if len(outputs) == 1:
@@ -92,7 +92,7 @@ def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str
     return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("numba_cuda", "stepped")]
 
 
-_AROUND = "warp_per_vector thread_per_code normalize_rows expectation mark_nonfinite_heads finish_attention"
+_AROUND = "warp_per_vector warp_per_chain thread_per_code normalize_rows expectation mark_nonfinite_heads finish_attention"
 """Kernels of every attention: both hashes, the expectation, and what comes before and after."""
 
 # In order of preference on each device: the first that can run on the caller's device, and has
@@ -102,9 +102,16 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("hadamard_transform", "numpy:butterflies", "yoso_core.reference:hadamard_transform", "one stage at a time"),
     Kernel("fast_hash", "cpu:tiles", "yoso_core.cpu:fast_hash", "16 vectors to a tile, signs and butterflies in cache"),
     Kernel("fast_hash", "numpy:formula", "yoso_core.reference:fast_hash", "sign bits of H D3 H D2 H D1 x"),
-    *_cuda("fast_hash", "warp_per_vector", "a warp for each vector, butterflies between registers and by shuffle", "warp_per_vector"),
+    *_cuda(
+        "fast_hash",
+        "warp_per_vector",
+        "a warp for each vector, butterflies between registers and by shuffle",
+        "warp_per_vector warp_per_chain",
+    ),
     *_cuda("fast_hash", "block_per_part", "a block for each vector and part, butterflies through shared memory", "block_per_part"),
-    *_numba_cuda("hashing", "fast_hash", "shared_memory", "a block for each vector, butterflies in shared memory", "hash_vectors"),
+    *_numba_cuda(
+        "hashing", "fast_hash", "shared_memory", "a block for each vector, butterflies in shared memory", "hash_vectors hash_by_chain"
+    ),
     Kernel("hyperplane_hash", "cpu:tiles", "yoso_core.cpu:hyperplane_hash", "16 vectors to a tile against every plane"),
     Kernel("hyperplane_hash", "numpy:formula", "yoso_core.reference:hyperplane_hash", "one matrix product"),
     *_cuda("hyperplane_hash", "thread_per_code", "a thread for each code, its projections in registers", "thread_per_code"),

@@ -126,7 +126,7 @@ def _finfo(x: Array) -> Any:
 
 def _float_outputs(operation: Operation) -> tuple[str, ...]:
     """The arguments whose dtypes the outputs have."""
-    return tuple(output.dtype_of for output in operation.outputs if output.dtype_of is not None)
+    return tuple(output.dtype_of for output in operation.outputs_of({}) if output.dtype_of is not None)
 
 
 def _terms(operation: Operation, arguments: Arguments) -> Arrays:

@@ -26,10 +26,11 @@ extern "C" __global__ void mark_nonfinite_heads(const unsigned char* __restrict_
 //   Masked rows and rows of length 1e-12 or less become zeros. The length is computed from the row
 //   divided by its largest entry, so that no square overflows or vanishes. A block has 8 rows.
 //   Moves one row of sums in and one row out; the cache serves the second and third read of the
-//   row. Deterministic.
+//   row. `lengths`, where it is given, gets the length of every row before that, which the gradient
+//   of the step needs. Deterministic.
 extern "C" __global__ void finish_attention(const ACC* __restrict__ sums, const unsigned char* __restrict__ query_mask,
                                        const unsigned char* __restrict__ query_nonfinite, const int* __restrict__ head_nonfinite,
-                                       VALUE* __restrict__ out, long long num_rows, long long rows_per_head, int value_dim, int normalize) {
+                                       VALUE* __restrict__ out, ACC* __restrict__ lengths, long long num_rows, long long rows_per_head, int value_dim, int normalize) {
   const int lane = threadIdx.x % 32;
   const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
   if (row >= num_rows) return;  // the whole warp
@@ -40,6 +41,7 @@ extern "C" __global__ void finish_attention(const ACC* __restrict__ sums, const 
   const bool nonfinite =
       (query_nonfinite != nullptr && query_nonfinite[row]) || (head_nonfinite != nullptr && head_nonfinite[row / rows_per_head]);
   if (!keep || nonfinite || !normalize) {
+    if (lengths != nullptr && lane == 0) lengths[row] = keep && nonfinite ? not_a_number() : ACC(0);
     for (int i = lane; i < value_dim; i += 32) y[i] = narrow<VALUE>(!keep ? ACC(0) : nonfinite ? not_a_number() : x[i]);
     return;
   }
@@ -58,6 +60,7 @@ extern "C" __global__ void finish_attention(const ACC* __restrict__ sums, const 
   }
   const ACC length = sqrt(warp_sum(squares));  // of the scaled row: at least 1
   const bool tiny = !(largest * length > ACC(1e-12));
+  if (lengths != nullptr && lane == 0) lengths[row] = finite ? largest * length : not_a_number();
   for (int i = lane; i < value_dim; i += 32) {
     y[i] = narrow<VALUE>(!finite ? not_a_number() : tiny ? ACC(0) : x[i] / largest / length);
   }

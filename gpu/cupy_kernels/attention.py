@@ -7,18 +7,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from yoso_core.gpu import layout
+from yoso_core.gpu import layout as gpu_layout
 from yoso_core.gpu.cupy_kernels.cumulation import lsh_cumulation_shared_table, lsh_cumulation_sorted_buckets
 from yoso_core.gpu.cupy_kernels.expectation import expectation_attention_blocked
 from yoso_core.gpu.cupy_kernels.hashing import fast_hash_warp_per_vector, hyperplane_hash_thread_per_code
 from yoso_core.gpu.device import Array, CudaKernel, Device
+from yoso_core.reference.hashing import Layout
 
 _WARPS = 8
 _THREADS = 256
 
 
 def _kernel(name: str, value: Array) -> CudaKernel:
-    return CudaKernel("attention.cu", name, layout.value_define(value))
+    return CudaKernel("attention.cu", name, gpu_layout.value_define(value))
 
 
 def _attend(
@@ -36,47 +37,58 @@ def _attend(
     query_mask: Array | None,
     key_mask: Array | None,
     normalize_output: bool,
-) -> Array:
+    layout: Layout = "paper",
+    return_length: bool = False,
+) -> Array | tuple[Array, Array]:
     masks = {"query_mask": query_mask, "key_mask": key_mask}
-    accumulator = layout.accumulator(value)
+    accumulator = gpu_layout.accumulator(value)
     query_nonfinite = head_nonfinite = None
     if use_expectation:
         sums = expectation_attention_blocked(device, query, key, value, hash_code_len, **masks, out_dtype=accumulator)
     else:
         query_nonfinite, key_nonfinite = (device.empty(x.shape[:-1], np.uint8) for x in (query, key))
         query_code, key_code = (
-            _hash(device, x, signs, planes, num_hash, hash_code_len, nonfinite)
+            _hash(device, x, signs, planes, num_hash, hash_code_len, layout, nonfinite)
             for x, nonfinite in ((query, query_nonfinite), (key, key_nonfinite))
         )
         sums = cumulate(device, query_code, key_code, value, 1 << hash_code_len, **masks, out_dtype=accumulator)
         head_nonfinite = _nonfinite_heads(device, key_nonfinite, key_mask, value)
     out = device.empty(sums.shape, value.dtype)
+    lengths = device.empty((*sums.shape[:-1], 1), accumulator) if return_length else None
     if out.size:
-        rows, value_dim = layout.count(out.shape[:-1]), out.shape[-1]
+        rows, value_dim = gpu_layout.count(out.shape[:-1]), out.shape[-1]
         device.launch(
             _kernel("finish_attention", value),
-            grid=(layout.ceil_div(rows, _WARPS),),
+            grid=(gpu_layout.ceil_div(rows, _WARPS),),
             block=(32 * _WARPS,),
             args={
                 "sums": sums,
-                "query_mask": layout.mask_bytes(device, query_mask, query.shape[:-1]),
+                "query_mask": gpu_layout.mask_bytes(device, query_mask, query.shape[:-1]),
                 "query_nonfinite": query_nonfinite,
                 "head_nonfinite": head_nonfinite,
                 "out": out,
+                "lengths": lengths,
                 "num_rows": np.int64(rows),
                 "rows_per_head": np.int64(out.shape[-2]),
                 "value_dim": np.int32(value_dim),
                 "normalize": np.int32(normalize_output),
             },
         )
-    return out
+    return out if lengths is None else (out, lengths)
 
 
 def _hash(
-    device: Device, x: Array, signs: Array | None, planes: Array | None, num_hash: int, hash_code_len: int, nonfinite: Array
+    device: Device,
+    x: Array,
+    signs: Array | None,
+    planes: Array | None,
+    num_hash: int,
+    hash_code_len: int,
+    layout: Layout,
+    nonfinite: Array,
 ) -> Array:
     if signs is not None:
-        return fast_hash_warp_per_vector(device, x, signs, num_hash, hash_code_len, nonfinite=nonfinite)
+        return fast_hash_warp_per_vector(device, x, signs, num_hash, hash_code_len, layout=layout, nonfinite=nonfinite)
     if planes is not None:
         return hyperplane_hash_thread_per_code(device, x, planes, num_hash, hash_code_len, nonfinite=nonfinite)
     raise ValueError("signs: sampling needs signs or planes")
@@ -84,7 +96,7 @@ def _hash(
 
 def _nonfinite_heads(device: Device, key_nonfinite: Array, key_mask: Array | None, value: Array) -> Array:
     """int32 ``(heads,)``: 1 if a kept key of the head is non-finite."""
-    heads = layout.count(key_nonfinite.shape[:-1])
+    heads = gpu_layout.count(key_nonfinite.shape[:-1])
     head_nonfinite = device.empty((heads,), np.int32)
     if heads:
         device.launch(
@@ -93,7 +105,7 @@ def _nonfinite_heads(device: Device, key_nonfinite: Array, key_mask: Array | Non
             block=(_THREADS,),
             args={
                 "row_nonfinite": key_nonfinite,
-                "mask": layout.mask_bytes(device, key_mask, key_nonfinite.shape),
+                "mask": gpu_layout.mask_bytes(device, key_mask, key_nonfinite.shape),
                 "head_nonfinite": head_nonfinite,
                 "rows_per_head": np.int32(key_nonfinite.shape[-1]),
             },
@@ -101,14 +113,14 @@ def _nonfinite_heads(device: Device, key_nonfinite: Array, key_mask: Array | Non
     return head_nonfinite
 
 
-def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
+def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `shared_table`, normalize. Raises
     `DoesNotFit` if not even one column of the table fits into shared memory.
     """
     return _attend(device, lsh_cumulation_shared_table, query, key, value, **options)  # type: ignore[arg-type]
 
 
-def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array:
+def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `sorted_buckets`, normalize. Any
     ``hash_code_len``.
     """

@@ -1,10 +1,11 @@
-// Fast Hadamard hashing: a code is tau sign bits of H D3 H D2 H D1 x, bit for bit as in the
-// reference.
+// Fast Hadamard hashing: a code is tau sign bits of rotations H D, bit for bit as in the reference.
+// block_per_part and warp_per_vector take the triples H D3 H D2 H D1 x of the paper's layout,
+// warp_per_chain a chain of rotations.
 //
 // Compiled for VALUE and for D, the dimension of the vectors rounded up to a power of two.
 //
 // H is log2(D) stages of butterflies. At stride s, entry i (the lower) and entry i ^ s (the upper)
-// become their sum and their difference. Both kernels run the stages from the largest stride to the
+// become their sum and their difference. All kernels run the stages from the largest stride to the
 // smallest, as the definition does, so every sum is the same float.
 #include "common.cuh"
 
@@ -73,6 +74,10 @@ block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict_
 
 constexpr int WARPS = 4;
 constexpr int ENTRIES = D < 32 ? 1 : D / 32;
+constexpr int WARM_UP = 3;  // rounds of a chain whose coordinates are not used
+
+constexpr int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
+constexpr int STAGES = log2_of(D);
 
 // H times a diagonal, for a vector in the registers of a warp: lane l holds the entries l, l + 32,
 // ...
@@ -98,6 +103,25 @@ __device__ inline void rotate(ACC (&y)[ENTRIES], const signed char* diagonal, in
   }
 }
 
+// A vector into the registers of a warp, scaled into the range in which no sum overflows. Returns
+// whether it is finite.
+__device__ inline bool load_vector(ACC (&x)[ENTRIES], const VALUE* vector, int dim, int lane) {
+  ACC largest = 0;
+  bool finite = true;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; ++e) {
+    const int i = e * 32 + lane;
+    x[e] = i < dim ? widen(vector[i]) : ACC(0);
+    largest = larger(largest, ACC(fabs(x[e])));
+    finite = finite && is_finite(x[e]);
+  }
+  for (int stride = 16; stride > 0; stride /= 2) largest = larger(largest, __shfl_xor_sync(FULL_WARP, largest, stride));
+  const ACC scale = range_scale(largest);
+#pragma unroll
+  for (int e = 0; e < ENTRIES; ++e) x[e] *= scale;
+  return __all_sync(FULL_WARP, finite);
+}
+
 // warp_per_vector
 //   A warp hashes one vector, part after part. Lane l holds the entries l, l + 32, l + 64, ... in
 //   registers. Strides of 32 and more are between registers of one lane, smaller strides are
@@ -120,19 +144,9 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
   unsigned* words = words_of_warp[warp];
   if (lane == 0) words[ENTRIES] = 0;  // a code may need two neighboring words
 
-  ACC x[ENTRIES], largest = 0;
-  bool finite = true;
-#pragma unroll
-  for (int e = 0; e < ENTRIES; ++e) {
-    const int i = e * 32 + lane;
-    x[e] = i < dim ? widen(vectors[vector * dim + i]) : ACC(0);
-    largest = larger(largest, ACC(fabs(x[e])));
-    finite = finite && is_finite(x[e]);
-  }
-  finite = __all_sync(FULL_WARP, finite);
+  ACC x[ENTRIES];
+  const bool finite = load_vector(x, vectors + vector * dim, dim, lane);
   if (nonfinite != nullptr && lane == 0) nonfinite[vector] = !finite;
-  for (int stride = 16; stride > 0; stride /= 2) largest = larger(largest, __shfl_xor_sync(FULL_WARP, largest, stride));
-  const ACC scale = range_scale(largest);
 
   const int per = D / hash_code_len;
   const unsigned mask = (1u << hash_code_len) - 1;
@@ -142,7 +156,7 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
   for (int part = 0; part < parts; ++part) {
     ACC y[ENTRIES];
 #pragma unroll
-    for (int e = 0; e < ENTRIES; ++e) y[e] = x[e] * scale;
+    for (int e = 0; e < ENTRIES; ++e) y[e] = x[e];
 
     for (int round = 0; round < 3; ++round) {
       rotate(y, diagonals + (static_cast<long long>(round) * parts + part) * D, lane);
@@ -172,5 +186,52 @@ warp_per_vector(const VALUE* __restrict__ vectors, const signed char* __restrict
       code[part * per + in_part] = int(unsigned(bits >> (first % 32)) & mask);
     }
     __syncwarp();  // all lanes have read the words
+  }
+}
+
+// warp_per_chain
+//   A warp hashes one vector. It stays in registers, as in warp_per_vector, through all rounds of
+//   the chain. From the fourth round on, entry c of rotation p is position p D + c of one stream,
+//   and position b * apart + h is bit b of code h: neighboring lanes hold neighboring hashes. A
+//   block has 4 independent warps. The codes grow in shared memory, num_hash for each warp, or, if
+//   in_shared is 0, in global memory, where they start as zero. Moves d entries and, from cache,
+//   rounds D signs in and 4 m bytes out for each vector. Deterministic.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+warp_per_chain(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
+               unsigned char* __restrict__ nonfinite, long long num_vectors, long long vectors_per_head, int sign_sets, int rounds, int dim,
+               int num_hash, int hash_code_len, int in_shared) {
+  extern __shared__ int codes_of_warp[];
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long vector = static_cast<long long>(blockIdx.x) * WARPS + warp;
+  if (vector >= num_vectors) return;  // the whole warp
+  const int set = int(vector / vectors_per_head % sign_sets);
+  const signed char* diagonals = signs + static_cast<long long>(set) * rounds * D;
+  int* code = in_shared ? codes_of_warp + warp * num_hash : codes + vector * num_hash;
+  if (in_shared) {
+    for (int hash = lane; hash < num_hash; hash += 32) code[hash] = 0;
+    __syncwarp();
+  }
+
+  ACC x[ENTRIES];
+  const bool finite = load_vector(x, vectors + vector * dim, dim, lane);
+  if (nonfinite != nullptr && lane == 0) nonfinite[vector] = !finite;
+
+  const int apart = (rounds - WARM_UP) * D / hash_code_len;
+  for (int round = 1; round <= rounds; ++round) {
+    rotate(x, diagonals + static_cast<long long>(round - 1) * D, lane);
+    const ACC factor = ACC(1) / ACC(1 << (round * STAGES / 2 - (round - 1) * STAGES / 2));  // exact: a power of two
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) {
+      x[e] *= factor;
+      const int position = (round - 1 - WARM_UP) * D + e * 32 + lane;
+      if (round <= WARM_UP || e * 32 + lane >= D || !(x[e] > ACC(0))) continue;
+      const int bit = position / apart, hash = position % apart;
+      if (bit < hash_code_len && hash < num_hash) atomicOr(&code[hash], 1 << bit);  // two entries of a round may belong to one code
+    }
+  }
+  if (in_shared) {
+    __syncwarp();
+    for (int hash = lane; hash < num_hash; hash += 32) codes[vector * num_hash + hash] = code[hash];
   }
 }

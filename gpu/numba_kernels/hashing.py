@@ -1,4 +1,4 @@
-"""Fast Hadamard hashing: a code is ``tau`` sign bits of ``H D3 H D2 H D1 x``. The equation is in
+"""Fast Hadamard hashing: a code is ``tau`` sign bits of rotations ``H D``. The equations are in
 `yoso_core.reference.fast_hash`.
 
 ``H`` is ``log2(D)`` stages of butterflies. At stride ``s``, the entries ``i`` and ``i + s`` become
@@ -9,11 +9,10 @@ definition, so every sum is the same float and every code the same number.
 import numpy as np
 from numba import cuda
 
-from yoso_core.gpu import layout
+from yoso_core.gpu import layout as gpu_layout
 from yoso_core.gpu.device import Array, Device, DoesNotFit
 from yoso_core.gpu.numba_kernels import arrays
-from yoso_core.reference import hash_layout
-from yoso_core.reference.hashing import HUGE
+from yoso_core.reference.hashing import HUGE, WARM_UP, Layout, chain_factor
 
 _MAX_THREADS = 512
 """A power of two."""
@@ -91,38 +90,109 @@ def hash_vectors(vectors, signs, codes, vectors_per_head, hash_code_len, shrink)
         cuda.syncthreads()
 
 
-def fast_hash_shared_memory(device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int) -> Array:
-    """One block for each vector, which it rotates in shared memory: the kernel `hash_vectors`.
-    Raises `DoesNotFit` for a vector that is too long for shared memory.
+@cuda.jit
+def hash_by_chain(vectors, signs, codes, vectors_per_head, hash_code_len, shrink, apart):
+    """One block takes one vector through the whole chain of rotations.
+
+    vectors ``(vectors, d)``, signs ``(heads, rounds, D)``, already times the exact factor of their
+    round; codes ``(vectors, num_hash)``, zero at first; ``shrink`` is a power of two.
+
+    *Shared memory* and *a thread*'s butterflies are those of `hash_vectors`. From the fourth round
+    on, entry ``c`` of rotation ``p`` is position ``p D + c`` of one stream, and position
+    ``b * apart + h`` is bit ``b`` of code ``h``. A thread makes the codes ``t``, ``t + threads``,
+    ...: of each it adds the bits that this round holds. *Bytes*: each vector and ``rounds D`` signs
+    once, each code once for every round. *Deterministic*: yes, with the same codes as the
+    reference.
     """
-    hashed = hash_layout(num_hash, hash_code_len, vectors.shape[-1])
+    entry = cuda.shared.array(0, vectors.dtype)
+    vector, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    dim, num_hash = vectors.shape[1], codes.shape[1]
+    rounds, padded_dim = signs.shape[1], signs.shape[2]
+    head = vector // vectors_per_head
+
+    huge_entries = 0
+    for i in range(thread, dim, threads):
+        if abs(vectors[vector, i]) > HUGE:
+            huge_entries += 1
+    any_is_huge = cuda.syncthreads_or(huge_entries)
+    for i in range(thread, padded_dim, threads):
+        entry[i] = 0
+        if i < dim:
+            entry[i] = vectors[vector, i]
+            if any_is_huge != 0:
+                entry[i] *= shrink
+
+    for round in range(rounds):
+        for i in range(thread, padded_dim, threads):
+            entry[i] *= signs[head, round, i]
+        # No barrier: the first butterflies take entries i and i + D / 2, and one thread has
+        # written both of them.
+        stride = padded_dim // 2
+        while stride > 0:
+            for pair in range(thread, padded_dim // 2, threads):
+                offset = pair & (stride - 1)
+                i = 2 * pair - offset
+                a, b = entry[i], entry[i + stride]
+                entry[i], entry[i + stride] = a + b, a - b
+            cuda.syncthreads()
+            stride //= 2
+
+        start = (round - WARM_UP) * padded_dim
+        if start >= 0:
+            for hash in range(thread, num_hash, threads):
+                code = codes[vector, hash]
+                bit = max(0, (start - hash + apart - 1) // apart)  # the first of its bits that stands in this round
+                while bit < hash_code_len and bit * apart + hash < start + padded_dim:
+                    if entry[bit * apart + hash - start] > 0:
+                        code |= 1 << bit
+                    bit += 1
+                codes[vector, hash] = code
+        cuda.syncthreads()
+
+
+def fast_hash_shared_memory(
+    device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "paper"
+) -> Array:
+    """One block for each vector, which it rotates in shared memory: the kernel `hash_vectors`, or
+    `hash_by_chain` for a chain. Raises `DoesNotFit` for a vector that is too long for shared
+    memory.
+    """
+    padded_dim = signs.shape[-1]
     rows = vectors.shape[:-1]
     codes = device.empty((*rows, num_hash), np.int32)
     if codes.size == 0:
         return codes
     x = arrays.computed(device, vectors)
-    shared = hashed.padded_dim * x.dtype.itemsize
+    shared = padded_dim * x.dtype.itemsize
     if shared > device.max_shared:
         raise DoesNotFit(
-            f"vectors: d = {vectors.shape[-1]}, padded to {hashed.padded_dim}, takes {shared:,} bytes of shared memory, a block here has "
+            f"vectors: d = {vectors.shape[-1]}, padded to {padded_dim}, takes {shared:,} bytes of shared memory, a block here has "
             f"{device.max_shared:,}; the variant warp_per_vector of the CUDA C++ kernels takes more"
         )
-    head_signs = layout.heads(device, device.xp.broadcast_to(signs, (*rows[:-1], *signs.shape[-3:])), tail=3)
+    chained = layout == "chained"
+    tail = 2 if chained else 3
+    head_signs = gpu_layout.heads(device, device.xp.broadcast_to(signs, (*rows[:-1], *signs.shape[-tail:])), tail=tail)
     # This moves huge entries to the middle of the range: far from overflow, while the small entries
     # beside them stay far from zero.
     shrink = x.dtype.type(2.0**-960 if x.dtype == np.float64 else 2.0**-64)
+    args = {
+        "vectors": x.reshape(-1, x.shape[-1]),
+        "signs": head_signs,
+        "codes": codes.reshape(-1, num_hash),
+        "vectors_per_head": np.int64(rows[-1]),
+        "hash_code_len": np.int64(hash_code_len),
+        "shrink": shrink,
+    }
+    if chained:
+        codes[...] = 0  # every round adds its bits
+        factors = device.xp.asarray([chain_factor(round, padded_dim) for round in range(1, signs.shape[-2] + 1)], dtype=x.dtype)
+        args["signs"] = head_signs.astype(x.dtype) * factors[:, None]
+        args["apart"] = np.int64((signs.shape[-2] - WARM_UP) * padded_dim // hash_code_len)
     device.launch(
-        hash_vectors,
-        grid=(layout.count(rows),),
-        block=(min(max(hashed.padded_dim // 2, 1), _MAX_THREADS),),
-        args={
-            "vectors": x.reshape(-1, x.shape[-1]),
-            "signs": head_signs,
-            "codes": codes.reshape(-1, num_hash),
-            "vectors_per_head": np.int64(rows[-1]),
-            "hash_code_len": np.int64(hash_code_len),
-            "shrink": shrink,
-        },
+        hash_by_chain if chained else hash_vectors,
+        grid=(gpu_layout.count(rows),),
+        block=(min(max(padded_dim // 2, 1), _MAX_THREADS),),
+        args=args,
         shared=shared,
     )
     return codes

@@ -1,0 +1,314 @@
+"""Hashes by one chain of rotations: the definition bit by bit, what stays fixed when sizes change,
+and the bias that it is made to avoid.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import yoso_core
+from yoso_core import reference
+from yoso_core.model import YosoAttentionOptions, YosoConfig, YosoModel, enable_yoso_attention
+from yoso_core.model.draws import evaluation_signs
+from yoso_core.reference.arrays import Array
+from yoso_core.reference.hashing import LAYOUTS, WARM_UP, Layout, chain_factor, pack_bits
+
+
+def drawn(num_hash: int, tau: int, dim: int, *, rotations: int | None = None, layout: Layout = "chained", seed: int = 0) -> Array:
+    return yoso_core.sample_signs(num_hash, tau, dim, layout=layout, rotations=rotations, rng=seed)
+
+
+def vectors(n: int, dim: int, seed: int = 1) -> Array:
+    return np.random.default_rng(seed).standard_normal((n, dim))
+
+
+def bit_by_bit(x: Array, signs: Array, num_hash: int, tau: int) -> Array:
+    """The definition again, by matrix products and single bits. Whole numbers, whose products are
+    exact: no factor of a round is needed.
+    """
+    rounds, dim = signs.shape
+    matrix = np.array([[(-1) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)], dtype=object)
+    padded = [*map(int, x), *[0] * (dim - len(x))]
+    y, stream = np.array(padded, dtype=object), []
+    for r in range(rounds):
+        y = matrix @ (y * signs[r].astype(int))
+        if r >= 3:
+            stream += [int(entry > 0) for entry in y]
+    apart = (rounds - 3) * dim // tau
+    return np.array([sum(stream[b * apart + h] << b for b in range(tau)) for h in range(num_hash)])
+
+
+@pytest.mark.parametrize(
+    ("dim", "tau", "num_hash", "rotations"),
+    [(1, 3, 2, None), (2, 5, 4, None), (6, 4, 9, None), (8, 3, 5, 2), (16, 9, 7, 4), (20, 11, 3, None), (4, 30, 3, 23), (64, 8, 32, 4)],
+)
+def test_codes_are_the_definitions(dim: int, tau: int, num_hash: int, rotations: int | None) -> None:
+    signs = drawn(num_hash, tau, dim, rotations=rotations)
+    x = np.random.default_rng(2).integers(-9, 10, size=(5, dim)).astype(np.float64)
+    x[1] = 0
+    got = reference.fast_hash(x, signs, num_hash, tau, layout="chained")
+    np.testing.assert_array_equal(got, [bit_by_bit(row, signs, num_hash, tau) for row in x])
+    np.testing.assert_array_equal(got[1], 0)
+
+
+GOLDEN: dict[Layout, list[list[int]]] = {
+    "paper": [[20, 191, 60, 182], [148, 102, 122, 211], [187, 64, 66, 195]],
+    "chained": [[138, 210, 143, 222], [199, 85, 57, 78], [85, 21, 120, 11]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_golden_codes(layout: Layout) -> None:
+    """Stored codes stay good: of these vectors, in every later version."""
+    x = np.cos(np.arange(3 * 24, dtype=np.float32)).reshape(3, 24)
+    signs = yoso_core.sample_signs(4, 8, 24, layout=layout, rng=7)
+    assert yoso_core.fast_hash(x, signs, 4, 8, layout=layout).tolist() == GOLDEN[layout]
+
+
+def test_fewer_hashes_are_the_first_of_more() -> None:
+    signs, x = drawn(32, 8, 64), vectors(9, 64)
+    for num_hash in (1, 16, 31):
+        few = yoso_core.fast_hash(x, signs, num_hash, 8, layout="chained")
+        np.testing.assert_array_equal(few, yoso_core.fast_hash(x, signs, 32, 8, layout="chained")[:, :num_hash])
+
+
+@pytest.mark.parametrize("dim", [2, 8, 32, 128, 512, 1024])
+def test_six_hundred_rounds_stay_in_range(dim: int) -> None:
+    """Codes do not depend on the scale of the input, down and up to the ends of the promise."""
+    x = vectors(6, dim).astype(np.float32)
+    signs = drawn(3, 8, dim, rotations=597)
+    codes = yoso_core.fast_hash(x, signs, 3, 8, layout="chained")
+    assert len(np.unique(codes)) > 1
+    for scale in (2.0**-60, 2.0**60):
+        scaled = (x / np.abs(x).max() * np.float32(scale)).astype(np.float32)
+        np.testing.assert_array_equal(yoso_core.fast_hash(scaled, signs, 3, 8, layout="chained"), codes)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4, 32, 64, 1024])
+def test_two_rounds_keep_the_length(dim: int) -> None:
+    """So the length stays within a factor of two for ever."""
+    lengths = [math.prod(chain_factor(r, dim) * math.sqrt(dim) for r in range(1, rounds + 1)) for rounds in range(1, 9)]
+    assert all(0.7 < length < 1.5 for length in lengths)
+    assert lengths[1::2] == pytest.approx([1.0] * 4)
+
+
+def test_how_many_rotations() -> None:
+    assert drawn(32, 8, 64).shape == (8 + 3, 64)
+    assert drawn(64, 8, 16).shape == (32 + 3, 16)
+    assert drawn(32, 8, 64, rotations=4).shape == (4 + 3, 64)
+    with pytest.raises(ValueError, match=r"^rotations: need an integer at least 4, got 3"):
+        drawn(32, 8, 64, rotations=3)
+    with pytest.raises(ValueError, match=r"^rotations: a chain has them, layout='paper' has parts"):
+        drawn(32, 8, 64, layout="paper", rotations=4)
+    with pytest.raises(ValueError, match=r"^layout: need one of 'paper', 'chained', got 'other'"):
+        drawn(32, 8, 64, layout="other")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^signs: need shape \(\*batch, 8, 64\) \(at least 8 rounds"):
+        yoso_core.fast_hash(vectors(2, 64), drawn(32, 8, 64, rotations=4), 33, 8, layout="chained")
+    with pytest.raises(ValueError, match=r"^signs: need shape"):
+        yoso_core.fast_hash(vectors(2, 64), drawn(32, 8, 64), 32, 8)
+    with pytest.raises(ValueError, match=r"^signs: need shape"):
+        yoso_core.fast_hash(vectors(2, 64), drawn(32, 8, 64, layout="paper"), 32, 8, layout="chained")
+
+
+# Attention and models
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_attention_draws_and_takes_a_chain(requires_grad: bool) -> None:
+    x = torch.from_numpy(vectors(9, 16)).float().requires_grad_(requires_grad)
+    options = {"num_hash": 5, "hash_code_len": 4, "layout": "chained"}
+    for rotations in (None, 2):
+        signs = torch.from_numpy(drawn(5, 4, 16, rotations=rotations))
+        given = yoso_core.yoso_attention(x, x, x, signs=signs, **options)
+        assert torch.equal(given, yoso_core.yoso_attention(x, x, x, rng=0, rotations=rotations, **options))
+    with pytest.raises(ValueError, match=r"^rotations: need an integer at least 2, got 1"):
+        yoso_core.yoso_attention(x, x, x, rng=0, rotations=1, **options)
+    with pytest.raises(ValueError, match=r"^rotations: a chain has them"):
+        yoso_core.yoso_attention(x, x, x, rng=0, num_hash=5, hash_code_len=4, rotations=2)
+
+
+def test_gradients_are_those_of_the_codes() -> None:
+    x = torch.from_numpy(vectors(9, 16)).requires_grad_()
+    signs = torch.from_numpy(drawn(5, 4, 16))
+    out = yoso_core.yoso_attention(x, x, x, num_hash=5, hash_code_len=4, signs=signs, layout="chained", normalize_output=False)
+    grad_out = torch.from_numpy(vectors(9, 16, seed=2))
+    (grad,) = torch.autograd.grad(out, x, grad_out)
+    plain = x.detach()
+    codes = yoso_core.fast_hash(plain, signs, 5, 4, layout="chained")
+    expected = sum(yoso_core.lsh_attention_backward(grad_out, plain, plain, plain, codes, codes, 4))
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+
+
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
+
+
+def test_a_model_of_chains(tmp_path: Path) -> None:
+    """Its evaluation repeats, after a save too; it trains; and it is another one than that of the
+    paper's layout.
+    """
+    torch.manual_seed(0)
+    config = YosoConfig(**SIZES, use_expectation=False, num_hash=6, hash_code_len=4, hash_layout="chained", rotations=3)
+    model = YosoModel(config).eval()
+    ids = torch.randint(2, 60, (2, 12))
+    out = model(ids).last_hidden_state
+    model.save_pretrained(tmp_path)
+    assert torch.equal(YosoModel.from_pretrained(tmp_path).eval()(ids).last_hidden_state, out)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids).last_hidden_state, out, rtol=0, atol=0)
+    model.train()(ids).last_hidden_state.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.eval().config.rotations = None
+    assert not torch.equal(model(ids).last_hidden_state, out)
+    model.config.rotations = 1
+    with pytest.raises(ValueError, match=r"^rotations: need an integer at least 3, got 1"):
+        model(ids)
+    model.config.rotations, model.config.hash_layout = None, "paper"
+    assert not torch.equal(model(ids).last_hidden_state, out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hash_layout": "other"}, "^hash_layout: need one of"),
+        ({"rotations": 4}, "^rotations: a chain has them, hash_layout='paper' has parts"),
+        ({"hash_layout": "chained", "rotations": 0}, "^rotations: need an integer at least 1"),
+    ],
+)
+@pytest.mark.parametrize("kind", [YosoConfig, YosoAttentionOptions])
+def test_wrong_settings(kind: Callable[..., object], settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_an_encoder_of_chains() -> None:
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
+    ids, found = torch.randint(2, 60, (2, 12)), []
+    for options in ({}, {"hash_layout": "chained"}, {"hash_layout": "chained", "rotations": 3}):
+        enable_yoso_attention(YosoAttentionOptions(num_hash=6, hash_code_len=4, **options), model=model)
+        found.append(model(ids).last_hidden_state)
+        assert torch.equal(found[-1], model(ids).last_hidden_state)
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("rotations", [None, 4])
+def test_the_draws_of_evaluation_are_the_bits_of_pcg64(rotations: int | None) -> None:
+    signs = evaluation_signs(7, 3, 2, 8, 4, 12, "chained", rotations)
+    assert signs.shape == (2, (4 if rotations is None else rotations) + 3, 16)
+    for head in (0, 1):
+        words = np.random.PCG64(np.random.SeedSequence([7, 3, head])).random_raw(2)
+        bits = [int(words[i // 64]) >> i % 64 & 1 for i in range(7 * 16)]
+        assert signs[head].flatten().tolist() == [2 * bit - 1 for bit in bits]
+    call = ("signs", 7, 3, 2, 8, 4, 12, torch.device("cpu"), "chained", rotations)
+    assert torch.equal(torch.ops.yoso_core.evaluation_draw(*call), signs)
+    torch.library.opcheck(torch.ops.yoso_core.evaluation_draw.default, call)
+
+
+# Bias
+
+Stream = Callable[[Array, Array, int], Array]
+"""Sign bits ``(draws, n, P D)`` of vectors ``(n, d)``, given signs ``(draws, rounds, D)``."""
+
+
+def chain(x: Array, signs: Array, read_from: int = WARM_UP + 1, again: bool = False) -> Array:
+    bits = []
+    for r in range(1, signs.shape[-2] + 1):
+        diagonal = signs[:, None, 0 if again else r - 1]
+        x = reference.hadamard_transform(x * diagonal) * chain_factor(r, signs.shape[-1])
+        if r >= read_from:
+            bits.append(x > 0)
+    return np.concatenate(bits, axis=-1)
+
+
+def sound(x: Array, signs: Array, tau: int) -> Array:
+    return chain(x, signs)
+
+
+def reads_from_the_first_round(x: Array, signs: Array, tau: int) -> Array:
+    return chain(x, signs[:, :tau], read_from=1)
+
+
+def uses_one_diagonal_throughout(x: Array, signs: Array, tau: int) -> Array:
+    return chain(x, signs, again=True)
+
+
+def codes_of_one_rotation(x: Array, signs: Array, tau: int) -> Array:
+    """All bits of a code next to each other in one rotation, as in the paper's layout."""
+    stream = chain(x, signs)
+    apart = stream.shape[-1] // tau
+    rows = stream[..., : apart * tau].reshape(*stream.shape[:-1], apart, tau)
+    return np.moveaxis(rows, -1, -2).reshape(*stream.shape[:-1], apart * tau)
+
+
+def gaussian(cosine: float, count: int, dim: int, rng: np.random.Generator) -> Array:
+    q, across = rng.standard_normal((2, count, dim))
+    q /= np.linalg.norm(q, axis=-1, keepdims=True)
+    across -= np.sum(q * across, axis=-1, keepdims=True) * q
+    across /= np.linalg.norm(across, axis=-1, keepdims=True)
+    return np.concatenate([q, cosine * q + math.sqrt(1 - cosine**2) * across])
+
+
+def onehot(cosine: float, count: int, dim: int, rng: np.random.Generator) -> Array:
+    places = np.argsort(rng.random((count, dim)))[:, :2]
+    q, across = (np.eye(dim)[places[:, i]] for i in (0, 1))
+    return np.concatenate([q, cosine * q + math.sqrt(1 - cosine**2) * across])
+
+
+def relative_bias(
+    stream: Stream, pairs: Callable[..., Array], cosine: float, dim: int, tau: int, *, draws: int = 60
+) -> tuple[float, float]:
+    """``mean collision / expected weight - 1`` over draws, and its standard error."""
+    rng = np.random.default_rng(3)
+    found = []
+    for _ in range(draws):
+        signs = yoso_core.sample_signs(1, tau, dim, batch_shape=(1,), layout="chained", rng=rng)
+        x = pairs(cosine, 300, dim, rng)
+        bits = stream(x[None], signs, tau)[0]
+        apart = bits.shape[-1] // tau
+        codes = pack_bits(bits[:, np.arange(apart)[:, None] + apart * np.arange(tau)])
+        found.append(np.mean(codes[:300] == codes[300:]) / (1 - math.acos(cosine) / math.pi) ** tau - 1)
+    return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(draws))
+
+
+@pytest.mark.parametrize("pairs", [gaussian, onehot], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cosine", [0.5, 0.9])
+@pytest.mark.parametrize(("dim", "tau"), [(32, 11), (64, 8)])
+def test_a_chain_is_nearly_unbiased(pairs: Callable[..., Array], cosine: float, dim: int, tau: int) -> None:
+    """The mean collision, relative to the expected weight: within 1.5% and three standard
+    errors.
+    """
+    bias, error = relative_bias(sound, pairs, cosine, dim, tau)
+    assert error < 0.02
+    assert abs(bias) < 0.015 + 3 * error
+
+
+@pytest.mark.parametrize(
+    ("twin", "pairs"),
+    [(reads_from_the_first_round, onehot), (uses_one_diagonal_throughout, onehot), (codes_of_one_rotation, gaussian)],
+)
+def test_the_check_rejects_a_biased_twin(twin: Stream, pairs: Callable[..., Array]) -> None:
+    bias, error = relative_bias(twin, pairs, 0.5, 32, 11)
+    assert abs(bias) > 0.015 + 3 * error
+
+
+def test_the_papers_layout_is_biased() -> None:
+    """Codes of one orthogonal block meet too seldom; the same check finds it in the library's own
+    hashes.
+    """
+    rng, found = np.random.default_rng(4), {}
+    x = gaussian(0.5, 2000, 32, rng).astype(np.float32)
+    for layout in LAYOUTS:
+        rates = []
+        for _ in range(20):
+            signs = yoso_core.sample_signs(32, 11, 32, layout=layout, rng=rng)
+            codes = yoso_core.fast_hash(x, signs, 32, 11, layout=layout)
+            rates.append(np.mean(codes[:2000] == codes[2000:]))
+        found[layout] = np.mean(rates) / (2 / 3) ** 11 - 1, np.std(rates) / math.sqrt(20) / (2 / 3) ** 11
+    assert found["paper"][0] < -0.2
+    assert abs(found["chained"][0]) < 3 * found["chained"][1]
