@@ -460,6 +460,7 @@ def test_scores_and_masks_are_left_out_where_the_time_is_short() -> None:
     assert clock.left_out == ["scores with m = 1 and m = 8", "masks to fill: 1 of 2"]
 
 
+@pytest.mark.slow
 @needs_torch
 def test_what_is_compiled_ahead_is_what_training_needs() -> None:
     """Numba compiles nothing more in the training that follows."""

@@ -33,6 +33,8 @@ from yoso_core import backends, comparison_view, cpu, files, inputs, memory, tut
 from yoso_core.cli import app
 from yoso_core.cpu import compiling, warmup
 
+pytestmark = pytest.mark.slow  # a process for nearly every test
+
 FACE = Path(yoso_core.__file__).parent
 
 

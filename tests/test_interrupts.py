@@ -24,7 +24,7 @@ from yoso_core.cpu import expectation as expectation_kernels
 from yoso_core.gpu import KernelText
 from yoso_core.gpu.emulator import Emulator
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs the signals of POSIX")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs the signals of POSIX")]
 
 LATE = 20.0
 """Seconds in which an interrupted call has ended, however busy the machine."""

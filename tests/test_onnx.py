@@ -22,6 +22,7 @@ onnx, onnxruntime = (pytest.importorskip(name, reason=f"{name} is not installed"
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode:UserWarning"),
