@@ -166,6 +166,7 @@ def test_a_child_forked_after_a_call_can_call():
     assert result.stdout.strip() == "agree", result.stderr
 
 
+@pytest.mark.slow
 def test_torch_data_loader_workers_can_call():
     pytest.importorskip("torch")
     result = run_python(
@@ -411,6 +412,7 @@ def test_sampled_gradients_by_pairs_and_by_outer_products(hash_code_len, d, d_v,
         assert np.abs(x - y).max() <= {"float32": 2e-6, "float64": 4e-15}[dtype] * np.abs(y).max()
 
 
+@pytest.mark.slow
 def test_memory_of_sampled_gradients_is_that_of_one_head():
     """Beyond the gradients: scratch of one large head, or tables for the value gradient, never
     copies of all heads.

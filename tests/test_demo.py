@@ -704,6 +704,7 @@ def test_a_short_budget_leaves_out_what_it_must_and_says_so(tmp_path: Path, caps
     assert (found["left_out"], found["budget"]) == (result.left_out, 1e-9)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_a_training_that_the_time_ends_is_said_to_be_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -781,6 +782,7 @@ def test_a_text_shorter_than_the_passage_is_used_whole(tmp_path: Path, capsys: p
     assert "shorter than 4,096" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(made_text(3000), "utf-8")

@@ -229,6 +229,7 @@ def test_padding_on_the_left_gives_the_same(head: str, way: str) -> None:
             close(x[i, N - n :], y[i, :n], 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes are no part of the trace
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # torch looks at every property

@@ -194,6 +194,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("head", ["YosoForMaskedLM", "YosoForTokenClassification", "YosoForSequenceClassification"])
 def test_accumulated_gradients_are_those_of_one_large_batch(head: str, tmp_path: Path) -> None:
@@ -204,6 +205,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(head: str, tmp_path:
     assert apart(at_once, in_pieces) < 1e-9
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("head", ["YosoForMaskedLM", "YosoForTokenClassification"])
 def test_the_comparison_sees_a_mean_of_means(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +394,7 @@ def test_a_compiled_model_gives_the_same(masked: bool, way: str) -> None:
             torch.testing.assert_close(compiled(**inputs).logits, compiled(**inputs).logits, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_sees_a_changed_setting() -> None:
     model = lively("YosoModel", use_expectation=False)

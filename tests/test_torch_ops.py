@@ -83,6 +83,7 @@ def test_opcheck(op: str) -> None:
     check_registration(op, arguments(op, requires_grad=op not in BACKWARD))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", EVERY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_opcheck_in_other_dtypes_and_without_masks(op: str, dtype: torch.dtype) -> None:
@@ -201,6 +202,7 @@ def test_the_gradient_of_a_cumulation_is_its_derivative() -> None:
     assert torch.autograd.gradgradcheck(lambda value: OPS.lsh_cumulation(**call | {"value": value}), (call["value"],))
 
 
+@pytest.mark.slow
 def test_the_gradients_of_a_weighted_cumulation_are_its_derivatives() -> None:
     call = arguments("lsh_weighted_cumulation", torch.float64, requires_grad=True)
 

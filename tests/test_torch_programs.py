@@ -89,6 +89,7 @@ def test_jacobians_by_rows_and_by_columns_agree(mode: dict[str, Any]) -> None:
     torch.testing.assert_close(by_rows, by_columns, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [*TRANSFORM, *CUMULATIONS])
 def test_linear_operations_pass_gradcheck_forward_and_backward(op: str) -> None:
     call = arguments(op, torch.float64, requires_grad=True)
