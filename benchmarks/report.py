@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yoso_core.benchmarks.bias import bias_table
+from yoso_core.benchmarks.bias import bias_table, relative_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.floor import least_bytes
@@ -329,6 +329,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cpu-all": lambda folder: full_block(_read(folder / "cpu.json")),
     "model": lambda folder: full_block(_read(folder / "model.json")),
     "bias": lambda folder: bias_table(_read(folder / "hadamard_bias.json")),
+    "bias-relative": lambda folder: relative_table(_read(folder / "hadamard_bias.json")),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }

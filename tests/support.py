@@ -4,7 +4,7 @@ one variant against its definition.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import yoso_core
-from yoso_core import backends, reference, truth
+from yoso_core import backends, reference, registry, truth
 from yoso_core.operations import OPERATIONS, Operation
 from yoso_core.reference.arrays import Array
 
@@ -223,6 +223,16 @@ def definition_of(op: str) -> yoso_core.Variant:
 def as_tuple(result: Any) -> tuple[Any, ...]:
     """The outputs of an operation: gradients come in threes."""
     return result if isinstance(result, tuple) else (result,)
+
+
+def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
+    """The case, and another where the variant has kernels that this one does not launch: a backward
+    operation has a second gradient, a hash a second layout.
+    """
+    if "warp_per_chain" in kernel.kernels:
+        few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
+        return [case, replace(case, layout="chained", rotations=few)]
+    return [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
 
 
 def check_variant(op: str, name: str, case: Case) -> None:

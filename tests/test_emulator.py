@@ -9,13 +9,12 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import Case, as_dtype, build, poisoned_allocations
+from support import Case, as_dtype, build, poisoned_allocations, with_every_kernel
 
 import yoso_core
 from yoso_core import reference, registry
@@ -1094,16 +1093,6 @@ EMULATED = [kernel for kernel in registry.KERNELS if kernel.where == "emulated"]
 MASKED = Case(17, 137, 48, 20, 33, 8, mask="masked")
 CROWDED = Case(137, 137, 64, 40, 3, 1, leading=())  # so many to a bucket that every loop over tiles goes round again
 LONG_CODES = Case(7, 63, 7, 80, 7, 13, "float16", mask="fully", kind="repeated")
-
-
-def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
-    """A backward operation has a second gradient, and a hash a second layout, with kernels of their
-    own.
-    """
-    if "warp_per_chain" in kernel.kernels:
-        few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
-        return [case, replace(case, layout="chained", rotations=few)]
-    return [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
 
 
 def run_checked(kernel: registry.Kernel, case: Case) -> None:

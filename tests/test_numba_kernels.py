@@ -674,10 +674,13 @@ EVERY_LAUNCH = """
     query_code, key_code = (rng.integers(0, 4, size=(2, 3, 2)).astype(np.int32) for _ in range(2))
     value, a, b = (rng.standard_normal((2, 3, 2)) for _ in range(3))
     vectors, signs = rng.standard_normal((2, 3, 8)), reference.sample_signs(3, 3, 8, batch_shape=(2,), rng=1)
+    chain = reference.sample_signs(3, 3, 8, batch_shape=(2,), layout="chained", rng=1)
 
     def every_launch(device, dtype):
         v, w, x = value.astype(dtype), (a.astype(dtype), b.astype(dtype)), vectors.astype(dtype)
         yield hashing.fast_hash_shared_memory(device, x, signs, 3, 3), reference.fast_hash(x, signs, 3, 3)
+        way = {"layout": "chained"}
+        yield hashing.fast_hash_shared_memory(device, x, chain, 3, 3, **way), reference.fast_hash(x, chain, 3, 3, **way)
         exact = reference.lsh_cumulation_pairs(query_code, key_code, v, 4)
         yield cumulation.lsh_cumulation_shared_table(device, query_code, key_code, v, 4), exact
         yield cumulation.lsh_cumulation_global_table(device, query_code, key_code, v, 4), exact
@@ -697,7 +700,7 @@ SIMULATED = """
             kernel[tuple(grid), tuple(block), 0, shared](*writable)
 
     assert config.ENABLE_CUDASIM
-    for device, count in ((Simulator(), 2), (Stepper(), 4)):  # the simulator is slow
+    for device, count in ((Simulator(), 3), (Stepper(), 5)):  # the simulator is slow
         for found, exact in itertools.islice(every_launch(device, np.float32), count):
             np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
             print(type(device).__name__)
@@ -708,7 +711,7 @@ SIMULATED = """
 def test_numbas_own_simulator_agrees_and_the_stepper_works_beside_it() -> None:
     done = python(textwrap.dedent(EVERY_LAUNCH) + textwrap.dedent(SIMULATED), NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["Simulator"] * 2 + ["Stepper"] * 4
+    assert done.stdout.split() == ["Simulator"] * 3 + ["Stepper"] * 5
 
 
 COMPILED = """

@@ -375,7 +375,7 @@ def test_the_command_in_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--num-attention-heads: the shapes of this file do not show it; give it, or config="),
+        ([], "--num-attention-heads: the shapes of this file do not show it; give it, or --config"),
         (["--num-attention-heads", "5"], "--num-attention-heads: hidden_size = 24"),
         (["--config", "missing.json"], "--config: need a config.json"),
         (["--drop", "what"], "--drop: the file has no key 'what'"),

@@ -4,13 +4,13 @@ must find.
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Once
-from support import Case, as_dtype, build
+from support import Case, as_dtype, build, with_every_kernel
 
 from yoso_core import registry
 from yoso_core.gpu.cupy_kernels import source
@@ -123,8 +123,8 @@ def run_every_kernel(kind: sanitizers.Kind, launched: Path) -> list[Report]:
     calls: list[Any] = []
     for kernel in EMULATED:
         for case in CASES if kernel.op != "yoso_attention" else CASES[:1]:  # whose kernels are those of other operations
-            for grad in ("lower_bound", "exact") if kernel.op.endswith("_backward") else ("lower_bound",):
-                inputs = {name: as_dtype(x, case.dtype) for name, x in build(kernel.op, replace(case, grad=grad)).items()}
+            for variant in with_every_kernel(kernel, case):
+                inputs = {name: as_dtype(x, case.dtype) for name, x in build(kernel.op, variant).items()}
                 calls.append((kernel.op, kernel.name, inputs))
     return sanitized(kind, EVERY_KERNEL, calls=calls, launched=str(launched))
 

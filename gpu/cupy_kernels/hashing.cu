@@ -76,7 +76,7 @@ constexpr int WARPS = 4;
 constexpr int ENTRIES = D < 32 ? 1 : D / 32;
 constexpr int WARM_UP = 3;  // rounds of a chain whose coordinates are not used
 
-constexpr int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
+__device__ constexpr int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
 constexpr int STAGES = log2_of(D);
 
 // H times a diagonal, for a vector in the registers of a warp: lane l holds the entries l, l + 32,
