@@ -112,7 +112,7 @@ by_hand = [
 assert butterflies(by_hand[0]) == by_hand
 assert np.array_equal(sylvester(8) @ by_hand[0], by_hand[-1])
 
-figure, axes = draw.picture(width=6.2, height=3.9)
+figure, axes = draw.picture(width=5.8, height=3.5)
 draw.butterflies(axes, by_hand, strides=(4, 2, 1))
 axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2)
 figure
@@ -615,7 +615,7 @@ figure
 
 # %%
 bias_dims, taus, draws = np.array([4, 8, 16, 32, 64, 128]), (2, 4, 8), 1600
-figure, axes = draw.picture(width=7, height=3.9)
+figure, axes = draw.picture(width=6.6, height=3.5)
 largest = {}
 for number, (tau, kind) in enumerate([*((tau, "Hadamard") for tau in taus), (8, "Gaussian")]):
     worst = []
@@ -688,7 +688,7 @@ def relative_bias(cosine, layout, dim=64, tau=8, m=32, draws=300, pairs=200):
 
 
 cosines = np.array([0.0, 0.25, 0.5, 0.75, 0.9])
-figure, axes = draw.picture(width=7, height=3.6)
+figure, axes = draw.picture(width=6, height=2.9)
 axes.axhline(0, color=draw.GRAY, linewidth=1)
 for number, (layout, label) in enumerate((("paper", "the paper's layout, 12 rounds"), ("chained", "one chain, 11 rounds"))):
     bias, error = np.array([relative_bias(cosine, layout) for cosine in cosines]).T
