@@ -103,7 +103,7 @@ SETTINGS = (Setting(32, 11, 32), Setting(64, 9, 64), Setting(64, 8, 32), Setting
 COSINES = (0.0, 0.5, 0.7, 0.9)
 HASHES = ("paper", "chained", "planes")
 RELATIVE_DRAWS = 600
-RELATIVE_PAIRS = 500
+RELATIVE_PAIRS = 1000
 """Pairs of vectors at one angle in a draw."""
 
 

@@ -3,6 +3,7 @@ and the bias that it is made to avoid.
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,30 @@ def test_how_many_rotations() -> None:
         yoso_core.fast_hash(vectors(2, 64), drawn(32, 8, 64), 32, 8)
     with pytest.raises(ValueError, match=r"^signs: need shape"):
         yoso_core.fast_hash(vectors(2, 64), drawn(32, 8, 64, layout="paper"), 32, 8, layout="chained")
+
+
+# The page of the documentation
+
+
+def page() -> str:
+    return (Path(__file__).parents[1] / "docs" / "hashing.md").read_text("utf-8")
+
+
+def test_the_lines_of_the_page_run() -> None:
+    (program,) = re.findall(r"(?ms)^```python\n(.*?)^```$", page())
+    names: dict[str, Array] = {}
+    exec(compile(program, "hashing.md", "exec"), names)
+    assert names["out"].shape == (512, 64)
+    assert names["codes"].shape == (512, 64)
+
+
+def test_its_formula_gives_its_numbers() -> None:
+    text = page()
+    assert "exp(-(2 / pi)**2 tau (tau - 1) / (2 (D - 1)))" in text
+    given = re.findall(r"-(\d+)% at\s+`D = (\d+)`,\s+`tau = (\d+)`", text)
+    assert len(given) == 3
+    for percent, dim, tau in ([int(x) for x in row] for row in given):
+        assert percent == round(100 - 100 * math.exp(-((2 / math.pi) ** 2) * tau * (tau - 1) / (2 * (dim - 1))))
 
 
 # Attention and models
