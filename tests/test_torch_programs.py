@@ -339,3 +339,14 @@ def test_a_traced_model_is_the_model_at_other_shapes_and_after_a_save(use_expect
     mask[1, 5:] = 0
     for program in (traced, torch.jit.load(str(tmp_path / "model.pt"))):
         assert torch.equal(program(ids, mask)[0], model(ids, mask)[0])
+
+
+@pytest.mark.parametrize("use_expectation", [False, True])
+def test_forward_mode_of_a_model_is_the_transpose_of_its_backward_pass(use_expectation: bool) -> None:
+    model = model_of(use_expectation, layers=2).double()
+    embeddings = normal(2, 9, 32)
+    out, moved = torch.func.jvp(lambda x: model(inputs_embeds=x).last_hidden_state, (embeddings,), (normal(2, 9, 32, seed=1),))
+    _, pull_back = torch.func.vjp(lambda x: model(inputs_embeds=x).last_hidden_state, embeddings)
+    cotangent = normal(*out.shape, seed=2)
+    pairing = (pull_back(cotangent)[0] * normal(2, 9, 32, seed=1)).sum()
+    torch.testing.assert_close((cotangent * moved).sum(), pairing, rtol=1e-9, atol=1e-9)
