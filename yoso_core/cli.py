@@ -225,7 +225,7 @@ def _print_info(
     if hash["biased"]:
         console.print(
             f"Warning: D = {padded} is below 4 * hash_code_len = {4 * tau}, and there the Hadamard hash is visibly biased. "
-            "One chain of rotations is not: pass layout='chained'. Gaussian planes are not either.",
+            "One chain of rotations is not, nor are Gaussian planes: pass layout='chained' or planes=sample_planes(...).",
             style="yellow",
         )
 
