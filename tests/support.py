@@ -2,6 +2,8 @@
 one variant against its definition.
 """
 
+import codecs
+import locale
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -199,6 +201,11 @@ def poisoned_allocations() -> Iterator[None]:
 
     with mock.patch.object(np, "empty", poisoned(np.empty)), mock.patch.object(np, "empty_like", poisoned(np.empty_like)):
         yield
+
+
+needs_torch_compiler = pytest.mark.skipif(
+    codecs.lookup(locale.getencoding()).name == "ascii", reason="torch reads sources of its compiler in the locale's encoding, here ASCII"
+)
 
 
 def need(*wheres: str) -> None:

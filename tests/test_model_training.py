@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from model_support import WAYS, close, config, enliven, gradients, ids, lively
+from support import needs_torch_compiler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -407,6 +408,7 @@ def test_a_compiled_model_sees_a_changed_setting() -> None:
     assert (after - before).abs().max() > 1e-3
 
 
+@needs_torch_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["expectation", "sampled"])
 @pytest.mark.usefixtures("fresh_compiler")
@@ -428,6 +430,7 @@ def test_a_compiled_model_learns_the_same(way: str) -> None:
         close(got[name], grad, 1e-6)
 
 
+@needs_torch_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor

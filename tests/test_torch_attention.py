@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import needs_torch_compiler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -470,6 +471,7 @@ def test_autocast_leaves_float64_and_wrong_dtypes_alone() -> None:
 # Compiled, exported, checkpointed
 
 
+@needs_torch_compiler
 @pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -487,6 +489,7 @@ def test_compiled_code_gives_the_same(mode: dict[str, Any], dynamic: bool) -> No
             torch.testing.assert_close(compiled(*tensors), attention(*tensors, signs=drawn_once, **mode), rtol=0, atol=0)
 
 
+@needs_torch_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_with_work_around_the_attention() -> None:
@@ -508,6 +511,7 @@ def test_inductor_with_work_around_the_attention() -> None:
             close(x, y, 1e-5)
 
 
+@needs_torch_compiler
 def test_a_compiled_draw_is_a_draw() -> None:
     """Signs drawn in compiled code: fresh at every call, fair, and the same in the backward
     pass.
@@ -526,6 +530,7 @@ def test_a_compiled_draw_is_a_draw() -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+@needs_torch_compiler
 @pytest.mark.parametrize("use_expectation", [False, True])
 def test_compiled_code_under_autocast_gives_the_same(use_expectation: bool) -> None:
     torch.compiler.reset()

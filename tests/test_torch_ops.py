@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import needs_torch_compiler
 from torch import Tensor
 
 import yoso_core
@@ -78,11 +79,13 @@ def check_registration(op: str, call: dict[str, Any]) -> None:
     torch.library.opcheck(getattr(OPS, op).default, (), call)
 
 
+@needs_torch_compiler
 @pytest.mark.parametrize("op", EVERY)
 def test_opcheck(op: str) -> None:
     check_registration(op, arguments(op, requires_grad=op not in BACKWARD))
 
 
+@needs_torch_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("op", EVERY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -99,11 +102,13 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
+@needs_torch_compiler
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(f"{k}_{v}" for k, v in mode.items()))
 def test_opcheck_of_attention_in_every_mode(mode: dict[str, Any]) -> None:
     check_registration("yoso_attention", arguments("yoso_attention", requires_grad=True) | mode)
 
 
+@needs_torch_compiler
 def test_opcheck_of_attention_by_planes_and_without_gradients() -> None:
     planes = arguments("hyperplane_hash")["planes"]
     check_registration("yoso_attention", arguments("yoso_attention", requires_grad=True) | {"signs": None, "planes": planes})

@@ -154,6 +154,7 @@ def check_tutorial(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # nobody reads it; an ASCII locale lacks some letters
     try:
         check_tutorial(Path(sys.argv[1]))
     except BaseException:  # the new __main__ must not be asked how to print it
