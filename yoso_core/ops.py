@@ -129,7 +129,7 @@ def fast_hash(
     ``projection[h // per][(h % per) * tau + b] > 0`` of ``H D3 H D2 H D1 x`` and is worth ``2**b``.
     For ``tau > D`` the projections of all parts form one stream, cut every ``tau`` bits. The bits
     of a code are signs of orthogonal projections, which repel each other: codes collide too seldom,
-    for ``d = 32``, ``tau = 11`` and a right angle by 56%.
+    for ``d = 32``, ``tau = 11`` and a right angle by 57%.
 
     ``layout="chained"``: ``y_r = c_r H D_r y_(r-1)``, ``y_0 = x``, with an exact factor ``c_r``
     (`yoso_core.reference.fast_hash`). The coordinates of the ``P`` rounds from the fourth on form
