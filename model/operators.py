@@ -127,7 +127,8 @@ def _refuse_tangents(op: Operator) -> None:
     inner: Callable[..., Any] = make_autograd_impl(op.raw._opoverload, op.raw)
 
     def checked(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        for name, x in op.signature.bind(*args, **kwargs).arguments.items():
+        given = op.signature.bind(*args, **kwargs).arguments if forward_ad._current_level >= 0 else {}
+        for name, x in given.items():
             if has_tangent(x):
                 raise NotImplementedError(
                     f"{name}: carries a forward-mode derivative, which torch.ops.yoso_core.{op.__name__} and compiled code cannot pass "

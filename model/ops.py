@@ -19,7 +19,7 @@ from torch import Tensor
 from yoso_core import checks
 from yoso_core import ops as face
 from yoso_core.model.operators import Operator, keep, trailing_dims
-from yoso_core.model.weights import Pairs
+from yoso_core.model.weights import Pairs, working
 from yoso_core.reference.expectation import Grad
 from yoso_core.reference.hashing import Layout
 from yoso_core.reference.normalize import TINY_NORM
@@ -378,7 +378,7 @@ def yoso_attention(
         out, length = face.yoso_attention(query, key, value, **options, return_length=True)
     else:
         out = face.yoso_attention(query, key, value, **options, normalize_output=False)
-        length = value.new_empty(*query.shape[:-1], 0, dtype=_wide(value))
+        length = value.new_empty(*query.shape[:-1], 0, dtype=working(value.dtype))
     return out, length
 
 
@@ -386,15 +386,11 @@ def yoso_attention(
 def _(query: Tensor, key: Tensor, value: Tensor, signs: Tensor, planes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _, _, *settings = rest  # after the two masks
     how, rows = _How(*settings), query.shape[:-1]
-    return value.new_empty(*rows, value.shape[-1]), value.new_empty(*rows, int(how.normalize_output), dtype=_wide(value))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in HALF else x.dtype
+    return value.new_empty(*rows, value.shape[-1]), value.new_empty(*rows, int(how.normalize_output), dtype=working(value.dtype))
 
 
 def _widened(x: Tensor) -> Tensor:
-    return x.to(_wide(x))
+    return x.to(working(x.dtype))
 
 
 def l2_normalize_moved(moved: Tensor, out: Tensor, length: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yoso_core.model.weights import working
 from yoso_core.reference.hashing import HUGE, WARM_UP, Layout, chain_factor, hash_layout
 from yoso_core.reference.normalize import TINY_NORM
 
@@ -128,7 +129,7 @@ def expected_weights(query: Tensor, key: Tensor, hash_code_len: int) -> Tensor:
     """
     cosine = _unit(query.double()) @ _unit(key.double()).transpose(-2, -1)
     tangent_squared = (2 / (1 + cosine) - 1).abs()  # of half the angle; rounding may leave it just below zero
-    theta = 2 * tangent_squared.to(_working(query.dtype)).sqrt().atan()
+    theta = 2 * tangent_squared.to(working(query.dtype)).sqrt().atan()
     return (1 - theta / math.pi) ** hash_code_len
 
 
@@ -238,13 +239,9 @@ def collision_rate(query_code: Tensor, key_code: Tensor) -> Tensor:
     return torch.stack([(of_query == of_key).float() for of_query, of_key in pairs]).sum(dim=0) / num_hash
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows in the working precision, masked ones zero: they add nothing, whatever they held."""
-    x = x.to(_working(x.dtype))
+    x = x.to(working(x.dtype))
     return x if mask is None else x.masked_fill((mask == 0).unsqueeze(-1), 0)
 
 

@@ -42,6 +42,11 @@ def expected_weights(
     return _masked_pairs(weights, query_mask, key_mask).to(query.dtype)
 
 
+def working(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of ``dtype`` are computed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Pairs(NamedTuple):
     """Queries and keys whose weights are wanted one by one: ``n_q n_k`` numbers a head."""
 
@@ -54,14 +59,14 @@ class Pairs(NamedTuple):
 
     def expected(self) -> Tensor:
         """``E_ij``, in float32 at least."""
-        query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (self.query, self.key))
+        query, key = (x.to(working(x.dtype)) for x in (self.query, self.key))
         return expected_weights(query, key, self.hash_code_len, query_mask=self.query_mask, key_mask=self.key_mask)
 
     def sampled(self, query_hash_code: Tensor, key_hash_code: Tensor) -> Tensor:
         """``C_ij``, the share of hashes in which the codes are equal, in float32 at least."""
         num_hash = query_hash_code.shape[-1]
         shape = (*query_hash_code.shape[:-1], key_hash_code.shape[-2])
-        count = torch.zeros(shape, dtype=torch.promote_types(self.query.dtype, torch.float32), device=self.query.device)
+        count = torch.zeros(shape, dtype=working(self.query.dtype), device=self.query.device)
         for hash in range(num_hash):
             count = count + (query_hash_code[..., :, None, hash] == key_hash_code[..., None, :, hash])
         return _masked_pairs(count / num_hash, self.query_mask, self.key_mask)
@@ -97,7 +102,7 @@ class Pairs(NamedTuple):
 
     def kept(self, value: Tensor) -> Tensor:
         """The values in the precision of the weights, zeros where a key is masked."""
-        value = value.to(torch.promote_types(self.query.dtype, torch.float32))
+        value = value.to(working(self.query.dtype))
         return value if self.key_mask is None else value.masked_fill((self.key_mask == 0).unsqueeze(-1), 0)
 
     def _unit(self) -> tuple[Tensor, Tensor]:
@@ -149,5 +154,5 @@ def _kept_wide(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     if mask is not None:
         x = x.masked_fill((mask == 0).unsqueeze(-1), 0)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(working(x.dtype))
     return x, x.detach().abs().amax(dim=-1, keepdim=True)
