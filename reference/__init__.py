@@ -31,6 +31,7 @@ from yoso_core.reference.hashing import (
     sample_signs,
 )
 from yoso_core.reference.normalize import TINY_NORM, l2_normalize, l2_normalize_backward
+from yoso_core.reference.smoothing import smooth_table, smooth_table_pairs, smoothing_weights, whole_table_pays
 
 __all__ = [
     "TINY_NORM",
@@ -56,5 +57,9 @@ __all__ = [
     "lsh_weighted_cumulation_tables",
     "sample_planes",
     "sample_signs",
+    "smooth_table",
+    "smooth_table_pairs",
+    "smoothing_weights",
+    "whole_table_pays",
     "yoso_attention",
 ]

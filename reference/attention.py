@@ -23,6 +23,7 @@ def yoso_attention(
     key_mask: Array | None = None,
     normalize_output: bool = True,
     layout: Layout = "paper",
+    oversample: int = 0,
     return_length: bool = False,
 ) -> Array | tuple[Array, Array]:
     """``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``: attention by hash collisions, or by
@@ -42,6 +43,9 @@ def yoso_attention(
     normalize_output : scale every output row to unit length. A row shorter than 1e-12 becomes
         zeros: its query met no key.
     layout : that of the signs.
+    oversample : ``s``: hashes have ``tau + s`` bits, and a key counts the share ``a_r`` of their
+        choices of ``tau`` bits that the ``r`` bits are not in by which its code differs from the
+        query's: the same mean, less variance. See `yoso_core.reference.smoothing`.
     return_length : also return ``|y_i|``, which the gradient of that step needs.
 
     Returns
@@ -62,13 +66,14 @@ def yoso_attention(
     if use_expectation:
         out = expectation_attention(query, key, v, hash_code_len, query_mask=keep_query, key_mask=keep_key)
     else:
+        bits = hash_code_len + oversample
         if signs is not None:
-            query_code, key_code = (fast_hash(x, signs, num_hash, hash_code_len, layout=layout) for x in (query, key))
+            query_code, key_code = (fast_hash(x, signs, num_hash, bits, layout=layout) for x in (query, key))
         elif planes is not None:
-            query_code, key_code = (hyperplane_hash(x, planes, num_hash, hash_code_len) for x in (query, key))
+            query_code, key_code = (hyperplane_hash(x, planes, num_hash, bits) for x in (query, key))
         else:
             raise ValueError("signs: sampling needs signs or planes")
-        out = lsh_cumulation_tables(query_code, key_code, v, 1 << hash_code_len, query_mask=keep_query, key_mask=keep_key)
+        out = lsh_cumulation_tables(query_code, key_code, v, 1 << bits, query_mask=keep_query, key_mask=keep_key, oversample=oversample)
         nonfinite_head = np.any(keep_key & ~np.isfinite(key).all(axis=-1), axis=-1)
         out = np.where(nonfinite_head[..., None, None] & keep_query[..., None], np.nan, mark_nonfinite_rows(out, query, keep_query))
     rows = nan_unless_finite(out.astype(v.dtype))

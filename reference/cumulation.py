@@ -3,27 +3,33 @@
 Each operation is here twice. By *pairs* is its definition and costs ``n_q * n_k``. By *tables* is
 the paper's algorithm and costs ``n_q + n_k``. Both compute in the working dtype of ``value`` and
 round once, at the end, to its dtype.
+
+`lsh_cumulation_pairs` and `lsh_cumulation_tables` also take codes of more bits than a hash has, and
+smooth: see `yoso_core.reference.smoothing`.
 """
 
 import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
+from yoso_core.reference.smoothing import agreement, neighbors, smooth_table, smoothing_weights, whole_table_pays
 
 WEIGHT_BLOCK = 16
 """Coordinates of the weights whose tables exist at the same time."""
 
 
-def collision_rate(query_hash_code: Array, key_hash_code: Array) -> Array:
+def collision_rate(query_hash_code: Array, key_hash_code: Array, hashtable_capacity: int = 1, oversample: int = 0) -> Array:
     """``C_ij = 1/m sum_h [code_h(q_i) = code_h(k_j)]`` for codes ``(n_q, m)`` and ``(n_k, m)`` of
-    one head, float64.
+    one head, float64. With ``oversample``, ``a_r`` in place of 1 or 0 for codes of
+    ``log2(hashtable_capacity)`` bits that differ in ``r``.
 
     >>> collision_rate(np.array([[0, 1]]), np.array([[0, 1], [0, 3], [2, 3]]))
     array([[1. , 0.5, 0. ]])
     """
     num_hash = query_hash_code.shape[-1]
+    hash_code_len = hashtable_capacity.bit_length() - 1 - oversample
     collisions = np.zeros((query_hash_code.shape[0], key_hash_code.shape[0]))
     for hash in range(num_hash):
-        collisions += query_hash_code[:, None, hash] == key_hash_code[None, :, hash]
+        collisions += agreement(query_hash_code[:, hash], key_hash_code[:, hash], hash_code_len, oversample)
     return collisions / num_hash
 
 
@@ -35,14 +41,19 @@ def lsh_cumulation_pairs(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
 ) -> Array:
     """``out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j``: the definition, pair by pair.
+
+    With ``oversample`` the bracket is ``a_r`` instead, where ``r`` counts the bits in which the two
+    codes differ: `yoso_core.reference.smoothing`.
 
     Parameters
     ----------
     query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, each in
         ``[0, hashtable_capacity)``.
     value : float ``(..., n_k, d_v)``.
+    hashtable_capacity : number of buckets; ``2**(tau + s)`` with ``oversample = s > 0``.
     query_mask, key_mask : ``(..., n_q)`` and ``(..., n_k)``, nonzero = keep. A masked key is
         skipped, so it may hold NaN. A masked query gets zeros.
 
@@ -65,7 +76,8 @@ def lsh_cumulation_pairs(
     out = np.zeros((*query_hash_code.shape[:-1], value.shape[-1]), v.dtype)
     for head in each_head(value.shape[:-2]):
         queries, keys = keep_query[head], keep_key[head]
-        rate = collision_rate(query_hash_code[head][queries], key_hash_code[head][keys]).astype(v.dtype)
+        codes = query_hash_code[head][queries], key_hash_code[head][keys]
+        rate = collision_rate(*codes, hashtable_capacity, oversample).astype(v.dtype)
         out[head][queries] = weighted_sum(rate, rate > 0, v[head][keys])
     return nan_unless_finite(out).astype(value.dtype)
 
@@ -96,11 +108,14 @@ def lsh_cumulation_tables(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
 ) -> Array:
     """The same as `lsh_cumulation_pairs`, in linear time: every value is added to its bucket, then
     every query reads its bucket.
 
-    ``table[c] = sum_{j : code(k_j) = c} v_j``, ``out_i = 1/m sum_h table_h[code_h(q_i)]``.
+    ``table[c] = sum_{j : code(k_j) = c} v_j``, ``out_i = 1/m sum_h table_h[code_h(q_i)]``. With
+    ``oversample``, the table is smoothed before it is read; or, where it would be large against
+    what is read of it, a query reads the neighbors of its bucket too.
 
     Source: Zeng et al. 2021, algorithm 1.
 
@@ -118,11 +133,26 @@ def lsh_cumulation_tables(
     for head in each_head(value.shape[:-2]):
         queries, keys = keep_query[head], keep_key[head]
         for hash in range(num_hash):
-            size, read, write = bucket_labels(query_hash_code[head][queries, hash], key_hash_code[head][keys, hash])
-            table = np.zeros((size, value.shape[-1]), v.dtype)
-            np.add.at(table, write, v[head][keys])
-            out[head][queries] += table[read]
+            codes = query_hash_code[head][queries, hash], key_hash_code[head][keys, hash]
+            out[head][queries] += _read_buckets(*codes, v[head][keys], hashtable_capacity, oversample)
     return nan_unless_finite(out / num_hash).astype(value.dtype)
+
+
+def _read_buckets(query_code: Array, key_code: Array, value: Array, capacity: int, oversample: int) -> Array:
+    """``sum_j a_r v_j`` for the queries and keys of one hash, by the table of its buckets."""
+    bits = capacity.bit_length() - 1
+    if oversample and whole_table_pays(bits, oversample, len(query_code)):
+        table = np.zeros((capacity, value.shape[-1]), value.dtype)
+        np.add.at(table, key_code, value)
+        return smooth_table(table, oversample)[query_code]
+    out = np.zeros((len(query_code), value.shape[-1]), value.dtype)
+    for masks, weight in zip(neighbors(bits, oversample), smoothing_weights(bits - oversample, oversample), strict=True):
+        for mask in masks:
+            size, read, write = bucket_labels(query_code ^ np.int32(mask), key_code)
+            table = np.zeros((size, value.shape[-1]), value.dtype)
+            np.add.at(table, write, value)
+            out += out.dtype.type(weight) * table[read]
+    return out
 
 
 def lsh_weighted_cumulation_pairs(

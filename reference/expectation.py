@@ -127,10 +127,11 @@ def expectation_attention_backward(
            [1.125, 1.125]])
     """
 
-    def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
-        return expected_weight(theta, hash_code_len)
+    def weights(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> tuple[Array, Array]:
+        expected = expected_weight(theta, hash_code_len)
+        return expected, expected
 
-    return attention_backward(grad_out, query, key, value, weight, hash_code_len, grad, query_mask, key_mask)
+    return attention_backward(grad_out, query, key, value, weights, hash_code_len, grad, query_mask, key_mask)
 
 
 def lsh_attention_backward(
@@ -145,12 +146,17 @@ def lsh_attention_backward(
     grad: Grad = "lower_bound",
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
+    backward_num_hash: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of sampled attention for fixed codes: those of `expectation_attention_backward`
     with the collision rate ``C_ij`` of the codes in place of ``E_ij``.
 
     ``query_hash_code (..., n_q, m)`` and ``key_hash_code (..., n_k, m)`` are those of the forward
-    pass. This definition goes over all pairs. With ``grad="lower_bound"`` each gradient is also a
+    pass, of ``tau + s`` bits with ``oversample = s``. The gradient of the value takes the smoothed
+    rate, that of the forward pass. Those of query and key take the plain rate of the lowest
+    ``tau`` bits in the first ``backward_num_hash`` hashes (``None``: in all), which has the same
+    mean. This definition goes over all pairs. With ``grad="lower_bound"`` each gradient is also a
     (weighted) cumulation, so fast variants take linear time. The exact factor depends on the pair,
     so no variant of it is linear.
 
@@ -162,10 +168,16 @@ def lsh_attention_backward(
            [1.5, 1.5]])
     """
 
-    def weight(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> Array:
-        return collision_rate(query_hash_code[head][i : i + 1], key_hash_code[head][keys])[0].astype(theta.dtype)
+    plain = np.int32((1 << hash_code_len) - 1)
 
-    return attention_backward(grad_out, query, key, value, weight, hash_code_len, grad, query_mask, key_mask)
+    def weights(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> tuple[Array, Array]:
+        query_code, key_code = query_hash_code[head][i : i + 1], key_hash_code[head][keys]
+        of_value = collision_rate(query_code, key_code, 1 << (hash_code_len + oversample), oversample)[0]
+        few = slice(0, backward_num_hash)
+        of_vectors = collision_rate(query_code[:, few] & plain, key_code[:, few] & plain)[0]
+        return of_value.astype(theta.dtype), of_vectors.astype(theta.dtype)
+
+    return attention_backward(grad_out, query, key, value, weights, hash_code_len, grad, query_mask, key_mask)
 
 
 def attention_backward(
@@ -173,14 +185,15 @@ def attention_backward(
     query: Array,
     key: Array,
     value: Array,
-    weight: Callable[[tuple[int, ...], int, Array, Array], Array],
+    weights: Callable[[tuple[int, ...], int, Array, Array], tuple[Array, Array]],
     hash_code_len: int,
     grad: Grad,
     query_mask: Array | None,
     key_mask: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """The three sums, one query at a time. ``weight(head, i, keys, theta)`` gives the weights
-    ``C_i`` of query ``i`` and all kept keys, which are at angles ``theta``.
+    """The three sums, one query at a time. ``weights(head, i, keys, theta)`` gives the weights
+    ``C_i`` of query ``i`` and all kept keys, which are at angles ``theta``: for the gradient of the
+    value, and for those of query and key.
     """
     keep_query, keep_key = full_mask(query_mask, query.shape[:-1]), full_mask(key_mask, key.shape[:-1])
     q, k, v, g = l2_normalize(query), l2_normalize(key), working(value), working(grad_out)
@@ -191,11 +204,11 @@ def attention_backward(
         for i in np.flatnonzero(keep_query[head]).tolist():
             q_i, g_i = q[(*head, i)], g[(*head, i)]
             theta = angles(q_i, keys)
-            c_i = weight(head, i, kept, theta)
-            grad_cosine = c_i * gradient_factor(theta, hash_code_len, grad) * (values @ g_i)
+            of_value, of_vectors = weights(head, i, kept, theta)
+            grad_cosine = of_vectors * gradient_factor(theta, hash_code_len, grad) * (values @ g_i)
             grad_q[(*head, i)] = grad_cosine @ keys
             grad_k[head][kept] += grad_cosine[:, None] * q_i
-            grad_v[head][kept] += c_i[:, None] * g_i
+            grad_v[head][kept] += of_value[:, None] * g_i
     # From the gradients of the unit vectors to those of query and key as they came.
     return (
         np.where(keep_query[..., None], l2_normalize_backward(grad_q, query), 0).astype(query.dtype),

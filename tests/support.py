@@ -50,6 +50,8 @@ class Case:
     """Of the signs."""
     rotations: int | None = None
     """Of a chain; with fewer than ``hash_code_len`` a rotation gives several bits of one code."""
+    oversample: int = 0
+    """Bits of a code beyond ``hash_code_len``."""
 
     def __str__(self) -> str:
         n = f"n{self.n_q}" if self.n_q == self.n_k else f"q{self.n_q}-k{self.n_k}"
@@ -57,6 +59,7 @@ class Case:
         parts += [self.mask] * (self.mask != "none") + [self.kind] * (self.kind != "clusters") + [self.mode] * (self.mode != "signs")
         parts += ["raw"] * (not self.normalize_output) + [self.grad] * (self.grad != "lower_bound")
         parts += [self.layout] * (self.layout != "paper") + [f"P{self.rotations}"] * (self.rotations is not None)
+        parts += [f"s{self.oversample}"] * (self.oversample > 0)
         parts += ["lead" + "x".join(map(str, self.leading))] * (self.leading != (2,))
         return "-".join(parts)
 
@@ -109,6 +112,7 @@ class Hostile:
 
     num_hash: int
     hash_code_len: int
+    oversample: int
     query: Array
     key: Array
     value: Array
@@ -121,25 +125,32 @@ class Hostile:
     masks: Mapping[str, Array | None]
     draw: Mapping[str, Any]
 
+    @property
+    def table(self) -> Array:
+        shape = (*self.value.shape[:-2], 1 << (self.hash_code_len + self.oversample), self.value.shape[-1])
+        return np.random.default_rng(2).standard_normal(shape)
+
 
 def ingredients(case: Case, dim: int) -> Hostile:
     rng = np.random.default_rng(0)
-    m, tau, capacity = case.num_hash, case.hash_code_len, 1 << case.hash_code_len
+    m, bits = case.num_hash, case.hash_code_len + case.oversample
+    capacity = 1 << bits
     query_rows, key_rows = (*case.leading, case.n_q), (*case.leading, case.n_k)
     keep_query, keep_key = draw_mask(rng, case.mask, query_rows), draw_mask(rng, case.mask, key_rows)
     query = hide(draw_vectors(rng, (*query_rows, dim), case.kind), keep_query, case.mask, np.inf)
     key = hide(draw_vectors(rng, (*key_rows, dim), case.kind), keep_key, case.mask, np.nan)
     value = hide(rng.standard_normal((*key_rows, case.d_v)), keep_key, case.mask, np.nan)
     query_hash_code, key_hash_code = (draw_codes(rng, (*rows, m), capacity) for rows in (query_rows, key_rows))
-    signs = reference.sample_signs(m, tau, dim, batch_shape=case.leading[-1:], layout=case.layout, rotations=case.rotations, rng=1)
+    signs = reference.sample_signs(m, bits, dim, batch_shape=case.leading[-1:], layout=case.layout, rotations=case.rotations, rng=1)
     # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does
     # not depend on the order of a sum.
-    planes = rng.integers(-8, 9, size=(*case.leading[-1:], dim, m * tau)).astype(np.float32)
+    planes = rng.integers(-8, 9, size=(*case.leading[-1:], dim, m * bits)).astype(np.float32)
     vectors = draw_vectors(rng, (*key_rows, dim), case.kind)
     grad_out = hide(rng.standard_normal((*query_rows, case.d_v)), keep_query, case.mask, np.nan)
     return Hostile(
         num_hash=m,
-        hash_code_len=tau,
+        hash_code_len=case.hash_code_len,
+        oversample=case.oversample,
         query=query,
         key=key,
         value=value,

@@ -28,6 +28,7 @@ from yoso_core.attend import (
     lsh_attention_backward,
     lsh_cumulation,
     lsh_weighted_cumulation,
+    smooth_table,
     yoso_attention,
 )
 from yoso_core.ops import sample_planes, sample_signs
@@ -75,6 +76,7 @@ __all__ = [
     "register",
     "sample_planes",
     "sample_signs",
+    "smooth_table",
     "variants",
     "yoso_attention",
 ]

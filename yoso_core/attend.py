@@ -37,6 +37,7 @@ hadamard_transform = _or_operator(ops.hadamard_transform)
 fast_hash = _or_operator(ops.fast_hash)
 hyperplane_hash = _or_operator(ops.hyperplane_hash)
 lsh_cumulation = _or_operator(ops.lsh_cumulation)
+smooth_table = _or_operator(ops.smooth_table)
 lsh_weighted_cumulation = _or_operator(ops.lsh_weighted_cumulation)
 expectation_attention = _or_operator(ops.expectation_attention)
 expectation_attention_backward = _or_operator(ops.expectation_attention_backward)
@@ -59,6 +60,7 @@ def yoso_attention(
     normalize_output: bool = True,
     layout: Layout = "paper",
     rotations: int | None = None,
+    oversample: int = 0,
     variant: str | None = None,
 ) -> Array:
     """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``. Differentiable on
@@ -86,6 +88,10 @@ def yoso_attention(
     layout : of the signs. ``"paper"`` repeats the paper and its kernels, whose collisions are too
         rare; ``"chained"`` is unbiased and cheaper for many hashes: see `fast_hash`.
     rotations : of a chain that is drawn here; see `sample_signs`.
+    oversample : ``s``: hash with ``tau + s`` bits, and count a key whose code differs in ``r`` of
+        them ``C(tau + s - r, tau) / C(tau + s, tau)``: the mean over all hashes of ``tau`` of those
+        bits. The same expectation with less noise, see `smooth_table`; ``signs`` or ``planes`` are
+        then draws for ``tau + s`` bits.
     variant : a name from `variants`, or ``None`` for the best that can run here.
 
     Returns
@@ -127,6 +133,7 @@ def yoso_attention(
         normalize_output=normalize_output,
         layout=layout,
         rotations=rotations,
+        oversample=oversample,
         variant=variant,
     )
 

@@ -46,6 +46,14 @@ def hash_numbers(num_hash: object, hash_code_len: object) -> tuple[int, int]:
     return integer("num_hash", num_hash, 1), integer("hash_code_len", hash_code_len, 1, MAX_CODE_LEN)
 
 
+def oversample(value: object, hash_code_len: int) -> int:
+    return integer("oversample", value, 0, MAX_CODE_LEN - hash_code_len)
+
+
+def backward_num_hash(value: object, num_hash: int) -> int | None:
+    return None if value is None else integer("backward_num_hash", value, 1, num_hash)
+
+
 def draw(num_hash: object, hash_code_len: object, dim: object, batch_shape: object) -> tuple[int, int, int, tuple[int, ...]]:
     """The sizes of a draw of signs or planes."""
     if not isinstance(batch_shape, tuple):

@@ -26,6 +26,7 @@ def example_inputs(
     value_dim: int | None = None,
     num_hash: int = 32,
     hash_code_len: int = 8,
+    oversample: int | None = None,
     dtype: str = "float32",
     masked: bool = False,
     seed: int = 0,
@@ -45,6 +46,7 @@ def example_inputs(
     dtype : ``"float16"``, ``"float32"``, ``"float64"``; with ``library="torch"`` also
         ``"bfloat16"``.
     num_hash, hash_code_len : ``m`` and ``tau``.
+    oversample : ``s``: codes have ``tau + s`` bits. ``None``: 0, but 2 for `smooth_table`.
     masked : add masks that keep about three of four queries and keys, shared over the heads.
 
     Raises
@@ -70,6 +72,7 @@ def example_inputs(
     ):
         checks.integer(size, number, low)
     checks.hash_numbers(num_hash, hash_code_len)
+    oversample = checks.oversample(operation.oversample if oversample is None else oversample, hash_code_len)
     checks.one_of("library", library, ("numpy", "torch"))
     if library == "torch":
         try:
@@ -83,7 +86,7 @@ def example_inputs(
         raise ValueError(f"masked: {operation.name} takes no masks")
 
     shapes = {"batch": batch, "heads": heads, "n": n, "n_key": n_key, "dim": dim, "value_dim": value_dim}
-    parts = {"num_hash": num_hash, "hash_code_len": hash_code_len}
+    parts = {"num_hash": num_hash, "hash_code_len": hash_code_len, "oversample": oversample}
     needed = _least_bytes(operation, **shapes, **parts)
     need_memory(_largest(shapes | parts), needed)
     rng = np.random.default_rng(seed)
@@ -94,10 +97,10 @@ def example_inputs(
         query += key[..., np.arange(n) % n_key, :]
     value = rng.standard_normal((*leading, n_key, value_dim))
     grad_out = rng.standard_normal((*leading, n, value_dim))
-    signs = ops.sample_signs(num_hash, hash_code_len, dim, batch_shape=(heads,), rng=rng)
-    planes = ops.sample_planes(num_hash, hash_code_len, dim, batch_shape=(heads,), rng=rng)
+    signs = ops.sample_signs(num_hash, hash_code_len + oversample, dim, batch_shape=(heads,), rng=rng)
+    planes = ops.sample_planes(num_hash, hash_code_len + oversample, dim, batch_shape=(heads,), rng=rng)
     masks = {"query_mask": rng.random((batch, 1, n)) < 0.75, "key_mask": rng.random((batch, 1, n_key)) < 0.75} if masked else {}
-    arguments = operation.example_inputs(_Drawn(num_hash, hash_code_len, query, key, value, grad_out, signs, planes, masks))
+    arguments = operation.example_inputs(_Drawn(num_hash, hash_code_len, oversample, query, key, value, grad_out, signs, planes, masks))
 
     def drawn(x: Any) -> Any:
         if not isinstance(x, np.ndarray):
@@ -112,13 +115,13 @@ def example_inputs(
 
 
 def _least_bytes(
-    operation: Operation, *, batch: int, heads: int, n: int, n_key: int, dim: int, value_dim: int, num_hash: int, hash_code_len: int
+    operation: Operation, *, batch: int, heads: int, n: int, n_key: int, dim: int, value_dim: int, num_hash: int, hash_code_len: int, oversample: int
 ) -> int:
     """What is drawn, in float64 as NumPy draws it, and what a call in float64 reads and writes."""
     rows, rows_key = batch * heads * n, batch * heads * n_key
     vectors = (rows + rows_key) * (dim + value_dim)
-    planes = heads * dim * num_hash * hash_code_len
-    sizes = Sizes(max(rows, rows_key), max(n, n_key), max(dim, value_dim), num_hash, hash_code_len, 8)
+    planes = heads * dim * num_hash * (hash_code_len + oversample)
+    sizes = Sizes(max(rows, rows_key), max(n, n_key), max(dim, value_dim), num_hash, hash_code_len, 8, oversample)
     return 8 * (vectors + planes) + operation.least_bytes(sizes)
 
 
@@ -135,6 +138,7 @@ class _Drawn:
 
     num_hash: int
     hash_code_len: int
+    oversample: int
     query: NDArray[Any]
     key: NDArray[Any]
     value: NDArray[Any]
@@ -159,5 +163,10 @@ class _Drawn:
     def key_hash_code(self) -> NDArray[Any]:
         return self._codes(self.key)
 
+    @property
+    def table(self) -> NDArray[Any]:
+        rows = 1 << (self.hash_code_len + self.oversample)
+        return np.random.default_rng(0).standard_normal((*self.value.shape[:-2], rows, self.value.shape[-1]))
+
     def _codes(self, vectors: NDArray[Any]) -> NDArray[Any]:
-        return reference.fast_hash(vectors.astype(np.float32), self.signs, self.num_hash, self.hash_code_len)
+        return reference.fast_hash(vectors.astype(np.float32), self.signs, self.num_hash, self.hash_code_len + self.oversample)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
-from math import log2
+from math import comb, log2
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,6 +39,11 @@ class Ingredients(Protocol):
 
     @property
     def hash_code_len(self) -> int: ...
+
+    @property
+    def oversample(self) -> int:
+        """Bits of a code beyond ``hash_code_len``."""
+        ...
 
     @property
     def query(self) -> Array:
@@ -72,6 +77,11 @@ class Ingredients(Protocol):
     def planes(self) -> Array: ...
 
     @property
+    def table(self) -> Array:
+        """``(..., 2**(tau + s), d_v)``."""
+        ...
+
+    @property
     def query_hash_code(self) -> Array: ...
 
     @property
@@ -100,6 +110,7 @@ class Sizes(NamedTuple):
     hash_code_len: int
     item_size: int
     """Bytes of a float."""
+    oversample: int = 0
 
     @property
     def vectors(self) -> int:
@@ -112,8 +123,15 @@ class Sizes(NamedTuple):
         return 4 * self.rows * self.num_hash
 
     @property
+    def table(self) -> int:
+        """Entries of the tables of one hash of every head."""
+        return self.rows // max(self.n, 1) * self.dim << (self.hash_code_len + self.oversample)
+
+    @property
     def colliding_pairs(self) -> int:
-        """Pairs of a query and a key in one bucket, over all hashes, for codes spread evenly."""
+        """Pairs of a query and a key in one bucket, over all hashes, for codes of ``hash_code_len``
+        bits spread evenly.
+        """
         return self.rows * self.num_hash * self.n >> self.hash_code_len
 
     @property
@@ -121,7 +139,7 @@ class Sizes(NamedTuple):
         """Additions to hash a vector: three Hadamard transforms, ``D log2 D`` each, of all
         parts.
         """
-        layout = reference.hash_layout(self.num_hash, self.hash_code_len, self.dim)
+        layout = reference.hash_layout(self.num_hash, self.hash_code_len + self.oversample, self.dim)
         return 3 * layout.padded_dim * round(log2(layout.padded_dim)) * layout.parts
 
 
@@ -184,6 +202,8 @@ class Operation:
     """
     power_of_two: bool = False
     """The last dimension of its input must be a power of two."""
+    oversample: int = 0
+    """``s`` of its example inputs, where nobody says."""
     example_inputs: Callable[[Ingredients], dict[str, Any]]
     """Arguments by name, for a call that runs."""
     complete: Callable[[Arguments], dict[str, Any]] = _as_given
@@ -298,12 +318,24 @@ def _attention_terms(arguments: Arguments, cosine_ulp: float) -> Arrays:
     return (terms,)
 
 
+def _collision_rates(arguments: Arguments, queries: tuple[Any, ...], keys: tuple[Any, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The weights of the gradient of the value, and of those of query and key, for the queries and
+    keys of one head.
+    """
+    query_code, key_code = arguments["query_hash_code"][queries], arguments["key_hash_code"][keys]
+    tau, oversample, few = arguments["hash_code_len"], arguments.get("oversample", 0), slice(0, arguments.get("backward_num_hash"))
+    plain = np.int32((1 << tau) - 1)
+    return (
+        reference.collision_rate(query_code, key_code, 1 << (tau + oversample), oversample),
+        reference.collision_rate(query_code[:, few] & plain, key_code[:, few] & plain),
+    )
+
+
 def _gradient_terms(arguments: Arguments, cosine_ulp: float) -> Arrays:
     """The sums of the backward definitions with every term by its absolute value; the angles are
     those of the signed vectors.
     """
     grad_out, query, key, value = (arguments[name] for name in ("grad_out", "query", "key", "value"))
-    codes = [arguments[name] for name in ("query_hash_code", "key_hash_code") if name in arguments]
     grad: Grad = arguments.get("grad", "lower_bound")
     keep_query, keep_key = (full_mask(arguments.get(f"{side}_mask"), arguments[side].shape[:-1]) for side in ("query", "key"))
     unit_query, unit_key = reference.l2_normalize(query), reference.l2_normalize(key)
@@ -311,15 +343,15 @@ def _gradient_terms(arguments: Arguments, cosine_ulp: float) -> Arrays:
     for head in np.ndindex(query.shape[:-2]):
         queries, keys = keep_query[head], keep_key[head]
         q, k, g, v = unit_query[head][queries], unit_key[head][keys], np.abs(grad_out[head][queries]), np.abs(value[head][keys])
-        if codes:
-            weight = reference.collision_rate(codes[0][head][queries], codes[1][head][keys])
+        if "query_hash_code" in arguments:
+            of_value, of_vectors = _collision_rates(arguments, (*head, queries), (*head, keys))
         else:
-            weight = _expected_weight_terms(q, k, arguments["hash_code_len"], cosine_ulp)
+            of_value = of_vectors = _expected_weight_terms(q, k, arguments["hash_code_len"], cosine_ulp)
         theta = np.arccos(np.clip(q @ k.T, -1, 1))
-        grad_cosine = weight * reference.gradient_factor(theta, arguments["hash_code_len"], grad) * (g @ v.T)
+        grad_cosine = of_vectors * reference.gradient_factor(theta, arguments["hash_code_len"], grad) * (g @ v.T)
         grad_query[head][queries] = grad_cosine @ np.abs(k)
         grad_key[head][keys] = grad_cosine.T @ np.abs(q)
-        grad_value[head][keys] = weight.T @ g
+        grad_value[head][keys] = of_value.T @ g
     for total, x, unit in ((grad_query, query, unit_query), (grad_key, key, unit_key)):  # the tangent, by absolute values too
         along = np.sum(total * np.abs(unit), axis=-1, keepdims=True)
         total[...] = np.nan_to_num((total + along * np.abs(unit)) / np.linalg.norm(x, axis=-1, keepdims=True), nan=0, posinf=0)
@@ -348,7 +380,7 @@ def _with_signs(arguments: Arguments) -> dict[str, Any]:
     caller = one_caller({"query": query})
     checks.vectors("query", query)
     num_hash, hash_code_len = checks.hash_numbers(arguments.get("num_hash", 32), arguments.get("hash_code_len", 8))
-    numbers = num_hash, hash_code_len, query.shape[-1]
+    numbers = num_hash, hash_code_len + checks.oversample(arguments.get("oversample", 0), hash_code_len), query.shape[-1]
     layout = arguments.get("layout", "paper")
     signs = reference.sample_signs(
         *numbers,
@@ -365,7 +397,18 @@ def _hashed_inside(arguments: Arguments) -> tuple[str, ...]:
 
 
 def _hash_numbers(given: Ingredients) -> dict[str, int]:
-    return {"num_hash": given.num_hash, "hash_code_len": given.hash_code_len}
+    return {"num_hash": given.num_hash, "hash_code_len": given.hash_code_len + given.oversample}
+
+
+def _cumulation_additions(sizes: Sizes) -> int:
+    """Into the tables and out of them; with oversampling the tables are smoothed in between, or the
+    neighbors of every bucket read.
+    """
+    bits = sizes.hash_code_len + sizes.oversample
+    if sizes.oversample == 0 or reference.whole_table_pays(bits, sizes.oversample, sizes.n):
+        return sizes.num_hash * (2 * sizes.rows * sizes.dim + sizes.table * sizes.oversample * bits)
+    reads = sum(comb(bits, r) for r in range(sizes.oversample + 1))
+    return sizes.rows * sizes.num_hash * sizes.dim * (1 + reads)
 
 
 HADAMARD_TRANSFORM = Operation(
@@ -409,13 +452,25 @@ LSH_CUMULATION = Operation(
         "query_hash_code": given.query_hash_code,
         "key_hash_code": given.key_hash_code,
         "value": given.value,
-        "hashtable_capacity": 1 << given.hash_code_len,
+        "hashtable_capacity": 1 << (given.hash_code_len + given.oversample),
+        "oversample": given.oversample,
         **given.masks,
     },
     terms=_terms_of_definition(reference.lsh_cumulation_pairs, "value"),
-    # Into the tables and out of them.
-    multiply_adds=lambda sizes: sizes.rows * 2 * sizes.num_hash * sizes.dim,
+    multiply_adds=lambda sizes: _cumulation_additions(sizes),
     least_bytes=lambda sizes: 2 * sizes.codes + 2 * sizes.vectors,
+)
+
+SMOOTH_TABLE = Operation(
+    name="smooth_table",
+    definition="numpy:pairs",
+    outputs=(Output("out", "table", _rows("table", "table")),),
+    oversample=2,
+    example_inputs=lambda given: {"table": given.table, "oversample": given.oversample},
+    terms=_terms_of_definition(reference.smooth_table_pairs, "table"),
+    # Of one hash of every head, by spheres.
+    multiply_adds=lambda sizes: sizes.table * sizes.oversample * (sizes.hash_code_len + sizes.oversample),
+    least_bytes=lambda sizes: 2 * sizes.table * sizes.item_size,
 )
 
 LSH_WEIGHTED_CUMULATION = Operation(
@@ -425,7 +480,7 @@ LSH_WEIGHTED_CUMULATION = Operation(
     example_inputs=lambda given: {
         "query_weight": given.query,
         "key_weight": given.key,
-        **LSH_CUMULATION.example_inputs(given),
+        **{name: x for name, x in LSH_CUMULATION.example_inputs(given).items() if name != "oversample"},
     },
     terms=_terms_of_definition(reference.lsh_weighted_cumulation_pairs, "value", "query_weight", "key_weight"),
     # Pairs or outer products, whichever is less.
@@ -472,12 +527,12 @@ LSH_ATTENTION_BACKWARD = Operation(
     example_inputs=lambda given: {
         "query_hash_code": given.query_hash_code,
         "key_hash_code": given.key_hash_code,
+        "oversample": given.oversample,
         **EXPECTATION_ATTENTION_BACKWARD.example_inputs(given),
     },
     terms=_gradient_terms,
     multiply_adds=lambda sizes: (
-        min(4 * sizes.rows * sizes.num_hash * sizes.dim**2, sizes.colliding_pairs * 3 * sizes.dim)
-        + sizes.rows * 2 * sizes.num_hash * sizes.dim
+        min(4 * sizes.rows * sizes.num_hash * sizes.dim**2, sizes.colliding_pairs * 3 * sizes.dim) + _cumulation_additions(sizes)
     ),
     least_bytes=lambda sizes: 4 * sizes.vectors,
 )
@@ -493,7 +548,9 @@ YOSO_ATTENTION = Operation(
         "query": given.query,
         "key": given.key,
         "value": given.value,
-        **_hash_numbers(given),
+        "num_hash": given.num_hash,
+        "hash_code_len": given.hash_code_len,
+        "oversample": given.oversample,
         **given.draw,
         **given.masks,
     },
@@ -501,7 +558,7 @@ YOSO_ATTENTION = Operation(
     hashed=_hashed_inside,
     terms=_attention_terms,
     # Both sides hashed, then into the tables and out of them.
-    multiply_adds=lambda sizes: sizes.rows * 2 * (sizes.hash_additions + sizes.num_hash * sizes.dim),
+    multiply_adds=lambda sizes: sizes.rows * 2 * sizes.hash_additions + _cumulation_additions(sizes),
     least_bytes=lambda sizes: 4 * sizes.vectors,
 )
 
@@ -512,6 +569,7 @@ OPERATIONS: dict[str, Operation] = {
         FAST_HASH,
         HYPERPLANE_HASH,
         LSH_CUMULATION,
+        SMOOTH_TABLE,
         LSH_WEIGHTED_CUMULATION,
         EXPECTATION_ATTENTION,
         EXPECTATION_ATTENTION_BACKWARD,

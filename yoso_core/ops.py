@@ -19,6 +19,7 @@ from yoso_core.operations import (
     LSH_ATTENTION_BACKWARD,
     LSH_CUMULATION,
     LSH_WEIGHTED_CUMULATION,
+    SMOOTH_TABLE,
     YOSO_ATTENTION,
 )
 from yoso_core.reference.expectation import Grad
@@ -250,6 +251,7 @@ def lsh_cumulation(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
     validate: bool = True,
     variant: str | None = None,
 ) -> Array:
@@ -264,6 +266,10 @@ def lsh_cumulation(
         once.
     hashtable_capacity : number of buckets, ``2**tau``, at most ``2**30``. Memory follows the
         buckets that are occupied.
+    oversample : ``s``, where codes have ``tau + s`` bits and ``hashtable_capacity`` is
+        ``2**(tau + s)``. A key whose code differs from the query's in ``r`` bits then counts
+        ``a_r = C(tau + s - r, tau) / C(tau + s, tau)`` in place of 1 or 0: the mean over all hashes
+        of ``tau`` of those bits, with less variance. See `smooth_table`.
     query_mask, key_mask : bool or integer ``(..., n_q)`` and ``(..., n_k)``, each dim equal or 1,
         nonzero = keep. Masked entries are skipped, so they may hold NaN. Masked queries get zeros.
     validate : check that the codes are in range: one pass over them, and on a GPU a wait for it.
@@ -292,6 +298,7 @@ def lsh_cumulation(
         key_mask=key_mask,
     )
     capacity = _check_codes(query_hash_code, key_hash_code, hashtable_capacity, query_mask, key_mask, limit=1 << checks.MAX_CODE_LEN)
+    smoothing = _check_oversample(oversample, "hashtable_capacity", capacity)
     checks.floating("value", value)
     checks.leading("value", value, key_hash_code.shape[:-2], "those of the hash codes")
     checks.size("value", value, -2, key_hash_code.shape[-2], "n of key_hash_code")
@@ -304,8 +311,49 @@ def lsh_cumulation(
         "hashtable_capacity": capacity,
         "query_mask": query_mask,
         "key_mask": key_mask,
+        "oversample": smoothing,
     }
     return run(LSH_CUMULATION, variant, caller, arguments)
+
+
+def _check_oversample(oversample: object, name: str, rows: int) -> int:
+    """``s`` for tables of ``rows = 2**(tau + s)`` buckets, of which argument ``name`` tells."""
+    s = checks.oversample(oversample, 1)
+    if s and (rows & (rows - 1) or rows.bit_length() - 1 <= s):
+        raise ValueError(f"{name}: with oversample={s} need 2**(tau + {s}) for a tau of 1 or more, got {rows}")
+    return s
+
+
+def smooth_table(table: Array, oversample: int, *, variant: str | None = None) -> Array:
+    """Average a table of hash buckets over their neighbors:
+    ``out[c] = sum_{c'} a_|c xor c'| table[c']``.
+
+    A hash of ``tau + s`` bits holds ``C(tau + s, tau)`` hashes of ``tau`` bits. Codes that differ
+    in ``r`` bits collide in the share ``a_r = C(tau + s - r, tau) / C(tau + s, tau)`` of them, none
+    for ``r > s``. So a row of the result is the mean of what all of them would read, and has the
+    expectation of each with less variance.
+
+    Parameters
+    ----------
+    table : float ``(..., 2**(tau + s), d_v)``: for every code the sum of its keys' values. float16
+        and bfloat16 are added up in float32 and rounded once.
+    oversample : ``s``, at least 0; ``tau`` is at least 1.
+
+    Returns
+    -------
+    Array of the same shape, kind and dtype. An entry within ``s`` bits of a non-finite one is NaN.
+    The sum of a column is multiplied by ``sum_r C(tau + s, r) a_r = 2**s``.
+
+    >>> smooth_table(np.array([[1.0], [0.0], [0.0], [4.0]]), 1)
+    array([[1. ],
+           [2.5],
+           [2.5],
+           [4. ]])
+    """
+    caller = one_caller({"table": table})
+    checks.floating("table", table)
+    s = _check_oversample(oversample, "table", table.shape[-2])
+    return run(SMOOTH_TABLE, variant, caller, {"table": table, "oversample": s})
 
 
 def lsh_weighted_cumulation(
@@ -524,6 +572,8 @@ def lsh_attention_backward(
     grad: Grad = "lower_bound",
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
+    backward_num_hash: int | None = None,
     validate: bool = True,
     variant: str | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -536,7 +586,13 @@ def lsh_attention_backward(
     Parameters
     ----------
     query_hash_code, key_hash_code : int32 ``(..., n_q, m)`` and ``(..., n_k, m)``, in
-        ``[0, 2**hash_code_len)``.
+        ``[0, 2**(hash_code_len + oversample))``.
+    oversample : ``s`` of the forward pass. The gradient of the value is then that of the smoothed
+        cumulation. Those of query and key take the plain collisions of the lowest ``hash_code_len``
+        bits, which have the same mean.
+    backward_num_hash : from how many of the hashes, the first ones, the gradients of query and key
+        come; ``None`` for all. Fewer cost proportionally less, and are a noisier estimate of the
+        same gradients.
     The others are those of `expectation_attention_backward` and `lsh_cumulation`.
 
     Returns
@@ -567,7 +623,9 @@ def lsh_attention_backward(
     )
     _check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
-    capacity = _check_codes(query_hash_code, key_hash_code, 1 << tau, None, None, limit=1 << tau)
+    s = checks.oversample(oversample, tau)
+    capacity = _check_codes(query_hash_code, key_hash_code, 1 << (tau + s), None, None, limit=1 << (tau + s))
+    few = checks.backward_num_hash(backward_num_hash, query_hash_code.shape[-1])
     for name, codes, side, x in (
         ("query_hash_code", query_hash_code, "query", query),
         ("key_hash_code", key_hash_code, "key", key),
@@ -587,6 +645,8 @@ def lsh_attention_backward(
         "grad": grad,
         "query_mask": query_mask,
         "key_mask": key_mask,
+        "oversample": s,
+        "backward_num_hash": few,
     }
     return run(LSH_ATTENTION_BACKWARD, variant, caller, arguments)
 
@@ -607,6 +667,7 @@ def yoso_attention(
     normalize_output: bool = True,
     layout: Layout = "paper",
     rotations: int | None = None,
+    oversample: int = 0,
     return_length: bool = False,
     variant: str | None = None,
 ) -> Any:
@@ -629,12 +690,13 @@ def yoso_attention(
         key_mask=key_mask,
     )
     _check_attention(query, key, value, query_mask, key_mask)
+    smoothing = checks.oversample(oversample, tau)
     if signs is not None and planes is not None:
         raise ValueError("planes: give signs or planes, not both")
     if signs is not None:
-        _check_signs(signs, query, m, tau, layout, caller)
+        _check_signs(signs, query, m, tau + smoothing, layout, caller)
     elif planes is not None:
-        _check_planes(planes, query, m, tau)
+        _check_planes(planes, query, m, tau + smoothing)
     if return_length and not normalize_output:
         raise ValueError("return_length: with normalize_output=False no row is scaled, so there is no length before that")
     arguments = {
@@ -648,6 +710,7 @@ def yoso_attention(
         "planes": planes,
         "layout": layout,
         "rotations": rotations,
+        "oversample": smoothing,
         "rng": rng,
         "query_mask": query_mask,
         "key_mask": key_mask,

@@ -15,7 +15,10 @@ from yoso_core.operations import Operation
 BACKENDS_OF = {CudaVariant: ("cupy", "emulated"), NumbaCudaVariant: ("numba_cuda", "stepped")}
 """Where the launcher of a CUDA kernel can run."""
 
-_PLAIN = ("numpy", "cpu")
+_FUNCTIONS = ("numpy", "cpu")
+
+PLAIN = {"layout": "paper", "oversample": 0}
+"""Options, and what they say where a kernel need not know of them."""
 
 
 class WrongResult(ValueError):
@@ -29,7 +32,7 @@ def check_target(target: object, where: str) -> None:
             raise ValueError(f"where: a {wrapper.__name__} runs on {' or '.join(map(repr, wheres))}, got {where!r}")
         if where in wheres and not isinstance(target, wrapper):
             raise TypeError(f"target: a kernel for {where!r} comes as {wrapper.__name__}(launcher), got {target!r}")
-    if where in _PLAIN and not callable(target):
+    if where in _FUNCTIONS and not callable(target):
         raise TypeError(f"target: need a function, got {target!r}")
 
 
@@ -52,10 +55,11 @@ def adapted(operation: Operation, target: Any) -> Callable[..., Any]:
 
 
 def _called(operation: Operation, function: Callable[..., Any], device: tuple[Any, ...], arguments: Mapping[str, Any]) -> Any:
-    """The kernel's result, after every check of it. It is given ``layout`` only where that is not
-    the paper's.
+    """The kernel's result, after every check of it. It is given the options of `PLAIN` only where
+    they are not plain.
     """
-    fresh = {name: _copied(x) for name, x in arguments.items() if x is not None and (name, x) != ("layout", "paper")}
+    plain = {name: x for name, x in PLAIN.items() if name not in operation.positional}
+    fresh = {name: _copied(x) for name, x in arguments.items() if x is not None and not (name in plain and x == plain[name])}
     expected = operation.outputs_of(fresh)
     shapes = [output.shape(fresh) for output in expected]
     dtypes = [np.dtype(np.int32) if output.dtype_of is None else fresh[output.dtype_of].dtype for output in expected]

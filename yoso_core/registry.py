@@ -143,6 +143,8 @@ KERNELS: tuple[Kernel, ...] = (
         "add_keys_to_table read_table",
         deterministic=False,
     ),
+    Kernel("smooth_table", "numpy:spheres", "yoso_core.reference:smooth_table", "neighbors by distance, bit by bit"),
+    Kernel("smooth_table", "numpy:pairs", "yoso_core.reference:smooth_table_pairs", "every pair of codes"),
     Kernel(
         "lsh_weighted_cumulation",
         "cpu:buckets",
