@@ -15,6 +15,7 @@ from yoso_core.benchmarks.machines import MACHINES
 from yoso_core.benchmarks.models import MODELS
 from yoso_core.benchmarks.sides import Array, Check, Ours, Peer, Tensors
 from yoso_core.reference import l2_normalize_backward
+from yoso_core.reference.hashing import Layout
 from yoso_core.reference.normalize import TINY_NORM
 from yoso_core.registry import automatic, definition_of
 from yoso_core.truth import call, outputs_of, tolerance, truth
@@ -80,16 +81,19 @@ class Composed(FaceFunction):
     cumulation_variant: str | None = None
 
     def bind(self, workload: Workload, given: Tensors) -> Callable[[], Any]:
-        return partial(self._attend, **self.arguments(workload, given))
+        return partial(self._attend, **self.arguments(workload, given), layout=workload.layout)
 
     def steps(self, workload: Workload) -> tuple[tuple[str, str | None], ...]:
         hashing = ("fast_hash", self.hash_variant)
         return (hashing, hashing, ("lsh_cumulation", self.cumulation_variant))
 
-    def _attend(self, query: Any, key: Any, value: Any, *, signs: Any, num_hash: int, hash_code_len: int) -> Any:
+    def _attend(self, query: Any, key: Any, value: Any, *, signs: Any, num_hash: int, hash_code_len: int, layout: Layout) -> Any:
         import torch
 
-        query_code, key_code = (yoso_core.fast_hash(x, signs, num_hash, hash_code_len, variant=self.hash_variant) for x in (query, key))
+        hash = partial(
+            yoso_core.fast_hash, signs=signs, num_hash=num_hash, hash_code_len=hash_code_len, layout=layout, variant=self.hash_variant
+        )
+        query_code, key_code = hash(query), hash(key)
         capacity = 1 << hash_code_len
         sums = yoso_core.lsh_cumulation(query_code, key_code, value, capacity, validate=False, variant=self.cumulation_variant)
         return torch.nn.functional.normalize(sums.float(), dim=-1).to(sums.dtype)
@@ -196,7 +200,8 @@ def tensors(workload: Workload) -> Tensors:
     shape = (workload.batch, workload.heads, workload.n, workload.dim)
     dtype = getattr(torch, workload.dtype)
     drawn = {name: torch.randn(shape, generator=generator, device=device).to(dtype) for name in ("query", "key", "value")}
-    signs = yoso_core.sample_signs(workload.num_hash, workload.hash_code_len, workload.dim, batch_shape=(workload.heads,), rng=0)
+    numbers = workload.num_hash, workload.hash_code_len, workload.dim
+    signs = yoso_core.sample_signs(*numbers, batch_shape=(workload.heads,), layout=workload.layout, rng=0)
     return {**drawn, "signs": torch.from_numpy(signs).to(device)}
 
 

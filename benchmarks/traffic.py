@@ -13,13 +13,14 @@ Flags and numbers of which there is one for each head do not count.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from yoso_core.benchmarks.cases import Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, Composed
 from yoso_core.benchmarks.floor import ITEM_SIZE
 from yoso_core.benchmarks.machines import H100, Limits
 from yoso_core.benchmarks.sides import Ours
-from yoso_core.reference import hash_layout
+from yoso_core.reference.hashing import hash_layout, signs_shape
 
 _WARP = 32
 _SECTOR = 32
@@ -54,9 +55,10 @@ class _Sizes:
         self.capacity = 1 << workload.hash_code_len
         self.heads = workload.batch * workload.heads
         self.rows = self.heads * self.n
-        layout = hash_layout(workload.num_hash, workload.hash_code_len, workload.dim)
-        self.parts = layout.parts
-        self.signs_of_head = 3 * layout.parts * layout.padded_dim
+        numbers = workload.num_hash, workload.hash_code_len, workload.dim
+        self.parts = hash_layout(*numbers).parts
+        """Of the paper's layout."""
+        self.signs_of_head = prod(signs_shape(*numbers, workload.layout))
         self.sign_sets = workload.heads
         self.item = ITEM_SIZE[workload.dtype]
         self.acc = max(4, self.item)
@@ -81,9 +83,9 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _warp_per_vector(s: _Sizes) -> list[Traffic]:
+def _warp_per_chain(s: _Sizes) -> list[Traffic]:
     signs = s.sign_sets * s.signs_of_head
-    return [Traffic("warp_per_vector", 1, s.vectors_bytes + signs, s.codes_bytes, s.rows * s.signs_of_head - signs)]
+    return [Traffic("warp_per_chain", 1, s.vectors_bytes + signs, s.codes_bytes, s.rows * s.signs_of_head - signs)]
 
 
 def _block_per_part(s: _Sizes) -> list[Traffic]:
@@ -103,8 +105,8 @@ def _rounded(s: _Sizes) -> list[Traffic]:
 
 def _numba_hash(s: _Sizes) -> list[Traffic]:
     signs = s.heads * s.signs_of_head  # a copy for each head
-    cached = (s.parts - 1) * s.sums_bytes + s.rows * s.signs_of_head - signs
-    return [*_widened(s, 1), Traffic("hash_vectors", 1, s.sums_bytes + signs, s.codes_bytes, cached)]
+    cached = s.rows * s.signs_of_head - signs
+    return [*_widened(s, 1), Traffic("hash_by_chain", 1, s.sums_bytes + signs, s.codes_bytes, cached)]
 
 
 def _shared_table(s: _Sizes, out_bytes: int) -> list[Traffic]:
@@ -282,7 +284,7 @@ def _blocked_expectation(s: _Sizes) -> list[Traffic]:
 
 def _attention(cumulate: Callable[[_Sizes, int], list[Traffic]]) -> Callable[[_Sizes], list[Traffic]]:
     def formula(s: _Sizes) -> list[Traffic]:
-        (hashed,) = _warp_per_vector(s)
+        (hashed,) = _warp_per_chain(s)
         return [
             Traffic(hashed.kernel, 2, 2 * hashed.read, 2 * (hashed.written + s.rows), 2 * hashed.cached),
             *cumulate(s, s.sums_bytes),
@@ -298,7 +300,7 @@ def _by_itself(cumulate: Callable[[_Sizes, int], list[Traffic]]) -> Callable[[_S
 
 
 FORMULAS: dict[tuple[str, str], Callable[[_Sizes], list[Traffic]]] = {
-    ("fast_hash", "cupy:warp_per_vector"): _warp_per_vector,
+    ("fast_hash", "cupy:warp_per_vector"): _warp_per_chain,
     ("fast_hash", "cupy:block_per_part"): _block_per_part,
     ("fast_hash", "numba_cuda:shared_memory"): _numba_hash,
     ("lsh_cumulation", "cupy:shared_table"): _by_itself(_shared_table),

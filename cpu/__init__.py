@@ -6,9 +6,11 @@ How they are written: `compiling` keeps machine code on disk; `lanes` is their v
 What they do, from the hash to the gradients:
 
 - `hashing`: codes, with `tiles`, the Hadamard rotation of sixteen vectors at a time.
-- `cumulation`: tables of stored codes, and `attention`: the whole of sampled attention in one go.
-  Both make two `rounds` over `tables`; `relabeling` numbers the buckets anew where there are too
-  many, and `finishing` gives output rows their last touch.
+- `cumulation`: tables of the buckets, in two `rounds` over `tables`, and `attention`: the whole of
+  sampled attention. `codes` are stored ones, or made for the heads at hand; `smoothing` averages
+  tables over their neighbors, and `neighbors` reads those where the tables would be large.
+  `relabeling` numbers the buckets anew where there are too many, and `finishing` gives output rows
+  their last touch.
 - `buckets`: the weighted cumulation, of rows that are `sorting` by bucket.
 - `expectation`: the exact weights, by `spans` of queries and tiles of pairs, with `weights`.
 - `gradients`: those of both kinds of attention by tiles of pairs, and `sampled_gradients`: the
@@ -27,6 +29,7 @@ from yoso_core.cpu.cumulation import lsh_cumulation
 from yoso_core.cpu.expectation import expectation_attention
 from yoso_core.cpu.gradients import expectation_attention_backward, lsh_attention_backward
 from yoso_core.cpu.hashing import fast_hash, hadamard_transform, hyperplane_hash
+from yoso_core.cpu.smoothing import smooth_table
 
 __all__ = [
     "expectation_attention",
@@ -37,5 +40,6 @@ __all__ = [
     "lsh_attention_backward",
     "lsh_cumulation",
     "lsh_weighted_cumulation",
+    "smooth_table",
     "yoso_attention",
 ]

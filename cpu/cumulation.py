@@ -1,7 +1,6 @@
 """Bernoulli cumulation by tables: a table per hash, small enough to stay in cache.
 
-`yoso_core.cpu.rounds` explains the two rounds. The two kernels here read stored codes; those of
-`yoso_core.cpu.attention` are their twins, loop by loop, that make the codes on the spot.
+`yoso_core.cpu.rounds` explains the two rounds, `yoso_core.cpu.codes` where their codes come from.
 """
 
 from functools import cache, partial
@@ -10,36 +9,23 @@ from typing import Any
 import numpy as np
 from numba import from_dtype, types
 
-from yoso_core.cpu.compiling import helper, kernel
+from yoso_core.cpu.codes import Codes, StoredCodes
+from yoso_core.cpu.compiling import kernel
 from yoso_core.cpu.finishing import finish_row
-from yoso_core.cpu.lanes import LANES
+from yoso_core.cpu.neighbors import read_neighbors
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task
-from yoso_core.cpu.scratch import aligned
-from yoso_core.cpu.tables import gather_tile, scatter_tile
+from yoso_core.cpu.smoothing import Smoothing
+from yoso_core.cpu.tables import gather_row, scatter_row
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
-
-PART = 8
-"""Hashes to a part when codes are read from memory: eight tables of 256 buckets by 64 floats fill
-half of a 1 MiB cache.
-"""
-
-
-@helper
-def load_codes(codes, stored, head, i, part, stop):
-    """The codes of one part for up to 16 rows, from ``i`` to ``stop - 1``: from
-    ``stored (batch, heads, n, m)`` to ``codes[hash * 16 + t]``.
-    """
-    for t in range(min(LANES, stop - i)):
-        for hash in range(part.hashes):
-            codes[hash * LANES + t] = stored[(*head, i + t, part.hash0 + hash)]
+from yoso_core.reference.smoothing import whole_table_pays
 
 
 @cache
-def _scatter_kernel(dtype: Any) -> Any:
-    """The tables of one group, from stored codes. A task is (head, ``together`` parts, piece of the
-    keys), a step of it a block of its keys. The first one clears the tables, as long as they fit in
-    the cache; otherwise ``clears`` steps before it do.
+def _scatter_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
+    """The tables of one group, from codes ``(heads, m, n)`` of its heads. A task is (head,
+    ``together`` parts, piece of the keys), a step of it a block of its keys. The first one clears
+    the tables, as long as they fit in the cache; otherwise ``clears`` steps before it do.
 
     Reads ``n (m code bytes + d_v)`` entries, adds ``n m d_v`` times into cache.
     """
@@ -57,7 +43,7 @@ def _scatter_kernel(dtype: Any) -> Any:
         per=types.intp,
         splits=types.intp,
         table_size=types.intp,
-        key_code=input_array(types.int32, 4),
+        key_code=input_array(code, 3),
         value=input_array(dtype, 4),
         keep=input_array(types.uint8, 3),
     )
@@ -66,40 +52,39 @@ def _scatter_kernel(dtype: Any) -> Any:
     ):
         n = key_code.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
-        codes, offsets = aligned(cut.per * LANES, np.int32), np.empty(cut.per, np.intp)
+        offsets = np.empty(cut.per, np.intp)
         for task in range(first, last):
-            head_index, number0, split = scatter_task(task, group, together, cut)
-            head = divmod(group.head0 + head_index, key_code.shape[1])
+            slot, number0, split = scatter_task(task, group, together, cut)
+            head = divmod(group.head0 + slot, value.shape[1])
             begin, end = n * split // cut.splits, n * (split + 1) // cut.splits
             for step in range(step0, step1):
                 block = begin + (step - clears) * KEY_BLOCK
                 stop = min(block + KEY_BLOCK, end) if step >= clears else block
                 for number in range(number0, min(number0 + together, group.parts)):
-                    part = part_of(cut, group, head_index, number, split)
+                    part = part_of(cut, group, slot, number, split)
                     if step < max(1, clears):
                         clear_piece(tables, part, step, max(1, clears))
-                    for i in range(block, stop, LANES):
-                        load_codes(codes, key_code, head, i, part, stop)
-                        scatter_tile(
-                            tables=tables,
-                            part=part,
-                            codes=codes,
-                            offsets=offsets,
-                            guarded=True,
-                            value=value,
-                            keep=keep,
-                            head=head,
-                            i=i,
-                            stop=stop,
-                        )
+                    for j in range(block, stop):
+                        if keep[(*head, j)]:
+                            scatter_row(
+                                tables=tables,
+                                part=part,
+                                code=key_code,
+                                slot=slot,
+                                offsets=offsets,
+                                guarded=guarded,
+                                value=value,
+                                head=head,
+                                i=j,
+                            )
 
     return scatter
 
 
 @cache
-def _gather_kernel(dtype: Any) -> Any:
-    """Output rows from the tables of one group, from stored codes. A task is (head, block of
-    queries). Reads ``n m d_v`` entries of the tables.
+def _gather_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
+    """Output rows from the tables of one group. A task is (head, block of queries). Reads
+    ``n m d_v`` entries of the tables.
     """
 
     @kernel(
@@ -112,7 +97,7 @@ def _gather_kernel(dtype: Any) -> Any:
         per=types.intp,
         splits=types.intp,
         table_size=types.intp,
-        query_code=input_array(types.int32, 4),
+        query_code=input_array(code, 3),
         keep=input_array(types.uint8, 3),
         nonfinite=input_array(types.uint8, 3),
         out=output_array(dtype, 4),
@@ -140,17 +125,27 @@ def _gather_kernel(dtype: Any) -> Any:
     ):
         n = query_code.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
-        codes, offsets = aligned(cut.per * LANES, np.int32), np.empty(cut.per, np.intp)
+        offsets = np.empty(cut.per, np.intp)
         blocks = (n + block - 1) // block
         for task in range(first, last):
-            head_index, turn = divmod(task, blocks)
-            head = divmod(group.head0 + head_index, query_code.shape[1])
+            slot, turn = divmod(task, blocks)
+            head = divmod(group.head0 + slot, out.shape[1])
             begin, stop = turn * block, min((turn + 1) * block, n)
             for number in range(group.parts):
-                part = part_of(cut, group, head_index, number, 0)
-                for i in range(begin, stop, LANES):
-                    load_codes(codes, query_code, head, i, part, stop)
-                    gather_tile(tables=tables, part=part, codes=codes, offsets=offsets, guarded=True, out=out, keep=keep, head=head, i=i)
+                part = part_of(cut, group, slot, number, 0)
+                for i in range(begin, stop):
+                    if keep[(*head, i)]:
+                        gather_row(
+                            tables=tables,
+                            part=part,
+                            code=query_code,
+                            slot=slot,
+                            offsets=offsets,
+                            guarded=guarded,
+                            out=out,
+                            head=head,
+                            i=i,
+                        )
             if is_last(cut, group):
                 scale = out.dtype.type(1 / cut.num_hash)
                 for i in range(begin, stop):
@@ -161,6 +156,86 @@ def _gather_kernel(dtype: Any) -> Any:
     return gather
 
 
+def tables_pay(capacity: int, oversample: int, n_q: int, n_k: int) -> bool:
+    """Whether tables of all buckets are the way: they cost no more than the keys do, and with
+    oversampling to smooth them costs less than to read the neighbors of every query's bucket.
+    """
+    if oversample == 0:
+        return dense_tables_fit(capacity, n_k)
+    return dense_tables_fit(capacity, max(n_q, n_k)) and whole_table_pays(capacity.bit_length() - 1, oversample, n_q)
+
+
+def by_tables(
+    codes: tuple[Codes, Codes],
+    code: Any,
+    value: Array,
+    hashtable_capacity: int,
+    oversample: int,
+    *,
+    num_hash: int,
+    guarded: bool,
+    keep: tuple[Array, Array],
+    nonfinite: Array,
+    normalize: bool,
+    num_threads: int | None,
+) -> tuple[Array, Array]:
+    """Rows ``(batch, heads, n_q, d_v)`` and the length of each before it was scaled, from codes of
+    queries and keys in the integer type ``code``; ``keep`` likewise. ``guarded`` : the codes may be
+    out of range.
+    """
+    batch, num_heads, n_k, d_v = value.shape
+    n_q = keep[0].shape[2]
+    out, lengths = np.empty((batch, num_heads, n_q, d_v), value.dtype), np.empty((batch, num_heads, n_q), value.dtype)
+    plan = make_plan(out, n_k, num_hash=num_hash, table_size=hashtable_capacity * d_v, num_threads=num_threads)
+    types_of = from_dtype(out.dtype), from_dtype(np.dtype(code)), guarded
+    accumulate(
+        plan,
+        out,
+        n_k,
+        codes,
+        partial(_scatter_kernel(*types_of), value=value, keep=keep[1], **plan.cut._asdict()),
+        partial(
+            _gather_kernel(*types_of),
+            keep=keep[0],
+            nonfinite=nonfinite,
+            out=out,
+            lengths=lengths,
+            normalize=normalize,
+            **plan.cut._asdict(),
+        ),
+        smoothing=Smoothing(hashtable_capacity, d_v, oversample, out.dtype) if oversample else None,
+        num_threads=num_threads,
+    )
+    return out, lengths
+
+
+def by_stored_codes(
+    query_hash_code: Array,
+    key_hash_code: Array,
+    value: Array,
+    hashtable_capacity: int,
+    oversample: int,
+    *,
+    keep: tuple[Array, Array],
+    nonfinite: Array,
+    normalize: bool,
+    num_threads: int | None,
+) -> tuple[Array, Array]:
+    """`by_tables` for int32 codes ``(batch, heads, n, m)`` that may be out of range, whatever the
+    capacity: where whole tables do not pay, occupied buckets alone have rows.
+    """
+    query_code, key_code = query_hash_code, key_hash_code
+    rest: dict[str, Any] = {"keep": keep, "nonfinite": nonfinite, "normalize": normalize, "num_threads": num_threads}
+    if not tables_pay(hashtable_capacity, oversample, query_code.shape[2], key_code.shape[2]):
+        if oversample:
+            return read_neighbors(query_code, key_code, value, hashtable_capacity, oversample, **rest)
+        query_code, key_code = relabeled(query_code, key_code, *keep, hashtable_capacity, num_threads)
+        hashtable_capacity = key_code.shape[2] + 1
+    codes = StoredCodes(query_code), StoredCodes(key_code)
+    num_hash = query_code.shape[3]
+    return by_tables(codes, np.int32, value, hashtable_capacity, oversample, num_hash=num_hash, guarded=True, **rest)
+
+
 def lsh_cumulation(
     query_hash_code: Array,
     key_hash_code: Array,
@@ -169,63 +244,26 @@ def lsh_cumulation(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
     num_threads: int | None = None,
 ) -> Array:
     """See `yoso_core.reference.lsh_cumulation_tables`.
 
-    Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`), or the tables of eight
-    hashes, ``8 c d_v`` numbers with ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and
-    labels the size of the codes where ``hashtable_capacity > 4 n_k``.
+    Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`), or the table of one hash,
+    ``c d_v`` numbers with ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and labels
+    the size of the codes where ``hashtable_capacity > 4 n_k``.
     """
-    codes = query_hash_code, key_hash_code
-    return cumulate(*codes, value, hashtable_capacity, query_mask=query_mask, key_mask=key_mask, num_threads=num_threads)[0]
-
-
-def cumulate(
-    query_hash_code: Array,
-    key_hash_code: Array,
-    value: Array,
-    hashtable_capacity: int,
-    *,
-    query_mask: Array | None,
-    key_mask: Array | None,
-    nonfinite: Array | None = None,
-    normalize: bool = False,
-    num_threads: int | None,
-) -> tuple[Array, Array]:
-    """`lsh_cumulation`, with what attention needs besides: uint8 ``nonfinite (batch, heads, 1 +
-    n_q)`` marks a head (at 0) and queries (from 1) whose rows must be NaN; and with ``normalize``
-    rows are scaled to unit length. Returns the rows, and the length of each before that.
-    """
-    dtype = working_dtype(value)
-    query_code, key_code, v = heads(query_hash_code), heads(key_hash_code), rows(value, dtype)
-    keep_query, keep_key = kept(query_mask, query_hash_code.shape[:-1]), kept(key_mask, key_hash_code.shape[:-1])
-    batch, num_heads, n_q, num_hash = query_code.shape
-    n_k, d_v = v.shape[2:]
-    if not dense_tables_fit(hashtable_capacity, n_k):
-        query_code, key_code = relabeled(query_code, key_code, keep_query, keep_key, hashtable_capacity, num_threads)
-        hashtable_capacity = n_k + 1
-    if nonfinite is None:
-        nonfinite = np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q))
-    out, lengths = np.empty((batch, num_heads, n_q, d_v), dtype), np.empty((batch, num_heads, n_q), dtype)
-    plan = make_plan(out, n_k, num_hash=num_hash, per=min(PART, num_hash), table_size=hashtable_capacity * d_v, num_threads=num_threads)
-    numba_type = from_dtype(out.dtype)
-    accumulate(
-        plan,
-        out,
-        n_k,
-        partial(_scatter_kernel(numba_type), key_code=key_code, value=v, keep=keep_key, **plan.cut._asdict()),
-        partial(
-            _gather_kernel(numba_type),
-            query_code=query_code,
-            keep=keep_query,
-            nonfinite=nonfinite,
-            out=out,
-            lengths=lengths,
-            normalize=normalize,
-            **plan.cut._asdict(),
-        ),
+    query_code, key_code = heads(query_hash_code), heads(key_hash_code)
+    batch, num_heads, n_q, _ = query_code.shape
+    out, _ = by_stored_codes(
+        query_code,
+        key_code,
+        rows(value, working_dtype(value)),
+        hashtable_capacity,
+        oversample,
+        keep=(kept(query_mask, query_hash_code.shape[:-1]), kept(key_mask, key_hash_code.shape[:-1])),
+        nonfinite=np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q)),
+        normalize=False,
         num_threads=num_threads,
     )
-    leading = query_hash_code.shape[:-1]
-    return out.reshape(*leading, d_v).astype(value.dtype, copy=False), lengths.reshape(*leading, 1)
+    return out.reshape(*query_hash_code.shape[:-1], value.shape[-1]).astype(value.dtype, copy=False)

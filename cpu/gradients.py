@@ -21,9 +21,10 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
+from yoso_core.cpu.cumulation import lsh_cumulation
 from yoso_core.cpu.lanes import LANES, load, store
 from yoso_core.cpu.rows import l2_normalize_backward, packed_rows, store_row, unit_rows
-from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward
+from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward, plain_codes
 from yoso_core.cpu.scratch import aligned, aligned_empty, clear, padded_width
 from yoso_core.cpu.spans import (
     TILE,
@@ -420,6 +421,8 @@ def lsh_attention_backward(
     grad: Grad = "lower_bound",
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
+    backward_num_hash: int | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
     """See `yoso_core.reference.lsh_attention_backward`.
@@ -429,6 +432,22 @@ def lsh_attention_backward(
     """
     arrays, codes = (grad_out, query, key, value), (query_hash_code, key_hash_code)
     options: dict[str, Any] = {"query_mask": query_mask, "key_mask": key_mask, "num_threads": num_threads}
+    query_code, key_code = (plain_codes(x, hash_code_len, oversample, backward_num_hash) for x in codes)
+    plain = query_code, key_code
     if grad == "exact":
-        return _by_pairs(*arrays, codes, hash_code_len, grad=grad, **options)
-    return lsh_lower_bound_backward(*arrays, codes, hash_code_len, **options)
+        grad_query, grad_key, grad_value = _by_pairs(*arrays, plain, hash_code_len, grad=grad, **options)
+        if plain[0] is codes[0]:
+            return grad_query, grad_key, grad_value
+    else:
+        grad_query, grad_key = lsh_lower_bound_backward(*arrays, plain, hash_code_len, **options)
+    grad_value = lsh_cumulation(
+        key_hash_code,
+        query_hash_code,
+        grad_out,
+        1 << (hash_code_len + oversample),
+        query_mask=key_mask,
+        key_mask=query_mask,
+        oversample=oversample,
+        num_threads=num_threads,
+    )
+    return grad_query, grad_key, grad_value

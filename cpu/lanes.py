@@ -90,11 +90,14 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
-    """Write sixteen lanes to ``array[index]`` and on."""
+    """Write sixteen lanes to ``array[index]`` and on; of integers the low bits, where those of the
+    array are narrower.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
-        builder.store(args[2], pointer).align = align
+        narrower = isinstance(array.dtype, types.Integer) and array.dtype.bitwidth < lanes.dtype.bitwidth
+        builder.store(builder.trunc(args[2], pointer.type.pointee) if narrower else args[2], pointer).align = align
         return context.get_dummy_value()
 
     return types.void(array, index, lanes), codegen

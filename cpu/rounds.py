@@ -5,8 +5,7 @@ the value of every key to its bucket. *Gather*: each task owns a block of querie
 adds up the buckets they fall into. One task alone writes a table, and one task alone writes an
 output row, hash after hash, so nothing depends on which thread does what.
 
-The rounds are the same for codes that are stored (`yoso_core.cpu.cumulation`) and for codes that
-are made on the spot and forgotten (`yoso_core.cpu.attention`). Only the kernels differ.
+With oversampling the tables are smoothed between the two rounds: `yoso_core.cpu.smoothing`.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +15,21 @@ from typing import Any, NamedTuple
 
 from numba import from_dtype, types
 
+from yoso_core.cpu.codes import Codes
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.scratch import aligned_empty, clear
+from yoso_core.cpu.smoothing import Smoothing
 from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, in_steps, share
 from yoso_core.cpu.views import Array, output_array
 
 TABLE_BYTES = 32 << 20
 """Tables that exist at the same time, at most. More heads or hashes than fit are done in groups.
 One part of one head is always held.
+"""
+
+PART_BYTES = 256 << 10
+"""Tables that a vector is added to, or read from, in one go: half of a small second-level cache.
+Eight hashes at most.
 """
 
 KEY_BLOCK = QUERY_BLOCK = 2048
@@ -78,11 +84,6 @@ class Part(NamedTuple):
     table_size: int
 
 
-def tables_fit(per: int, table_size: int, itemsize: int) -> bool:
-    """Whether the tables of one part, ``per`` hashes, stay within `TABLE_BYTES`."""
-    return per * table_size * itemsize <= TABLE_BYTES
-
-
 @dataclass(frozen=True)
 class Plan:
     """How the work is dealt out. What depends on the number of threads changes no sum; `Cut` does
@@ -105,9 +106,10 @@ class Plan:
         return self.heads_at_once * self.parts_at_once * self.cut.splits * self.cut.per * self.cut.table_size
 
 
-def make_plan(out: Array, n_k: int, *, num_hash: int, per: int, table_size: int, num_threads: int | None) -> Plan:
-    """``out (batch, heads, n_q, d_v)`` is where the result goes; ``per`` hashes make a part."""
+def make_plan(out: Array, n_k: int, *, num_hash: int, table_size: int, num_threads: int | None) -> Plan:
+    """``out (batch, heads, n_q, d_v)`` is where the result goes."""
     num_heads, threads = out.shape[0] * out.shape[1], num_threads or default_threads()
+    per = max(1, min(8, num_hash, PART_BYTES // max(table_size * out.itemsize, 1)))
     parts = -(-num_hash // per)
     part_bytes = max(per * table_size * out.itemsize, 1)
     affordable = max(1, TABLE_BYTES // part_bytes)
@@ -170,66 +172,129 @@ def _merge_kernel(dtype: Any) -> Any:
 
 
 def accumulate(
-    plan: Plan, out: Array, n_k: int, scatter: Callable[..., None], gather: Callable[..., None], *, num_threads: int | None
+    plan: Plan,
+    out: Array,
+    n_k: int,
+    codes: tuple[Codes, Codes],
+    scatter: Callable[..., None],
+    gather: Callable[..., None],
+    *,
+    smoothing: Smoothing | None,
+    num_threads: int | None,
 ) -> None:
-    """Both rounds, for as many heads and parts at a time as the plan says.
+    """Both rounds, for as many heads and parts at a time as the plan says, and the codes of the
+    queries and keys of these heads before them.
 
-    ``scatter(first, last, tables=, head0=, part0=, parts=, together=, clears=, step0=, step1=)``
-    does a range of tasks of one `Group`, ``together`` parts to a task. Its steps are blocks of
-    keys, and the first one clears the tables; where these are large, ``clears`` steps before it do.
-    ``gather(first, last, tables=, head0=, part0=, parts=, block=)`` likewise, ``block`` queries to
-    a task. These numbers come one by one, since a NamedTuple costs two microseconds where Python
-    calls a kernel.
+    ``scatter(first, last, tables=, head0=, part0=, parts=, together=, clears=, step0=, step1=,
+    key_code=)`` does a range of tasks of one `Group`, ``together`` parts to a task. Its steps are
+    blocks of keys, and the first one clears the tables; where these are large, ``clears`` steps
+    before it do. ``gather(first, last, tables=, head0=, part0=, parts=, block=, query_code=)``
+    likewise, ``block`` queries to a task. These numbers come one by one, since a NamedTuple costs
+    two microseconds where Python calls a kernel.
     """
-    batch, num_heads, n_q, d_v = out.shape
-    heads_in_all = batch * num_heads
-    head_work = plan.cut.num_hash * (d_v + 64)
-    part_size = plan.cut.per * plan.cut.table_size
-    key_blocks = max(1, -(-n_k // (plan.cut.splits * KEY_BLOCK)))
+    work = _Work(plan, out, n_k, *codes, scatter, gather, smoothing)
+    heads_in_all = out.shape[0] * out.shape[1]
     if plan.by_head:
-        query_blocks = -(-n_q // QUERY_BLOCK)
-        blocks_at_once = max(1, BATCH_COST // (head_work * KEY_BLOCK))
-
-        def do_heads(first: int, last: int) -> Iterator[None]:
-            tables = aligned_empty(plan.entries, out.dtype)
-            for head in range(first, last):
-                for part0 in range(0, plan.parts, plan.parts_at_once):
-                    parts = min(plan.parts_at_once, plan.parts - part0)
-                    for step in range(0, key_blocks, blocks_at_once):
-                        end = min(step + blocks_at_once, key_blocks)
-                        scatter(0, 1, tables=tables, head0=head, part0=part0, parts=parts, together=parts, clears=0, step0=step, step1=end)
-                        yield
-                    for first_block in range(0, query_blocks, blocks_at_once):
-                        end = min(first_block + blocks_at_once, query_blocks)
-                        gather(first_block, end, tables=tables, head0=head, part0=part0, parts=parts, block=QUERY_BLOCK)
-                        yield
-
-        cost = heads_in_all * (head_work * (n_q + n_k) + plan.parts * part_size)
-        share(heads_in_all, do_heads, num_threads=num_threads, cost=cost)
+        cost = heads_in_all * work.cost_of_a_head
+        share(heads_in_all, work.head_by_head, num_threads=num_threads, cost=cost)
         return
     tables = aligned_empty(plan.entries, out.dtype)
-    clears = part_size * out.itemsize // BATCH_BYTES
-    merge = partial(_merge_kernel(from_dtype(out.dtype)), tables=tables, splits=plan.cut.splits, part_size=part_size)
     for head0 in range(0, heads_in_all, plan.heads_at_once):
-        heads_now = min(plan.heads_at_once, heads_in_all - head0)
-        for part0 in range(0, plan.parts, plan.parts_at_once):
-            parts = min(plan.parts_at_once, plan.parts - part0)
-            slots = heads_now * parts
+        work.by_all_threads(tables, head0, min(plan.heads_at_once, heads_in_all - head0), num_threads)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What `accumulate` does, in either order."""
+
+    plan: Plan
+    out: Array
+    n_k: int
+    queries: Codes
+    keys: Codes
+    scatter: Callable[..., None]
+    gather: Callable[..., None]
+    smoothing: Smoothing | None
+
+    @property
+    def part_size(self) -> int:
+        return self.plan.cut.per * self.plan.cut.table_size
+
+    @property
+    def row_work(self) -> int:
+        """Operations for a row, in either round."""
+        return self.plan.cut.num_hash * (self.out.shape[3] + 64)
+
+    @property
+    def cost_of_a_head(self) -> float:
+        n_q, codes = self.out.shape[2], (self.queries.cost + self.keys.cost)
+        smoothed = 0.0 if self.smoothing is None else self.smoothing.cost * self.plan.cut.num_hash
+        return codes + self.row_work * (n_q + self.n_k) + self.plan.parts * self.part_size + smoothed
+
+    @property
+    def key_blocks(self) -> int:
+        return max(1, -(-self.n_k // (self.plan.cut.splits * KEY_BLOCK)))
+
+    def groups(self) -> Iterator[tuple[int, int, bool]]:
+        """The first part and the number of parts that have tables at the same time, and whether
+        others follow.
+        """
+        parts, together = self.plan.parts, self.plan.parts_at_once
+        for part0 in range(0, parts, together):
+            yield part0, min(together, parts - part0), part0 + together < parts
+
+    def head_by_head(self, first: int, last: int) -> Iterator[None]:
+        """All of a head, then the next, by one thread in tables of its own."""
+        plan, n_q = self.plan, self.out.shape[2]
+        query_blocks = -(-n_q // QUERY_BLOCK)
+        blocks_at_once = max(1, BATCH_COST // (self.row_work * KEY_BLOCK))
+        tables = aligned_empty(plan.entries, self.out.dtype)
+        for head in range(first, last):
+            query_code = None
+            key_code = yield from self.keys.of_head(head)
+            for part0, parts, more in self.groups():
+                group: dict[str, Any] = {"tables": tables, "head0": head, "part0": part0, "parts": parts}
+                for step in range(0, self.key_blocks, blocks_at_once):
+                    end = min(step + blocks_at_once, self.key_blocks)
+                    self.scatter(0, 1, **group, together=parts, clears=0, step0=step, step1=end, key_code=key_code)
+                    yield
+                key_code = key_code if more else None
+                if self.smoothing is not None:
+                    yield from self.smoothing.in_pieces(plan.cut, part0, parts, tables)
+                if query_code is None:
+                    query_code = yield from self.queries.of_head(head)
+                for block in range(0, query_blocks, blocks_at_once):
+                    self.gather(block, min(block + blocks_at_once, query_blocks), **group, block=QUERY_BLOCK, query_code=query_code)
+                    yield
+
+    def by_all_threads(self, tables: Array, head0: int, heads: int, num_threads: int | None) -> None:
+        """One round of some heads after the other, all threads at work in each."""
+        plan, out, n_q = self.plan, self.out, self.out.shape[2]
+        query_code, key_code = None, self.keys.of_heads(head0, heads, num_threads)
+        for part0, parts, more in self.groups():
             group: dict[str, Any] = {"tables": tables, "head0": head0, "part0": part0, "parts": parts}
-            tasks, cost = slots * plan.cut.splits, heads_now * head_work * n_k + slots * part_size
-            cost_of_a_task = cost / tasks if clears == 0 else float((clears + key_blocks) * BATCH_COST)  # a large table: step by step
+            self._fill(group, heads, key_code, num_threads)
+            key_code = key_code if more else None
+            if self.smoothing is not None:
+                self.smoothing.by_all_threads(plan.cut, part0, parts, heads, tables, num_threads)
+            if query_code is None:
+                query_code = self.queries.of_heads(head0, heads, num_threads)
             share(
-                tasks,
-                in_steps(partial(scatter, **group, together=1, clears=clears), clears + key_blocks, cost_of_a_task),
+                heads * -(-n_q // SMALL_QUERY_BLOCK),
+                partial(self.gather, **group, block=SMALL_QUERY_BLOCK, query_code=query_code),
                 num_threads=num_threads,
-                cost=cost,
-                moved=tasks * part_size * out.itemsize,
+                cost=heads * self.row_work * n_q,
             )
-            if plan.cut.splits > 1:
-                share(slots, merge, num_threads=num_threads, cost=slots * plan.cut.splits * part_size)
-            share(
-                heads_now * -(-n_q // SMALL_QUERY_BLOCK),
-                partial(gather, **group, block=SMALL_QUERY_BLOCK),
-                num_threads=num_threads,
-                cost=heads_now * head_work * n_q,
-            )
+
+    def _fill(self, group: dict[str, Any], heads: int, key_code: Array, num_threads: int | None) -> None:
+        """The tables of a group of ``heads``, by all threads."""
+        splits, slots, part_size = self.plan.cut.splits, heads * group["parts"], self.part_size
+        part_bytes = part_size * self.out.itemsize
+        clears, tasks = part_bytes // BATCH_BYTES, slots * splits
+        steps, cost = clears + self.key_blocks, float(heads * self.row_work * self.n_k + slots * part_size)
+        cost_of_a_task = cost / tasks if clears == 0 else float(steps * BATCH_COST)  # a large table: step by step
+        scatter = partial(self.scatter, **group, together=1, clears=clears, key_code=key_code)
+        share(tasks, in_steps(scatter, steps, cost_of_a_task), num_threads=num_threads, cost=cost, moved=tasks * part_bytes)
+        if splits > 1:
+            merge = partial(_merge_kernel(from_dtype(self.out.dtype)), tables=group["tables"], splits=splits, part_size=part_size)
+            share(slots, merge, num_threads=num_threads, cost=slots * splits * part_size)

@@ -26,7 +26,6 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.bucket_gradients import HeadSizes, walk_buckets
 from yoso_core.cpu.compiling import helper, kernel, subroutine
-from yoso_core.cpu.cumulation import lsh_cumulation
 from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.relabeling import dense_tables_fit, number_occupied, slots_for
 from yoso_core.cpu.rows import RowBlock, l2_normalize_backward, pack_rows, pack_unit_rows, store_row
@@ -309,6 +308,14 @@ def _head_by_head(
     share(heads_in_all, do_heads, num_threads=num_threads, cost=cost * heads_in_all)
 
 
+def plain_codes(codes: Array, hash_code_len: int, oversample: int, backward_num_hash: int | None) -> Array:
+    """The lowest ``tau`` bits of the codes of the first ``backward_num_hash`` hashes: what the
+    gradients of query and key are made from.
+    """
+    few = codes if backward_num_hash is None else codes[..., :backward_num_hash]
+    return few & np.int32((1 << hash_code_len) - 1) if oversample else few
+
+
 def lsh_lower_bound_backward(
     grad_out: Array,
     query: Array,
@@ -320,8 +327,9 @@ def lsh_lower_bound_backward(
     query_mask: Array | None,
     key_mask: Array | None,
     num_threads: int | None,
-) -> tuple[Array, Array, Array]:
-    """See `yoso_core.reference.lsh_attention_backward` with ``grad="lower_bound"``.
+) -> tuple[Array, Array]:
+    """The gradients of query and key, see `yoso_core.reference.lsh_attention_backward` with
+    ``grad="lower_bound"``; ``codes`` are `plain_codes`.
 
     Working memory for a head: ``(n_q + n_k) (2 d + d_v)`` numbers, and twice the size of its codes.
     Each thread has a head in work as long as they stay within 32 MiB (`CACHE_BYTES`) together; a
@@ -373,9 +381,4 @@ def lsh_lower_bound_backward(
         for head in range(heads_in_all):
             for stage in _stages(job._replace(head=head), **sizes, hashes=1):  # all threads work on one head, a stage at a time
                 share(stage.tasks, partial(shared, job=stage.job), num_threads=num_threads, cost=stage.cost, moved=stage.moved)
-    grad_value = lsh_cumulation(key_code, query_code, g, capacity, query_mask=keep_key, key_mask=keep_query, num_threads=num_threads)
-    return (
-        grad_query.reshape(query.shape).astype(query.dtype, copy=False),
-        grad_key.reshape(key.shape).astype(key.dtype, copy=False),
-        grad_value.reshape(value.shape).astype(value.dtype, copy=False),
-    )
+    return grad_query.reshape(query.shape).astype(query.dtype, copy=False), grad_key.reshape(key.shape).astype(key.dtype, copy=False)

@@ -1,8 +1,8 @@
 """Tables of hashes, in flat arrays: a row of ``d_v`` sums for each bucket of a hash.
 
-A tile of up to 16 vectors at a time is added to its buckets, or reads them. Its codes come as
-``codes[hash * 16 + t]``, for vector ``t``; ``part`` is a `yoso_core.cpu.rounds.Part`, whose hashes
-have their tables one after the other.
+A vector at a time is added to its buckets, or reads them, those of all hashes of a *part* (a
+`yoso_core.cpu.rounds.Part`), whose tables stand one after the other. Codes come as ``code (heads,
+m, n)`` in any integer type; ``slot`` is the index of a head among those whose codes are there.
 """
 
 import numpy as np
@@ -12,87 +12,83 @@ from yoso_core.cpu.lanes import LANES, fill, load, store
 
 
 @helper
-def bucket_offsets(offsets, part, codes, t, d_v, guarded):
-    """Where in the tables the buckets of vector ``t`` begin; how many there are.
+def bucket_offsets(offsets, part, code, slot, i, d_v, guarded):
+    """Where in the tables the buckets of vector ``i`` begin; how many there are.
 
     ``guarded``, a constant, says that the codes come from outside and are unchecked: those that are
     out of range must not reach beyond a table, and are left out.
     """
-    for hash in range(part.hashes):
-        offsets[hash] = part.start + hash * part.table_size + np.intp(codes[hash * LANES + t]) * d_v
     if not guarded:
+        for hash in range(part.hashes):
+            offsets[hash] = part.start + hash * part.table_size + np.intp(code[slot, part.hash0 + hash, i]) * d_v
         return part.hashes
     count, capacity = 0, part.table_size // max(d_v, 1)
     for hash in range(part.hashes):
-        if 0 <= codes[hash * LANES + t] < capacity:
-            offsets[count] = offsets[hash]
+        number = np.intp(code[slot, part.hash0 + hash, i])
+        if 0 <= number < capacity:
+            offsets[count] = part.start + hash * part.table_size + number * d_v
             count += 1
     return count
 
 
 @helper
-def scatter_tile(tables, part, codes, offsets, guarded, value, keep, head, i, stop):
-    """Add the values of up to 16 keys, those from ``i`` to ``stop - 1``, to their buckets.
+def scatter_row(tables, part, code, slot, offsets, guarded, value, head, i):
+    """Add the value of key ``i`` to its buckets.
 
     64 columns at a time stay in registers. ``guarded`` as in `bucket_offsets`; ``offsets`` is its
     scratch.
     """
     d_v = value.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
-    for t in range(min(LANES, stop - i)):
-        if keep[(*head, i + t)]:
-            count = bucket_offsets(offsets, part, codes, t, d_v, guarded)
-            for c in range(0, wide, 4 * LANES):
-                v0, v1 = load(value, (*head, i + t, c)), load(value, (*head, i + t, c + LANES))
-                v2, v3 = load(value, (*head, i + t, c + 2 * LANES)), load(value, (*head, i + t, c + 3 * LANES))
-                for bucket in range(count):
-                    at = offsets[bucket] + c
-                    store(tables, at, load(tables, at) + v0)
-                    store(tables, at + LANES, load(tables, at + LANES) + v1)
-                    store(tables, at + 2 * LANES, load(tables, at + 2 * LANES) + v2)
-                    store(tables, at + 3 * LANES, load(tables, at + 3 * LANES) + v3)
-            for c in range(wide, full, LANES):
-                v0 = load(value, (*head, i + t, c))
-                for bucket in range(count):
-                    store(tables, offsets[bucket] + c, load(tables, offsets[bucket] + c) + v0)
-            for c in range(full, d_v):
-                for bucket in range(count):
-                    tables[offsets[bucket] + c] += value[(*head, i + t, c)]
+    count = bucket_offsets(offsets, part, code, slot, i, d_v, guarded)
+    for c in range(0, wide, 4 * LANES):
+        v0, v1 = load(value, (*head, i, c)), load(value, (*head, i, c + LANES))
+        v2, v3 = load(value, (*head, i, c + 2 * LANES)), load(value, (*head, i, c + 3 * LANES))
+        for bucket in range(count):
+            at = offsets[bucket] + c
+            store(tables, at, load(tables, at) + v0)
+            store(tables, at + LANES, load(tables, at + LANES) + v1)
+            store(tables, at + 2 * LANES, load(tables, at + 2 * LANES) + v2)
+            store(tables, at + 3 * LANES, load(tables, at + 3 * LANES) + v3)
+    for c in range(wide, full, LANES):
+        v0 = load(value, (*head, i, c))
+        for bucket in range(count):
+            store(tables, offsets[bucket] + c, load(tables, offsets[bucket] + c) + v0)
+    for c in range(full, d_v):
+        for bucket in range(count):
+            tables[offsets[bucket] + c] += value[(*head, i, c)]
 
 
 @helper
-def gather_tile(tables, part, codes, offsets, guarded, out, keep, head, i):
-    """Add the buckets of up to 16 queries, from ``i`` on, to their output rows. The first part
-    begins the rows.
+def gather_row(tables, part, code, slot, offsets, guarded, out, head, i):
+    """Add the buckets of query ``i`` to its output row. The first part begins the row.
 
     ``guarded`` as in `bucket_offsets`; ``offsets`` is its scratch.
     """
     d_v = out.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     fresh, zero = part.hash0 == 0, fill(out.dtype.type(0))
-    for t in range(min(LANES, out.shape[2] - i)):
-        if keep[(*head, i + t)]:
-            count = bucket_offsets(offsets, part, codes, t, d_v, guarded)
-            for c in range(0, wide, 4 * LANES):
-                y0, y1, y2, y3 = zero, zero, zero, zero
-                if not fresh:
-                    y0, y1 = load(out, (*head, i + t, c)), load(out, (*head, i + t, c + LANES))
-                    y2, y3 = load(out, (*head, i + t, c + 2 * LANES)), load(out, (*head, i + t, c + 3 * LANES))
-                for bucket in range(count):
-                    at = offsets[bucket] + c
-                    y0, y1 = y0 + load(tables, at), y1 + load(tables, at + LANES)
-                    y2, y3 = y2 + load(tables, at + 2 * LANES), y3 + load(tables, at + 3 * LANES)
-                store(out, (*head, i + t, c), y0)
-                store(out, (*head, i + t, c + LANES), y1)
-                store(out, (*head, i + t, c + 2 * LANES), y2)
-                store(out, (*head, i + t, c + 3 * LANES), y3)
-            for c in range(wide, full, LANES):
-                y0 = zero if fresh else load(out, (*head, i + t, c))
-                for bucket in range(count):
-                    y0 = y0 + load(tables, offsets[bucket] + c)
-                store(out, (*head, i + t, c), y0)
-            for c in range(full, d_v):
-                y = out.dtype.type(0) if fresh else out[(*head, i + t, c)]
-                for bucket in range(count):
-                    y += tables[offsets[bucket] + c]
-                out[(*head, i + t, c)] = y
+    count = bucket_offsets(offsets, part, code, slot, i, d_v, guarded)
+    for c in range(0, wide, 4 * LANES):
+        y0, y1, y2, y3 = zero, zero, zero, zero
+        if not fresh:
+            y0, y1 = load(out, (*head, i, c)), load(out, (*head, i, c + LANES))
+            y2, y3 = load(out, (*head, i, c + 2 * LANES)), load(out, (*head, i, c + 3 * LANES))
+        for bucket in range(count):
+            at = offsets[bucket] + c
+            y0, y1 = y0 + load(tables, at), y1 + load(tables, at + LANES)
+            y2, y3 = y2 + load(tables, at + 2 * LANES), y3 + load(tables, at + 3 * LANES)
+        store(out, (*head, i, c), y0)
+        store(out, (*head, i, c + LANES), y1)
+        store(out, (*head, i, c + 2 * LANES), y2)
+        store(out, (*head, i, c + 3 * LANES), y3)
+    for c in range(wide, full, LANES):
+        y0 = zero if fresh else load(out, (*head, i, c))
+        for bucket in range(count):
+            y0 = y0 + load(tables, offsets[bucket] + c)
+        store(out, (*head, i, c), y0)
+    for c in range(full, d_v):
+        y = out.dtype.type(0) if fresh else out[(*head, i, c)]
+        for bucket in range(count):
+            y += tables[offsets[bucket] + c]
+        out[(*head, i, c)] = y

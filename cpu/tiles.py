@@ -168,20 +168,6 @@ def load_tile(tile, dim, x, head, i):
 
 
 @helper
-def load_rotated(tile, dim, finite, x, signs, head, i, part):
-    """Up to 16 rows of ``x``, from ``x[*head, i]`` on, as a tile, rotated for one part.
-
-    Returns whether some row had to be looked at; only then is ``finite`` written, 1 for each row
-    that is finite.
-    """
-    ordinary = load_tile(tile, dim, x, head, i)
-    if not ordinary:
-        tame_tile(tile, dim, finite)
-    rotate(tile, dim, signs, head, part)
-    return not ordinary
-
-
-@helper
 def tame_tile(tile, dim, finite):
     """Scale vectors with entries beyond 2**60 by an exact power of two; write to ``finite`` which
     vectors are finite.

@@ -23,7 +23,7 @@ def sample_signs(
     dim: int,
     *,
     batch_shape: tuple[int, ...] = (),
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -65,11 +65,13 @@ def yoso_attention(
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     normalize_output: bool = True,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
+    oversample: int = 0,
     variant: str | None = None,
     grad: Grad = "lower_bound",
     backward: Backward = "lsh",
+    backward_num_hash: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`yoso_core.yoso_attention` with gradients of query, key and value. It also runs under
@@ -78,8 +80,8 @@ def yoso_attention(
     Parameters
     ----------
     query, key, value, num_hash, hash_code_len, use_expectation, query_mask, key_mask,
-        normalize_output, layout, rotations : those of `yoso_core.yoso_attention`; torch tensors of
-        one device.
+        normalize_output, layout, rotations, oversample : those of `yoso_core.yoso_attention`; torch
+        tensors of one device.
     signs, planes : the draw to use. Where neither is given, signs are drawn here: one draw for each
         index of the last leading dim (the heads), shared over the dims before it.
     rng : draw the signs from this NumPy generator or seed, as `yoso_core.yoso_attention` does. Not
@@ -95,6 +97,11 @@ def yoso_attention(
     backward : ``"lsh"``: ``C_ij`` are the collisions of the forward pass. ``"expectation"``: they
         are the expected weights, and the cost grows with ``n_q n_k`` (Hugging Face's
         ``lsh_backward=False``).
+    backward_num_hash : with ``backward="lsh"``, from how many of the hashes, the first ones, the
+        gradients of query and key come; ``None`` for all. They are an estimate of the same
+        gradients at a proportional cost. With ``oversample`` they take the plain collisions of the
+        lowest ``tau`` bits, which have the same mean. The gradient of the value is always that of
+        the output.
     generator : draw the signs from this torch generator. Checkpointing would draw again from it:
         draw outside the checkpointed region with `sample_signs`, and give ``signs``. Where neither
         ``rng`` nor ``generator`` is given, signs come from torch's own generator of the device,
@@ -140,9 +147,11 @@ def yoso_attention(
         normalize_output=normalize_output,
         layout=layout,
         rotations=rotations,
+        oversample=oversample,
         variant=variant,
         grad=grad,
         backward=backward,
+        backward_num_hash=backward_num_hash,
         generator=generator,
     )
     if plain.in_onnx_export():
@@ -179,14 +188,16 @@ def yoso_attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **opt
         out, length = ops.yoso_attention(query, key, value, **chosen)
         pairs = Pairs(query, key, chosen["query_mask"], chosen["key_mask"], chosen["hash_code_len"], chosen["grad"])
         if chosen["use_expectation"]:
-            used = pairs.expected()
+            used = of_value = of_vectors = pairs.expected()
         else:
-            draw = [chosen[name] for name in ("signs", "planes", "num_hash", "hash_code_len", "layout", "variant")]
-            used = pairs.sampled(*(ops.codes_of(x, *draw) for x in (query, key)))
-        by_expectation = not chosen["use_expectation"] and chosen["backward"] == "expectation"
-        of_gradient = pairs.expected() if by_expectation else used
-    weights = pairs.in_graph(used, of_gradient).to(query.dtype)
-    rows = (of_gradient + (weights - weights.detach())) @ pairs.kept(value)
+            numbers = chosen["num_hash"], chosen["hash_code_len"] + chosen["oversample"], chosen["layout"], chosen["variant"]
+            query_code, key_code = (ops.codes_of(x, chosen["signs"], chosen["planes"], *numbers) for x in (query, key))
+            used, of_vectors = pairs.sampled(query_code, key_code, chosen["oversample"], chosen["backward_num_hash"])
+            of_value = used
+            if chosen["backward"] == "expectation":
+                of_value = of_vectors = pairs.expected()
+    weights = pairs.in_graph(used, of_vectors).to(query.dtype)
+    rows = (of_value + (weights - weights.detach())) @ pairs.kept(value)
     moved = (rows - rows.detach()).nan_to_num()  # zero; its gradient is that of the rows
     if chosen["normalize_output"]:
         moved = ops.l2_normalize_moved(moved, out, length)
@@ -204,6 +215,7 @@ def _prepared(
     signs: Tensor | None,
     layout: Layout,
     rotations: int | None,
+    oversample: int,
     rng: Seed,
     generator: torch.Generator | None,
     **others: Any,
@@ -211,16 +223,17 @@ def _prepared(
     """The arguments of the operator: checked, converted as autocast wants it, with signs drawn."""
     if not torch.compiler.is_compiling():  # compiled, the operator says what is wrong, when it runs
         num_hash, hash_code_len = checks.hash_numbers(num_hash, hash_code_len)
+        oversample = checks.oversample(oversample, hash_code_len)
         checks.one_of("layout", layout, LAYOUTS)
         masks = {name: others[name] for name in ("query_mask", "key_mask")}
         _check_kinds({"query": query, "key": key, "value": value}, signs=signs, planes=others["planes"], **masks)
         _check_source(rng, generator)
     query, key, value = _under_autocast(query, key, value)
     if signs is None and others["planes"] is None and not use_expectation and not plain.in_onnx_export():
-        signs = _draw(query, num_hash, hash_code_len, layout=layout, rotations=rotations, rng=rng, generator=generator)
+        signs = _draw(query, num_hash, hash_code_len + oversample, layout=layout, rotations=rotations, rng=rng, generator=generator)
     others["normalize_output"] = bool(others["normalize_output"])
     numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "use_expectation": bool(use_expectation)}
-    return query, key, value, {"signs": signs, "layout": layout, **numbers, **others}
+    return query, key, value, {"signs": signs, "layout": layout, "oversample": oversample, **numbers, **others}
 
 
 def _draw(

@@ -15,8 +15,8 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
 
     A model reads how to attend whenever it runs: ``use_expectation``, ``num_hash``,
     ``hash_code_len``, ``use_fast_hash``, ``lsh_backward``, ``grad``, ``kernel_variant``,
-    ``hash_layout``, ``rotations`` and ``hash_seed``. So ``model.config.use_expectation = False``
-    takes effect at once.
+    ``hash_layout``, ``rotations``, ``oversample``, ``backward_num_hash`` and ``hash_seed``. So
+    ``model.config.use_expectation = False`` takes effect at once.
 
     Parameters
     ----------
@@ -40,10 +40,14 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
         `yoso_core.model.yoso_attention`.
     kernel_variant : the name of a variant of ``yoso_attention``, as
         ``yoso_core.variants("yoso_attention")`` lists them. ``None``: the best that can run.
-    hash_layout : where the bits of the fast hash come from, ``"paper"`` or ``"chained"``; see
-        `yoso_core.fast_hash`. A model that was trained by sampling has learned with the bias of its
-        layout.
+    hash_layout : where the bits of the fast hash come from, ``"chained"`` or ``"paper"``; see
+        `yoso_core.fast_hash`. A model that was trained by sampling with the paper's kernels has
+        learned with their bias, and may do better with ``"paper"``.
     rotations : of a chain; see `yoso_core.sample_signs`.
+    oversample : ``s``: hash with ``tau + s`` bits, and average over all choices of ``tau`` of them;
+        see `yoso_core.yoso_attention`.
+    backward_num_hash : from how many of the hashes the gradients of query and key come; ``None``
+        for all. See `yoso_core.model.yoso_attention`.
     hash_seed : in evaluation the hashes of every layer and head follow from this number alone, so
         that a result repeats.
 
@@ -86,8 +90,10 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
     grad: Literal["lower_bound", "exact"] = "lower_bound"
     kernel_variant: str | None = None
     hash_seed: int = 0
-    hash_layout: Layout = "paper"
+    hash_layout: Layout = "chained"
     rotations: int | None = None
+    oversample: int = 0
+    backward_num_hash: int | None = None
 
     def __post_init__(self, **others: Any) -> None:
         super().__post_init__(**others)
@@ -97,6 +103,8 @@ class YosoConfig(PreTrainedConfig):  # type: ignore[misc]
         self.hash_seed = checks.integer("hash_seed", self.hash_seed, 0, (1 << 63) - 1)
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
         self.rotations = checks.rotations("hash_layout", self.hash_layout, self.rotations, 1)
+        self.oversample = checks.oversample(self.oversample, self.hash_code_len)
+        self.backward_num_hash = checks.backward_num_hash(self.backward_num_hash, self.num_hash)
         if self.conv_window is not None:
             self.conv_window = checks.integer("conv_window", self.conv_window, 1)
             if self.conv_window % 2 == 0:

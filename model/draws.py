@@ -37,7 +37,7 @@ def evaluation_signs(
     num_hash: int,
     hash_code_len: int,
     dim: int,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
 ) -> Tensor:
     """The diagonals of the fast hash: int8 of +1 and -1, ``(num_heads, 3, parts, D)``, or
@@ -90,7 +90,7 @@ def evaluation_draw(
     hash_code_len: int,
     dim: int,
     device: torch.device,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
 ) -> Tensor:
     """`evaluation_signs` or `evaluation_planes` on ``device``, kept there for the next call: do not
@@ -145,7 +145,7 @@ def _copied(
     hash_code_len: int,
     dim: int,
     device: torch.device,
-    layout: str = "paper",
+    layout: str = "chained",
     rotations: int | None = None,
 ) -> Tensor:
     """A copy, for compiled code: the compiler may reuse the memory of an operator's result."""
@@ -159,5 +159,5 @@ def _(
 ) -> Tensor:
     if kind == "planes":
         return torch.empty(num_heads, dim, num_hash * hash_code_len, device=device)
-    shape = signs_shape(num_hash, hash_code_len, dim, *(of_signs or ("paper",)))
+    shape = signs_shape(num_hash, hash_code_len, dim, *(of_signs or ("chained",)))
     return torch.empty(num_heads, *shape, dtype=torch.int8, device=device)

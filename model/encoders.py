@@ -82,7 +82,8 @@ class YosoAttentionOptions:
         since linear cost is the reason to change the attention of a model.
     seed : in evaluation the hashes of every layer and head follow from this number alone.
     hash_layout, rotations : ``layout`` and ``rotations`` of `yoso_core.model.yoso_attention`.
-    grad, backward, variant : those of `yoso_core.model.yoso_attention`.
+    oversample, grad, backward, backward_num_hash, variant : those of
+        `yoso_core.model.yoso_attention`.
 
     >>> YosoAttentionOptions(num_hash=64, hash_code_len=9).use_expectation
     False
@@ -92,10 +93,12 @@ class YosoAttentionOptions:
     hash_code_len: int = 8
     use_expectation: bool = False
     seed: int = 0
-    hash_layout: Layout = "paper"
+    hash_layout: Layout = "chained"
     rotations: int | None = None
+    oversample: int = 0
     grad: Grad = "lower_bound"
     backward: Backward = "lsh"
+    backward_num_hash: int | None = None
     variant: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +106,8 @@ class YosoAttentionOptions:
         numbers = {"num_hash": num_hash, "hash_code_len": hash_code_len, "seed": checks.integer("seed", self.seed, 0)}
         for name, number in numbers.items():  # plain ints, whatever kind was given: they are saved in a config.json
             object.__setattr__(self, name, number)
+        object.__setattr__(self, "oversample", checks.oversample(self.oversample, hash_code_len))
+        object.__setattr__(self, "backward_num_hash", checks.backward_num_hash(self.backward_num_hash, num_hash))
         object.__setattr__(self, "rotations", checks.rotations("hash_layout", self.hash_layout, self.rotations, 1))
         checks.one_of("grad", self.grad, ("lower_bound", "exact"))
         checks.one_of("backward", self.backward, ("lsh", "expectation"))
@@ -256,7 +261,7 @@ def _attention(
             layer=_layer_number(module),
             num_heads=query.shape[1],
             num_hash=options.num_hash,
-            hash_code_len=options.hash_code_len,
+            hash_code_len=options.hash_code_len + options.oversample,
             dim=query.shape[3],
             device=query.device,
             layout=options.hash_layout,
@@ -274,9 +279,11 @@ def _attention(
         key_mask=key_mask,
         layout=options.hash_layout,
         rotations=options.rotations,
+        oversample=options.oversample,
         variant=options.variant,
         grad=options.grad,
         backward=options.backward,
+        backward_num_hash=options.backward_num_hash,
     )
     context, weights = found if isinstance(found, tuple) else (found, None)
     return context.transpose(1, 2).contiguous(), weights

@@ -158,7 +158,9 @@ class YosoSelfAttention(nn.Module):
             grad=config.grad,
             layout=config.hash_layout,
             rotations=config.rotations,
+            oversample=config.oversample,
             backward="lsh" if config.lsh_backward else "expectation",
+            backward_num_hash=config.backward_num_hash,
         )
         context, weights = found if isinstance(found, tuple) else (found, None)
         if config.conv_window is not None:
@@ -170,16 +172,16 @@ class YosoSelfAttention(nn.Module):
         from torch's generator: planes here, signs inside `yoso_attention`.
         """
         config, heads, dim = self.config, self.num_attention_heads, self.attention_head_size
+        code_len = config.hash_code_len + config.oversample
         if self.training:
-            bits = config.num_hash * config.hash_code_len
-            return None, None if config.use_fast_hash else torch.randn(heads, dim, bits, device=device)
+            return None, None if config.use_fast_hash else torch.randn(heads, dim, config.num_hash * code_len, device=device)
         draw = evaluation_draw(
             kind="signs" if config.use_fast_hash else "planes",
             hash_seed=config.hash_seed,
             layer=self.layer,
             num_heads=heads,
             num_hash=config.num_hash,
-            hash_code_len=config.hash_code_len,
+            hash_code_len=code_len,
             dim=dim,
             device=device,
             layout=config.hash_layout,

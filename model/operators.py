@@ -86,7 +86,7 @@ class Operator:
         named = dict(zip(self.signature.parameters, args, strict=False))
         dims = dict(zip(named, in_dims, strict=True))
         first = next(name for name, x in named.items() if isinstance(x, Tensor))
-        layout = named.get("layout", "paper")
+        layout = named.get("layout", "chained")
         leading = named[first].dim() - (dims[first] is not None) - trailing_dims(first, layout)
         moved = {
             name: _with_batch(x, dims[name], leading + trailing_dims(name, layout), info.batch_size, name in _BROADCAST)

@@ -77,7 +77,7 @@ hadamard_transform.differentiate(save=_save_variant, backward=lambda ctx, grad_o
 
 @Operator
 def fast_hash(
-    vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: str = "paper", variant: str | None = None
+    vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: str = "chained", variant: str | None = None
 ) -> Tensor:
     """See `yoso_core.fast_hash`."""
     return face.fast_hash(vectors, signs, num_hash, hash_code_len, layout=cast(Layout, layout), variant=variant)
@@ -103,6 +103,31 @@ for _hash, _arguments in ((fast_hash, 6), (hyperplane_hash, 5)):
     _hash.differentiate(save=_save_nothing, backward=lambda ctx, _, count=_arguments: (None,) * count, jvp=lambda ctx, *tangents: None)
 
 
+# Smoothing: linear, and its own transpose
+
+
+@Operator
+def smooth_table(table: Tensor, oversample: int, variant: str | None = None) -> Tensor:
+    """See `yoso_core.smooth_table`. Its gradient is the smoothed gradient."""
+    return face.smooth_table(table, oversample, variant=variant)
+
+
+@smooth_table.register_fake
+def _(table: Tensor, oversample: int, variant: str | None = None) -> Tensor:
+    return table.new_empty(table.shape)
+
+
+def _save_smoothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.how = inputs[1:]
+
+
+def _smoothed(ctx: Any, moved: Tensor, *_: None) -> Any:
+    return smooth_table(moved, *ctx.how)
+
+
+smooth_table.differentiate(save=_save_smoothing, backward=lambda ctx, grad_out: (_smoothed(ctx, grad_out), None, None), jvp=_smoothed)
+
+
 # Cumulations: linear in the values, so each is its own gradient with queries and keys exchanged,
 # any number of times
 
@@ -115,6 +140,7 @@ def lsh_cumulation(
     hashtable_capacity: int,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
+    oversample: int = 0,
     validate: bool = True,
     variant: str | None = None,
 ) -> Tensor:
@@ -129,6 +155,7 @@ def lsh_cumulation(
         hashtable_capacity,
         query_mask=query_mask,
         key_mask=key_mask,
+        oversample=oversample,
         validate=validate,
         variant=variant,
     )
@@ -140,18 +167,16 @@ def _(query_hash_code: Tensor, key_hash_code: Tensor, value: Tensor, *rest: Any)
 
 
 def _save_cumulation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """For either cumulation. What a backward pass calls: the same sums forth, or with queries and
-    keys exchanged back.
-    """
-    *tensors, capacity, query_mask, key_mask, _, variant = inputs
+    """What a backward pass calls: the same sums forth, or with queries and keys exchanged back."""
+    *tensors, capacity, query_mask, key_mask, oversample, _, variant = inputs
     keep(ctx, *tensors, query_mask, key_mask)
-    ctx.how = {"hashtable_capacity": capacity, "validate": False, "variant": variant}
+    ctx.how = {"hashtable_capacity": capacity, "oversample": oversample, "validate": False, "variant": variant}
 
 
 def _cumulation_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     query_code, key_code, _, query_mask, key_mask = ctx.saved_tensors
     grad_value = lsh_cumulation(key_code, query_code, grad_out, query_mask=key_mask, key_mask=query_mask, **ctx.how)
-    return None, None, grad_value, None, None, None, None, None
+    return None, None, grad_value, *(None,) * 6
 
 
 def _cumulation_jvp(ctx: Any, _: None, __: None, value: Tensor | None, *rest: None) -> Tensor | None:
@@ -201,6 +226,12 @@ def _(query_hash_code: Tensor, query_weight: Tensor, key_hash_code: Tensor, key_
     return value.new_empty(*query_hash_code.shape[:-1], value.shape[-1])
 
 
+def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, capacity, query_mask, key_mask, _, variant = inputs
+    keep(ctx, *tensors, query_mask, key_mask)
+    ctx.how = {"hashtable_capacity": capacity, "validate": False, "variant": variant}
+
+
 def _weighted_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     query_code, a, key_code, b, value, query_mask, key_mask = ctx.saved_tensors
     _, wants_a, _, wants_b, wants_value, *_ = ctx.needs_input_grad
@@ -233,7 +264,7 @@ def _weighted_jvp(
     return moved
 
 
-lsh_weighted_cumulation.differentiate(save=_save_cumulation, backward=_weighted_backward, jvp=_weighted_jvp)
+lsh_weighted_cumulation.differentiate(save=_save_weighted, backward=_weighted_backward, jvp=_weighted_jvp)
 
 
 # The expectation
@@ -304,7 +335,8 @@ def _expectation_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ..
 def _expectation_jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
     query, key, value, query_mask, key_mask = ctx.saved_tensors
     pairs = Pairs(query, key, query_mask, key_mask, ctx.hash_code_len, ctx.grad)
-    return pairs.moved_rows(pairs.expected(), value, tangents[:3]).to(value.dtype)
+    weights = pairs.expected()
+    return pairs.moved_rows(weights, weights, value, tangents[:3]).to(value.dtype)
 
 
 expectation_attention.differentiate(save=_save_expectation, backward=_expectation_backward, jvp=_expectation_jvp)
@@ -323,7 +355,9 @@ class _How(NamedTuple):
     normalize_output: bool = True
     grad: str = "lower_bound"
     backward: str = "lsh"
-    layout: str = "paper"
+    layout: str = "chained"
+    oversample: int = 0
+    backward_num_hash: int | None = None
     variant: str | None = None
 
     @property
@@ -347,7 +381,9 @@ def yoso_attention(
     normalize_output: bool = True,
     grad: str = "lower_bound",
     backward: str = "lsh",
-    layout: str = "paper",
+    layout: str = "chained",
+    oversample: int = 0,
+    backward_num_hash: int | None = None,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `yoso_core.model.yoso_attention`, which draws the signs and calls this operator.
@@ -359,6 +395,7 @@ def yoso_attention(
     """
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     checks.one_of("backward", backward, ("lsh", "expectation"))
+    checks.backward_num_hash(backward_num_hash, num_hash)
     if signs is None and planes is None and not use_expectation:
         checks.hash_numbers(num_hash, hash_code_len)
         checks.vectors("query", query)
@@ -372,6 +409,7 @@ def yoso_attention(
         "query_mask": query_mask,
         "key_mask": key_mask,
         "layout": layout,
+        "oversample": oversample,
         "variant": variant,
     }
     if normalize_output:
@@ -422,6 +460,8 @@ def yoso_attention_backward(
     normalize_output: bool,
     grad: str,
     layout: str,
+    oversample: int,
+    backward_num_hash: int | None,
     variant: str | None,
 ) -> Gradients:
     """The gradients of `yoso_attention` by query, key and value.
@@ -449,6 +489,8 @@ def yoso_attention_backward(
         normalize_output=normalize_output,
         grad=cast(Grad, grad),
         layout=layout,
+        oversample=oversample,
+        backward_num_hash=backward_num_hash,
         variant=variant,
     )
     leading, rows = tuple(query.shape[:-2]), query.shape[-2] + key.shape[-2]
@@ -486,6 +528,8 @@ def lsh_attention_backward(
     grad: str = "lower_bound",
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
+    oversample: int = 0,
+    backward_num_hash: int | None = None,
     validate: bool = True,
     variant: str | None = None,
 ) -> Gradients:
@@ -501,6 +545,8 @@ def lsh_attention_backward(
         grad=cast(Grad, grad),
         query_mask=query_mask,
         key_mask=key_mask,
+        oversample=oversample,
+        backward_num_hash=backward_num_hash,
         validate=validate,
         variant=variant,
     )
@@ -541,6 +587,8 @@ def _gradients_of_heads(
     normalize_output: bool,
     grad: Grad,
     layout: str,
+    oversample: int,
+    backward_num_hash: int | None,
     variant: str | None,
 ) -> Gradients:
     query, key, value, grad_rows = saved.query, saved.key, saved.value, saved.grad_out
@@ -551,9 +599,10 @@ def _gradients_of_heads(
     if by_expectation:
         found = face.expectation_attention_backward(grad_rows, query, key, value, hash_code_len, **options)
     else:
-        query_code, key_code = (codes_of(x, saved.signs, saved.planes, num_hash, hash_code_len, layout, variant) for x in (query, key))
-        codes: dict[str, Any] = {"query_hash_code": query_code, "key_hash_code": key_code, "hash_code_len": hash_code_len}
-        found = face.lsh_attention_backward(grad_rows, query, key, value, **codes, **options, validate=False)
+        draw = saved.signs, saved.planes, num_hash, hash_code_len + oversample, layout, variant
+        query_code, key_code = (codes_of(x, *draw) for x in (query, key))
+        options |= {"oversample": oversample, "backward_num_hash": backward_num_hash, "validate": False}
+        found = face.lsh_attention_backward(grad_rows, query, key, value, query_code, key_code, hash_code_len, **options)
     grad_query, grad_key, grad_value = found
     return grad_query, grad_key, grad_value.to(saved.value.dtype)
 
@@ -578,20 +627,20 @@ def codes_of(
     signs: Tensor | None,
     planes: Tensor | None,
     num_hash: int,
-    hash_code_len: int,
+    code_len: int,
     layout: str,
     variant: str | None,
 ) -> Tensor:
-    """The codes of the forward pass again.
+    """The codes of the forward pass again, of ``code_len = tau + s`` bits.
 
     Codes by signs are the same bits in every variant. Codes by planes are not, so those come from
     the backend of the forward pass.
     """
     if signs is not None:
-        return cast(Tensor, fast_hash(vectors, signs, num_hash, hash_code_len, layout))
+        return cast(Tensor, fast_hash(vectors, signs, num_hash, code_len, layout))
     backend = None if variant is None else variant.partition(":")[0]
     same = next((v.name for v in variants("hyperplane_hash") if v.where == backend), None)
-    return cast(Tensor, hyperplane_hash(vectors, planes, num_hash, hash_code_len, variant=same))
+    return cast(Tensor, hyperplane_hash(vectors, planes, num_hash, code_len, variant=same))
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -615,6 +664,8 @@ def _attention_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor |
         normalize_output=how.normalize_output,
         grad=how.grad,
         layout=how.layout,
+        oversample=how.oversample,
+        backward_num_hash=how.backward_num_hash,
         variant=how.variant,
     )
     return *grads, *(None,) * (len(_How._fields) + 4)
@@ -625,12 +676,12 @@ def _attention_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
     query, key, value, signs, planes, query_mask, key_mask, out, length = ctx.saved_tensors
     pairs = Pairs(query, key, query_mask, key_mask, how.hash_code_len, cast(Grad, how.grad))
     if how.by_expectation:
-        weights = pairs.expected()
+        weights = (pairs.expected(),) * 2
     else:
-        weights = pairs.sampled(
-            *(codes_of(x, signs, planes, how.num_hash, how.hash_code_len, how.layout, how.variant) for x in (query, key))
-        )
-    moved = pairs.moved_rows(weights, value, tangents[:3])
+        draw = signs, planes, how.num_hash, how.hash_code_len + how.oversample, how.layout, how.variant
+        query_code, key_code = (codes_of(x, *draw) for x in (query, key))
+        weights = pairs.sampled(query_code, key_code, how.oversample, how.backward_num_hash)
+    moved = pairs.moved_rows(*weights, value, tangents[:3])
     if out is not None:
         moved = l2_normalize_moved(moved, out, length)
     return moved.to(value.dtype), None

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yoso_core.model.weights import working
+from yoso_core.model.weights import agreement, working
 from yoso_core.reference.hashing import HUGE, WARM_UP, Layout, chain_factor, hash_layout
 from yoso_core.reference.normalize import TINY_NORM
+from yoso_core.reference.smoothing import smoothing_weights
 
 TABLE_CODE_LEN = 12
 """The longest codes whose tables, of ``2**tau`` rows, are made."""
@@ -74,7 +75,8 @@ def yoso_attention(
     if options.get("use_expectation"):
         out = expected_weights(query, key, tau).to(values.dtype) @ values
     else:
-        out = lsh_cumulation(*_codes(query, key, **options), values, tau)
+        oversample = options.get("oversample", 0)
+        out = lsh_cumulation(*_codes(query, key, **options), values, tau + oversample, oversample)
         nonfinite_query, nonfinite_key = (~torch.isfinite(x).all(dim=-1, keepdim=True) for x in (query, key))
         out = out.masked_fill(nonfinite_query | nonfinite_key.any(dim=-2, keepdim=True), torch.nan)
     if normalize_output:
@@ -96,7 +98,7 @@ def attention_weights(
     if options.get("use_expectation"):
         weights = expected_weights(q, k, options["hash_code_len"])
     else:
-        weights = collision_rate(*_codes(q, k, **options)).to(q.dtype)
+        weights = collision_rate(*_codes(q, k, **options), options["hash_code_len"], options.get("oversample", 0)).to(q.dtype)
     if key_mask is not None:
         weights = weights.masked_fill((key_mask == 0).unsqueeze(-2), 0)
     return _kept(weights, query_mask).to(query.dtype)
@@ -110,13 +112,15 @@ def _codes(
     hash_code_len: int,
     signs: Tensor | None = None,
     planes: Tensor | None = None,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
+    oversample: int = 0,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
+    bits = hash_code_len + oversample
     if signs is not None:
-        return fast_hash(query, signs, num_hash, hash_code_len, layout), fast_hash(key, signs, num_hash, hash_code_len, layout)
+        return fast_hash(query, signs, num_hash, bits, layout), fast_hash(key, signs, num_hash, bits, layout)
     if planes is not None:
-        return hyperplane_hash(query, planes, num_hash, hash_code_len), hyperplane_hash(key, planes, num_hash, hash_code_len)
+        return hyperplane_hash(query, planes, num_hash, bits), hyperplane_hash(key, planes, num_hash, bits)
     raise ValueError("signs: a graph needs fixed hashes; export the model in evaluation (model.eval()), or give signs or planes")
 
 
@@ -133,7 +137,7 @@ def expected_weights(query: Tensor, key: Tensor, hash_code_len: int) -> Tensor:
     return (1 - theta / math.pi) ** hash_code_len
 
 
-def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: Layout = "paper") -> Tensor:
+def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: Layout = "chained") -> Tensor:
     """The codes of `yoso_core.fast_hash`, as int64.
 
     >>> fast_hash(torch.eye(2), torch.ones(3, 1, 2, dtype=torch.int8), num_hash=1, hash_code_len=2)
@@ -203,40 +207,63 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return x
 
 
-def lsh_cumulation(query_code: Tensor, key_code: Tensor, value: Tensor, hash_code_len: int) -> Tensor:
-    """`yoso_core.lsh_cumulation` for codes as `fast_hash` gives them.
+def lsh_cumulation(query_code: Tensor, key_code: Tensor, value: Tensor, code_len: int, oversample: int = 0) -> Tensor:
+    """`yoso_core.lsh_cumulation` for codes of ``code_len = tau + s`` bits as `fast_hash` gives
+    them.
 
     >>> codes = torch.tensor([[0], [1], [0]])
-    >>> lsh_cumulation(codes, codes, torch.tensor([[1.0], [2.0], [4.0]]), hash_code_len=1)
+    >>> lsh_cumulation(codes, codes, torch.tensor([[1.0], [2.0], [4.0]]), code_len=1)
     tensor([[5.],
             [2.],
             [5.]])
     """
-    if hash_code_len > TABLE_CODE_LEN:
-        return collision_rate(query_code, key_code).to(value.dtype) @ value
+    if code_len > TABLE_CODE_LEN:
+        return collision_rate(query_code, key_code, code_len - oversample, oversample).to(value.dtype) @ value
     num_hash = int(query_code.shape[-1])
     # Sums with zeros in place of `expand` and `zeros`: the old exporter takes sizes for constants.
     wide = torch.zeros(int(value.shape[-1]), dtype=torch.int64, device=value.device)
-    empty = torch.zeros(1 << hash_code_len, 1, device=value.device, dtype=value.dtype) + wide
+    empty = torch.zeros(1 << code_len, 1, device=value.device, dtype=value.dtype) + wide
     out = value.new_zeros(())
     query_code, key_code = query_code.transpose(-2, -1), key_code.transpose(-2, -1)  # (..., m, n)
     for first in range(0, num_hash, HASHES_AT_ONCE):
         read, write = (code[..., first : first + HASHES_AT_ONCE, :].unsqueeze(-1) for code in (query_code, key_code))
         nothing = (write * 0).to(value.dtype)  # (..., hashes, n_k, 1)
         tables = (nothing.sum(dim=-2, keepdim=True) + empty).scatter_add(-2, write + wide, value.unsqueeze(-3) + nothing)
-        out = out + tables.gather(-2, read + wide).sum(dim=-3)
+        out = out + smooth_table(tables, code_len, oversample).gather(-2, read + wide).sum(dim=-3)
     return out / num_hash
 
 
-def collision_rate(query_code: Tensor, key_code: Tensor) -> Tensor:
+def smooth_table(table: Tensor, code_len: int, oversample: int) -> Tensor:
+    """`yoso_core.smooth_table`, by spheres, of tables ``(..., 2**code_len, d_v)``.
+
+    >>> smooth_table(torch.tensor([[1.0], [0.0], [0.0], [4.0]]), code_len=2, oversample=1)
+    tensor([[1.0000],
+            [2.5000],
+            [2.5000],
+            [4.0000]])
+    """
+    if oversample == 0:
+        return table
+    codes = torch.arange(1 << code_len, device=table.device)
+    spheres = [table, *(torch.zeros_like(table) for _ in range(oversample))]
+    for bit in range(code_len):
+        for r in range(oversample, 0, -1):
+            spheres[r] = spheres[r] + spheres[r - 1].index_select(-2, codes ^ (1 << bit))
+    for r, weight in enumerate(smoothing_weights(code_len - oversample, oversample)[1:], start=1):
+        table = table + weight * spheres[r]
+    return table
+
+
+def collision_rate(query_code: Tensor, key_code: Tensor, hash_code_len: int = 1, oversample: int = 0) -> Tensor:
     """The share of hashes in which two codes are equal, for all pairs: float32 ``(..., n_q, n_k)``.
+    With ``oversample``, what they count where they are nearly equal.
 
     >>> collision_rate(torch.tensor([[0, 1]]), torch.tensor([[0, 1], [0, 3], [2, 3]]))
     tensor([[1.0000, 0.5000, 0.0000]])
     """
     num_hash = int(query_code.shape[-1])
-    pairs = zip(query_code.unsqueeze(-2).unbind(dim=-1), key_code.unsqueeze(-3).unbind(dim=-1), strict=True)
-    return torch.stack([(of_query == of_key).float() for of_query, of_key in pairs]).sum(dim=0) / num_hash
+    pairs = zip(query_code.unbind(dim=-1), key_code.unbind(dim=-1), strict=True)
+    return torch.stack([agreement(of_query, of_key, hash_code_len, oversample) for of_query, of_key in pairs]).sum(dim=0) / num_hash
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:

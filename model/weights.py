@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.smoothing import smoothing_weights
 
 
 def expected_weights(
@@ -62,13 +63,24 @@ class Pairs(NamedTuple):
         query, key = (x.to(working(x.dtype)) for x in (self.query, self.key))
         return expected_weights(query, key, self.hash_code_len, query_mask=self.query_mask, key_mask=self.key_mask)
 
-    def sampled(self, query_hash_code: Tensor, key_hash_code: Tensor) -> Tensor:
-        """``C_ij``, the share of hashes in which the codes are equal, in float32 at least."""
+    def sampled(
+        self, query_hash_code: Tensor, key_hash_code: Tensor, oversample: int = 0, backward_num_hash: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``C_ij``, what the collisions of the codes count, in float32 at least: in the output, and
+        in the gradients of query and key; see `yoso_core.lsh_attention_backward`.
+        """
+        used = self._collision_rate(query_hash_code, key_hash_code, oversample)
+        if oversample == 0 and backward_num_hash in (None, query_hash_code.shape[-1]):
+            return used, used
+        few, plain = slice(0, backward_num_hash), (1 << self.hash_code_len) - 1
+        return used, self._collision_rate(query_hash_code[..., few] & plain, key_hash_code[..., few] & plain, 0)
+
+    def _collision_rate(self, query_hash_code: Tensor, key_hash_code: Tensor, oversample: int) -> Tensor:
         num_hash = query_hash_code.shape[-1]
         shape = (*query_hash_code.shape[:-1], key_hash_code.shape[-2])
         count = torch.zeros(shape, dtype=working(self.query.dtype), device=self.query.device)
         for hash in range(num_hash):
-            count = count + (query_hash_code[..., :, None, hash] == key_hash_code[..., None, :, hash])
+            count = count + agreement(query_hash_code[..., hash], key_hash_code[..., hash], self.hash_code_len, oversample).to(count.dtype)
         return _masked_pairs(count / num_hash, self.query_mask, self.key_mask)
 
     def slope(self, weights: Tensor) -> Tensor:
@@ -88,16 +100,18 @@ class Pairs(NamedTuple):
         cosine = q @ k.mT
         return weights.detach() + self.slope(gradient_weights).detach() * (cosine - cosine.detach())
 
-    def moved_rows(self, weights: Tensor, value: Tensor, tangents: tuple[Tensor | None, ...]) -> Tensor:
-        """``sum_j dC_ij v_j + C_ij dv_j`` for the tangents of query, key and value."""
+    def moved_rows(self, weights: Tensor, of_vectors: Tensor, value: Tensor, tangents: tuple[Tensor | None, ...]) -> Tensor:
+        """``sum_j dC_ij v_j + C_ij dv_j`` for the tangents of query, key and value; ``of_vectors``
+        are the weights whose slope is meant.
+        """
         moved_query, moved_key, moved_value = tangents
         q, k = self._unit()
-        moved_cosine = torch.zeros_like(weights)
+        moved_cosine = torch.zeros_like(of_vectors)
         if moved_query is not None:
             moved_cosine = moved_cosine + unit_tangent(self.query, moved_query, self.query_mask) @ k.mT
         if moved_key is not None:
             moved_cosine = moved_cosine + q @ unit_tangent(self.key, moved_key, self.key_mask).mT
-        rows = (self.slope(weights) * moved_cosine) @ self.kept(value)
+        rows = (self.slope(of_vectors) * moved_cosine) @ self.kept(value)
         return rows if moved_value is None else rows + weights @ self.kept(moved_value)
 
     def kept(self, value: Tensor) -> Tensor:
@@ -107,6 +121,23 @@ class Pairs(NamedTuple):
 
     def _unit(self) -> tuple[Tensor, Tensor]:
         return unit_rows(self.query, self.query_mask), unit_rows(self.key, self.key_mask)
+
+
+def agreement(query_code: Tensor, key_code: Tensor, hash_code_len: int, oversample: int) -> Tensor:
+    """What two codes of one hash count, for all pairs of ``(..., n_q)`` and ``(..., n_k)``: 1 where
+    they are equal, less where they nearly are; see `yoso_core.reference.smoothing`.
+
+    >>> agreement(torch.tensor([0]), torch.tensor([0, 1, 3, 7]), hash_code_len=2, oversample=1)
+    tensor([[1.0000, 0.3333, 0.0000, 0.0000]])
+    """
+    if oversample == 0:
+        return (query_code.unsqueeze(-1) == key_code.unsqueeze(-2)).float()
+    differing = query_code.unsqueeze(-1) ^ key_code.unsqueeze(-2)
+    distance = torch.stack([(differing >> bit) & 1 for bit in range(hash_code_len + oversample)]).sum(dim=0)
+    counts = torch.zeros_like(distance, dtype=torch.float32)
+    for r, weight in enumerate(smoothing_weights(hash_code_len, oversample)):
+        counts = torch.where(distance == r, weight, counts)
+    return counts
 
 
 def _angles(unit_query: Tensor, unit_key: Tensor) -> Tensor:

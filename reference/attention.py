@@ -22,7 +22,7 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     oversample: int = 0,
     return_length: bool = False,
 ) -> Array | tuple[Array, Array]:

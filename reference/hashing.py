@@ -20,9 +20,9 @@ from yoso_core.reference.hadamard import hadamard_transform
 
 Seed = np.random.Generator | int | None
 
-Layout = Literal["paper", "chained"]
+Layout = Literal["chained", "paper"]
 
-LAYOUTS: tuple[Layout, ...] = ("paper", "chained")
+LAYOUTS: tuple[Layout, ...] = ("chained", "paper")
 
 WARM_UP = 3
 """Rounds of a chain whose coordinates are not used: those of the first few still show the
@@ -96,7 +96,7 @@ def sample_signs(
     dim: int,
     *,
     batch_shape: tuple[int, ...] = (),
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
     rng: Seed = None,
 ) -> Array:
@@ -146,7 +146,7 @@ def pack_bits(bits: Array) -> Array:
     return np.asarray(np.sum(bits * powers, axis=-1, dtype=np.int32))
 
 
-def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "paper") -> Array:
+def fast_hash(vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "chained") -> Array:
     """Sign bits of fast random rotations, ``tau`` bits to a code.
 
     In the paper's layout, with ``per = D // tau``, bit ``b`` of code ``h`` is

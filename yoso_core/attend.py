@@ -58,7 +58,7 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
     oversample: int = 0,
     variant: str | None = None,

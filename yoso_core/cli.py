@@ -165,22 +165,25 @@ def _operations() -> list[dict[str, Any]]:
 
 
 def _hash_layout(dim: int, num_hash: int, hash_code_len: int) -> dict[str, Any]:
+    from math import prod
+
     from yoso_core import checks
-    from yoso_core.reference import hash_layout
+    from yoso_core.reference.hashing import WARM_UP, signs_shape
 
     checks.integer("dim", dim, 1)
     checks.hash_numbers(num_hash, hash_code_len)
-    layout = hash_layout(num_hash, hash_code_len, dim)
+    numbers = num_hash, hash_code_len, dim
+    rounds, padded_dim = signs_shape(*numbers, "chained")
     return {
         "dim": dim,
         "num_hash": num_hash,
         "hash_code_len": hash_code_len,
-        "padded_dim": layout.padded_dim,
-        "codes_per_part": layout.codes_per_part,
-        "parts": layout.parts,
+        "padded_dim": padded_dim,
+        "rotations": rounds - WARM_UP,
+        "rounds": rounds,
+        "rounds_of_the_paper": prod(signs_shape(*numbers, "paper")[:-1]),
         "table_bytes": 4 * dim << hash_code_len,
         "tables_bytes": 4 * num_hash * dim << hash_code_len,
-        "biased": layout.padded_dim < 4 * hash_code_len,
     }
 
 
@@ -218,16 +221,12 @@ def _print_info(
     console.print(table)
 
     m, tau, dim, padded = hash["num_hash"], hash["hash_code_len"], hash["dim"], hash["padded_dim"]
-    per = f"{hash['codes_per_part']} codes to a part" if hash["codes_per_part"] else "a code spans several parts"
-    console.print(f"\nHash of dim {dim} with num_hash {m}, hash_code_len {tau}: D = {padded}, {per}, parts: {hash['parts']}")
+    console.print(
+        f"\nHash of dim {dim} with num_hash {m}, hash_code_len {tau}: D = {padded}, {hash['rotations']} rotations in a chain of "
+        f"{hash['rounds']} rounds; {hash['rounds_of_the_paper']} rounds with layout='paper', which is biased"
+    )
     table_bytes, tables_bytes = in_words(hash["table_bytes"]), in_words(hash["tables_bytes"])
     console.print(f"Tables of a head, all 2**{tau} buckets x {dim} float32: {table_bytes} for one hash, {tables_bytes} for all {m}")
-    if hash["biased"]:
-        console.print(
-            f"Warning: D = {padded} is below 4 * hash_code_len = {4 * tau}, and there the Hadamard hash is visibly biased. "
-            "One chain of rotations is not, nor are Gaussian planes: pass layout='chained' or planes=sample_planes(...).",
-            style="yellow",
-        )
 
 
 @app.command()

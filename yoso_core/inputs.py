@@ -115,7 +115,17 @@ def example_inputs(
 
 
 def _least_bytes(
-    operation: Operation, *, batch: int, heads: int, n: int, n_key: int, dim: int, value_dim: int, num_hash: int, hash_code_len: int, oversample: int
+    operation: Operation,
+    *,
+    batch: int,
+    heads: int,
+    n: int,
+    n_key: int,
+    dim: int,
+    value_dim: int,
+    num_hash: int,
+    hash_code_len: int,
+    oversample: int,
 ) -> int:
     """What is drawn, in float64 as NumPy draws it, and what a call in float64 reads and writes."""
     rows, rows_key = batch * heads * n, batch * heads * n_key

@@ -20,6 +20,7 @@ from yoso_core import checks, reference
 from yoso_core.arrays import Array, one_caller
 from yoso_core.reference.arrays import full_mask
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.hashing import signs_shape
 
 Arrays = tuple[NDArray[Any], ...]
 """One array for each output of an operation."""
@@ -136,11 +137,9 @@ class Sizes(NamedTuple):
 
     @property
     def hash_additions(self) -> int:
-        """Additions to hash a vector: three Hadamard transforms, ``D log2 D`` each, of all
-        parts.
-        """
-        layout = reference.hash_layout(self.num_hash, self.hash_code_len + self.oversample, self.dim)
-        return 3 * layout.padded_dim * round(log2(layout.padded_dim)) * layout.parts
+        """Additions to hash a vector by a chain: a Hadamard transform, ``D log2 D``, each round."""
+        rounds, padded_dim = signs_shape(self.num_hash, self.hash_code_len + self.oversample, self.dim, "chained")
+        return rounds * padded_dim * round(log2(padded_dim))
 
 
 Shape = tuple[int, ...]
@@ -381,7 +380,7 @@ def _with_signs(arguments: Arguments) -> dict[str, Any]:
     checks.vectors("query", query)
     num_hash, hash_code_len = checks.hash_numbers(arguments.get("num_hash", 32), arguments.get("hash_code_len", 8))
     numbers = num_hash, hash_code_len + checks.oversample(arguments.get("oversample", 0), hash_code_len), query.shape[-1]
-    layout = arguments.get("layout", "paper")
+    layout = arguments.get("layout", "chained")
     signs = reference.sample_signs(
         *numbers,
         batch_shape=tuple(query.shape[-3:-2]),

@@ -35,7 +35,7 @@ def sample_signs(
     dim: int,
     *,
     batch_shape: tuple[int, ...] = (),
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
     rng: Seed = None,
 ) -> np.ndarray[Any, np.dtype[np.int8]]:
@@ -121,7 +121,7 @@ def hadamard_transform(x: Array, *, variant: str | None = None) -> Array:
 
 
 def fast_hash(
-    vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "paper", variant: str | None = None
+    vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "chained", variant: str | None = None
 ) -> Array:
     """Hash codes by fast random rotations, ``tau`` sign bits to a code. Every variant returns the
     same bits.
@@ -665,7 +665,7 @@ def yoso_attention(
     query_mask: Array | None = None,
     key_mask: Array | None = None,
     normalize_output: bool = True,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     rotations: int | None = None,
     oversample: int = 0,
     return_length: bool = False,

@@ -17,7 +17,7 @@ BACKENDS_OF = {CudaVariant: ("cupy", "emulated"), NumbaCudaVariant: ("numba_cuda
 
 _FUNCTIONS = ("numpy", "cpu")
 
-PLAIN = {"layout": "paper", "oversample": 0}
+PLAIN = {"layout": "chained", "oversample": 0}
 """Options, and what they say where a kernel need not know of them."""
 
 

@@ -143,6 +143,7 @@ KERNELS: tuple[Kernel, ...] = (
         "add_keys_to_table read_table",
         deterministic=False,
     ),
+    Kernel("smooth_table", "cpu:spheres", "yoso_core.cpu:smooth_table", "16 columns at a time, in cache"),
     Kernel("smooth_table", "numpy:spheres", "yoso_core.reference:smooth_table", "neighbors by distance, bit by bit"),
     Kernel("smooth_table", "numpy:pairs", "yoso_core.reference:smooth_table_pairs", "every pair of codes"),
     Kernel(
@@ -240,7 +241,7 @@ KERNELS: tuple[Kernel, ...] = (
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
         "scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
-    Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize tile by tile, codes never stored"),
+    Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize, head by head"),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
     *_cuda(
         "yoso_attention",

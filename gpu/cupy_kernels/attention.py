@@ -37,7 +37,7 @@ def _attend(
     query_mask: Array | None,
     key_mask: Array | None,
     normalize_output: bool,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     return_length: bool = False,
 ) -> Array | tuple[Array, Array]:
     masks = {"query_mask": query_mask, "key_mask": key_mask}

@@ -31,7 +31,7 @@ def _kernel(name: str, vectors: Array, padded_dim: int) -> CudaKernel:
 
 
 def fast_hash_block_per_part(
-    device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "paper"
+    device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "chained"
 ) -> Array:
     """One block for each vector and part: the kernel `block_per_part`. Raises `DoesNotFit` for
     vectors of more than 1024 entries, and for a chain, which has no parts.
@@ -73,7 +73,7 @@ def fast_hash_warp_per_vector(
     num_hash: int,
     hash_code_len: int,
     *,
-    layout: Layout = "paper",
+    layout: Layout = "chained",
     nonfinite: Array | None = None,
 ) -> Array:
     """One warp for each vector, all its rotations in turn: the kernel `warp_per_vector`, or

@@ -151,7 +151,7 @@ def hash_by_chain(vectors, signs, codes, vectors_per_head, hash_code_len, shrink
 
 
 def fast_hash_shared_memory(
-    device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "paper"
+    device: Device, vectors: Array, signs: Array, num_hash: int, hash_code_len: int, *, layout: Layout = "chained"
 ) -> Array:
     """One block for each vector, which it rotates in shared memory: the kernel `hash_vectors`, or
     `hash_by_chain` for a chain. Raises `DoesNotFit` for a vector that is too long for shared
