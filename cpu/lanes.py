@@ -96,8 +96,9 @@ def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
-        narrower = isinstance(array.dtype, types.Integer) and array.dtype.bitwidth < lanes.dtype.bitwidth
-        builder.store(builder.trunc(args[2], pointer.type.pointee) if narrower else args[2], pointer).align = align
+        wanted = pointer.type.pointee
+        narrower = isinstance(array.dtype, types.Integer) and wanted.element.width < args[2].type.element.width
+        builder.store(builder.trunc(args[2], wanted) if narrower else args[2], pointer).align = align
         return context.get_dummy_value()
 
     return types.void(array, index, lanes), codegen

@@ -269,7 +269,7 @@ class _Work:
 
     def by_all_threads(self, tables: Array, head0: int, heads: int, num_threads: int | None) -> None:
         """One round of some heads after the other, all threads at work in each."""
-        plan, out, n_q = self.plan, self.out, self.out.shape[2]
+        plan, n_q = self.plan, self.out.shape[2]
         query_code, key_code = None, self.keys.of_heads(head0, heads, num_threads)
         for part0, parts, more in self.groups():
             group: dict[str, Any] = {"tables": tables, "head0": head0, "part0": part0, "parts": parts}

@@ -2,8 +2,10 @@
 `yoso_core.reference.smooth_table`.
 
 Sixteen columns of a table at a time are copied to scratch, ``T_0``, with zeros for ``T_1 ... T_s``
-behind them; there every bit adds to each ``T_r`` what stands across it in ``T_(r-1)``. Rows that
-the low bits connect stay in first-level cache.
+behind them; there every bit adds to each ``T_r`` what stands across it in ``T_(r-1)``. The rows
+come in *blocks*. First the bits that connect rows of a block are done, block after block; then
+those that connect blocks, for one row of every block after the other. So what is at work stays in
+first-level cache, and the scratch as a whole passes through it twice.
 """
 
 from collections.abc import Iterator
@@ -20,8 +22,8 @@ from yoso_core.cpu.threads import BATCH_COST, share
 from yoso_core.cpu.views import Array, input_array, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import smoothing_weights
 
-NEAR = 64
-"""Rows whose spheres stay in first-level cache."""
+BLOCK = 64
+"""Rows to a block."""
 
 
 class Cut(Protocol):
@@ -38,49 +40,76 @@ class Cut(Protocol):
 
 
 @helper
-def load_columns(spheres, count, oversample, tables, start, d_v, column):
+def place(row):
+    """Where a row stands in its sphere: an empty one after each block keeps rows of different
+    blocks from competing for the same lines of the cache.
+    """
+    return (row + row // BLOCK) * LANES
+
+
+@helper
+def load_columns(spheres, size, oversample, count, tables, start, d_v, column):
     """``T_0``: 16 columns of ``count`` rows, fewer at the end of a row; zeros for the others."""
     zero = fill(spheres.dtype.type(0))
     width = min(LANES, d_v - column)
     for row in range(count):
-        at = start + row * d_v + column
+        at, source = place(row), start + row * d_v + column
         if width == LANES:
-            store(spheres, row * LANES, load(tables, at))
+            store(spheres, at, load(tables, source))
         else:
-            store(spheres, row * LANES, zero)
+            store(spheres, at, zero)
             for c in range(width):
-                spheres[row * LANES + c] = tables[at + c]
-    for row in range(count, (oversample + 1) * count):
-        store(spheres, row * LANES, zero)
+                spheres[at + c] = tables[source + c]
+        for r in range(1, oversample + 1):
+            store(spheres, r * size + at, zero)
 
 
 @helper
-def add_across(spheres, count, oversample, base, stop, bit):
-    """Rows ``base ... stop - 1``: every row of ``T_r`` gets that of ``T_(r-1)`` across ``bit``."""
-    for block in range(base, stop, 2 * bit):
-        for row in range(block, block + bit):
-            for r in range(oversample, 0, -1):
-                at, below = (r * count + row) * LANES, ((r - 1) * count + row) * LANES
-                here, there = load(spheres, below), load(spheres, below + bit * LANES)
-                store(spheres, at, load(spheres, at) + there)
-                store(spheres, at + bit * LANES, load(spheres, at + bit * LANES) + here)
+def add_across(spheres, size, oversample, row, other):
+    """Two rows that differ in one bit: each gets in ``T_r`` what the other has in ``T_(r-1)``."""
+    here, there = place(row), place(other)
+    for at in range(oversample * size, 0, -size):
+        below = at - size
+        x, y = load(spheres, below + here), load(spheres, below + there)
+        store(spheres, at + here, load(spheres, at + here) + y)
+        store(spheres, at + there, load(spheres, at + there) + x)
 
 
 @helper
-def store_columns(spheres, count, weights, tables, start, d_v, column):
+def add_neighbors(spheres, size, oversample, count):
+    """All bits of a table of ``count`` rows."""
+    near = min(count, BLOCK)
+    for base in range(0, count, near):
+        bit = 1
+        while bit < near:
+            for first in range(base, base + near, 2 * bit):
+                for row in range(first, first + bit):
+                    add_across(spheres, size, oversample, row, row + bit)
+            bit *= 2
+    for low in range(near):
+        bit = near
+        while bit < count:
+            for first in range(low, count, 2 * bit):
+                for row in range(first, first + bit, near):
+                    add_across(spheres, size, oversample, row, row + bit)
+            bit *= 2
+
+
+@helper
+def store_columns(spheres, size, weights, count, tables, start, d_v, column):
     """``sum_r a_r T_r`` back to the table."""
     width = min(LANES, d_v - column)
     for row in range(count):
-        total = load(spheres, row * LANES)
+        at, source = place(row), start + row * d_v + column
+        total = load(spheres, at)
         for r in range(1, len(weights)):
-            total = total + load(spheres, (r * count + row) * LANES) * fill(weights[r])
-        at = start + row * d_v + column
+            total = total + load(spheres, r * size + at) * fill(weights[r])
         if width == LANES:
-            store(tables, at, total)
+            store(tables, source, total)
         else:
-            store(spheres, row * LANES, total)
+            store(spheres, at, total)
             for c in range(width):
-                tables[at + c] = spheres[row * LANES + c]
+                tables[source + c] = spheres[at + c]
 
 
 @cache
@@ -104,24 +133,16 @@ def _smooth_kernel(dtype: Any) -> Any:
     )
     def smooth(first, last, tables, weights, part0, parts, per, num_hash, part_size, count, d_v):
         oversample, columns = len(weights) - 1, (d_v + LANES - 1) // LANES
-        near = min(count, NEAR)
-        spheres = aligned((oversample + 1) * count * LANES, tables.dtype)
+        size = place(count - 1) + LANES
+        spheres = aligned((oversample + 1) * size, tables.dtype)
         for task in range(first, last):
             table, column = divmod(task, columns)
             slot, hash = divmod(table, per)
             if (part0 + slot % parts) * per + hash < num_hash:
                 start = slot * part_size + hash * count * d_v
-                load_columns(spheres, count, oversample, tables, start, d_v, column * LANES)
-                for base in range(0, count, near):
-                    bit = 1
-                    while bit < near:
-                        add_across(spheres, count, oversample, base, base + near, bit)
-                        bit *= 2
-                bit = near
-                while bit < count:
-                    add_across(spheres, count, oversample, 0, count, bit)
-                    bit *= 2
-                store_columns(spheres, count, weights, tables, start, d_v, column * LANES)
+                load_columns(spheres, size, oversample, count, tables, start, d_v, column * LANES)
+                add_neighbors(spheres, size, oversample, count)
+                store_columns(spheres, size, weights, count, tables, start, d_v, column * LANES)
 
     return smooth
 

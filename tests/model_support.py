@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """To attend."""
 
-OWN = ("grad", "kernel_variant", "hash_seed", "hash_layout", "rotations")
+OWN = ("grad", "kernel_variant", "hash_seed", "hash_layout", "rotations", "oversample", "backward_num_hash")
 """Settings that transformers' YosoConfig lacks."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import support
 from typer.testing import CliRunner, Result
 
-from yoso_core import backends, registry
+from yoso_core import backends, registry, sample_signs
 from yoso_core.cli import app
 
 COMMANDS = ["info", "compare", "kernel", "demo", "fill-mask", "convert", "tutorial", "warmup", "bench"]
@@ -45,16 +45,10 @@ def test_info() -> None:
     result = yoso("info")
     assert result.exit_code == 0
     assert all(op in result.output for op in registry.OPERATIONS)
-    assert "D = 64, 8 codes to a part, parts: 4" in result.output
-    assert "64 KiB for one hash, 2 MiB for all 32" in result.output
-    assert "Warning" not in result.output
-
-
-def test_info_warns_of_bias() -> None:
-    result = yoso("info", "--dim", "20", "--hash-code-len", "9")
-    assert "D = 32 is below 4 * hash_code_len = 36" in result.output
-    assert "sample_planes" in result.output
-    assert "a code spans several parts" in yoso("info", "--dim", "4", "--hash-code-len", "9").output
+    rounds, padded_dim = sample_signs(32, 8, 64, rng=0).shape
+    told = " ".join(result.output.split())
+    assert f"D = {padded_dim}, {rounds - 3} rotations in a chain of {rounds} rounds; 12 rounds with layout='paper'" in told
+    assert "64 KiB for one hash, 2 MiB for all 32" in told
 
 
 def test_info_json_marks_the_choice_and_the_definition() -> None:

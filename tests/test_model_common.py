@@ -72,6 +72,12 @@ def tensors(output: Any) -> list[Tensor]:
     return [x for part in parts for x in (part if isinstance(part, tuple) else (part,))]
 
 
+ROUNDING = 1e-6
+"""Of the largest number. torch's product with a single column rounds by where in memory the weights
+lie, on some processors, so the same weights elsewhere give the same only nearly.
+"""
+
+
 def same(got: Any, expected: Any, tolerance: float = 0) -> None:
     for x, y in zip(tensors(got), tensors(expected), strict=True):
         close(x, y, tolerance)
@@ -391,7 +397,7 @@ def test_a_model_goes_through_a_folder(head: str, way: str, tmp_path: Path) -> N
         name: again.config.to_dict()[name] for name in ("_name_or_path",) if name in again.config.to_dict()
     }
     with torch.no_grad():
-        same(again(**texts(head)), model(**texts(head)))
+        same(again(**texts(head)), model(**texts(head)), ROUNDING)
 
 
 @every_head
@@ -492,7 +498,7 @@ def test_an_offloaded_model_gives_the_same(head: str, way: str, where: str, tmp_
         assert any(x.is_meta for x in model.parameters())
         given = texts(head)
         del given["token_type_ids"]
-        same(model(**texts(head)), expected)
+        same(model(**texts(head)), expected, ROUNDING)
         assert model(**given)[0].isfinite().all()
 
 

@@ -393,7 +393,7 @@ def test_every_field_of_transformers_has_its_default() -> None:
     assert {name: value for name, value in mine.to_dict().items() if name not in OWN} == theirs.to_dict()
     assert mine.model_type == theirs.model_type
     assert mine.attribute_map == theirs.attribute_map
-    assert [getattr(mine, name) for name in OWN] == ["lower_bound", None, 0, "paper", None]
+    assert [getattr(mine, name) for name in OWN] == ["lower_bound", None, 0, "chained", None, 0, None]
 
 
 @pytest.mark.parametrize("name", ["YosoConfig", *SHARED, "YosoForPreTraining"])

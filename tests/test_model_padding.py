@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from yoso_core.model import YosoModel
 from yoso_core.model.draws import evaluation_draw, evaluation_planes, evaluation_signs
-from yoso_core.reference.hashing import fast_hash
+from yoso_core.reference.hashing import fast_hash, signs_shape
 
 LENGTHS = (17, 1, 9, 16)
 BATCH, N = len(LENGTHS), max(LENGTHS)
@@ -374,9 +374,9 @@ def words_of(hash_seed: int, layer: int, head: int, count: int) -> list[int]:
 def test_evaluation_signs_are_the_bits_of_pcg64(num_hash: int, hash_code_len: int, dim: int, hash_seed: int) -> None:
     signs = evaluation_signs(hash_seed, 3, 2, num_hash, hash_code_len, dim)
     padded_dim = 16 if dim < 16 else 64
-    parts = {(8, 4, 12): 2, (64, 9, 64): 10, (3, 20, 10): 4}[num_hash, hash_code_len, dim]
     assert signs.dtype == torch.int8
-    assert signs.shape == (2, 3, parts, padded_dim)
+    assert signs.shape == (2, *signs_shape(num_hash, hash_code_len, dim, "chained"))
+    assert signs.shape[-1] == padded_dim
     for head in (0, 1):
         flat = signs[head].flatten().tolist()
         words = words_of(hash_seed, 3, head, -(-len(flat) // 64))
@@ -399,7 +399,7 @@ def test_golden_signs(at: tuple[int, int, int]) -> None:
     """A checkpoint's evaluation must give tomorrow, and elsewhere, what it gives today."""
     hash_seed, layer, head = at
     signs = evaluation_signs(hash_seed, layer, 3, 64, 9, 64)
-    assert "".join("+" if sign > 0 else "-" for sign in signs[head, 0, 0, :16].tolist()) == SIGNS[at]
+    assert "".join("+" if sign > 0 else "-" for sign in signs[head].flatten()[:16].tolist()) == SIGNS[at]
 
 
 @pytest.mark.parametrize("at", PLANES, ids=str)

@@ -87,7 +87,7 @@ def test_bits_of_a_code_by_hand() -> None:
     signs[0, 1] = [-1, 1, 1, 1]
     # Part 0: H(1, 2, 3, 0) = (6, 2, 0, -4): bits 1, 1 | 0, 0, since zero is not positive: codes 1 +
     # 2 = 3 and 0. Part 1: H(-1, 2, 3, 0) = (4, 0, -2, -6): bits 1, 0 | ...: code 1.
-    np.testing.assert_array_equal(reference.fast_hash(x, signs, 3, 2), [[3, 0, 1]])
+    np.testing.assert_array_equal(reference.fast_hash(x, signs, 3, 2, layout="paper"), [[3, 0, 1]])
 
 
 def test_the_first_diagonal_is_applied_first() -> None:
@@ -97,8 +97,8 @@ def test_the_first_diagonal_is_applied_first() -> None:
     x = np.array([[1.0, 2.0, 3.0, 0.0]])
     signs = np.ones((3, 1, 4), np.int8)
     signs[0, 0], signs[1, 0] = [-1, 1, 1, 1], [-1, 1, -1, 1]
-    np.testing.assert_array_equal(reference.fast_hash(x, signs, 1, 4), [[4]])
-    np.testing.assert_array_equal(reference.fast_hash(x, signs[::-1], 1, 4), [[6]])
+    np.testing.assert_array_equal(reference.fast_hash(x, signs, 1, 4, layout="paper"), [[4]])
+    np.testing.assert_array_equal(reference.fast_hash(x, signs[::-1], 1, 4, layout="paper"), [[6]])
 
 
 def test_a_code_longer_than_a_part_by_hand() -> None:
@@ -107,7 +107,7 @@ def test_a_code_longer_than_a_part_by_hand() -> None:
     # (-3, 1), bits 0, 1. The stream 1, 0, 0 | 1, 0, 1 is cut into 1 and 1 + 4 = 5.
     signs = np.ones((3, 3, 2), np.int8)
     signs[0, 1], signs[0, 2] = [1, -1], [-1, -1]
-    np.testing.assert_array_equal(reference.fast_hash(np.array([[1.0, 2.0]]), signs, 2, 3), [[1, 5]])
+    np.testing.assert_array_equal(reference.fast_hash(np.array([[1.0, 2.0]]), signs, 2, 3, layout="paper"), [[1, 5]])
 
 
 def test_hyperplane_bits_by_hand() -> None:

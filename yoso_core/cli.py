@@ -243,6 +243,9 @@ def compare(
     value_dim: Annotated[int | None, typer.Option(help="d_v of value.", show_default="that of --dim")] = None,
     num_hash: NumHash = 32,
     hash_code_len: HashCodeLen = 8,
+    oversample: Annotated[
+        int | None, typer.Option(help="s: bits per hash code beyond tau.", show_default="2 for smooth_table, else 0")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16, float32, float64; with torch also bfloat16.")] = "float32",
     library: Annotated[str, typer.Option(help="Whose arrays go in: numpy or torch.")] = "numpy",
     masked: Annotated[bool, typer.Option("--masked", help="Mask about one of four queries and keys.")] = False,
@@ -278,6 +281,7 @@ def compare(
             value_dim=value_dim,
             num_hash=num_hash,
             hash_code_len=hash_code_len,
+            oversample=oversample,
             dtype=dtype,
             masked=masked,
             seed=seed,

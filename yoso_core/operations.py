@@ -468,7 +468,7 @@ SMOOTH_TABLE = Operation(
     example_inputs=lambda given: {"table": given.table, "oversample": given.oversample},
     terms=_terms_of_definition(reference.smooth_table_pairs, "table"),
     # Of one hash of every head, by spheres.
-    multiply_adds=lambda sizes: sizes.table * sizes.oversample * (sizes.hash_code_len + sizes.oversample),
+    multiply_adds=lambda sizes: sizes.table * max(1, sizes.oversample * (sizes.hash_code_len + sizes.oversample)),
     least_bytes=lambda sizes: 2 * sizes.table * sizes.item_size,
 )
 
