@@ -7,6 +7,7 @@ import pytest
 
 from yoso_core import reference
 from yoso_core.reference.arrays import Array
+from yoso_core.reference.hashing import signs_shape
 
 ROOT_3 = np.sqrt(3.0)
 
@@ -135,7 +136,8 @@ def test_codes_do_not_see_the_scale(exponent: int) -> None:
 def test_signs_and_planes_have_their_shapes_and_repeat_with_their_seed() -> None:
     signs = reference.sample_signs(7, 9, 48, batch_shape=(2, 3), rng=0)
     assert signs.dtype == np.int8
-    assert signs.shape == (2, 3, 3, 1, 64)
+    assert signs.shape == (2, 3, *signs_shape(7, 9, 48, "chained"))
+    assert reference.sample_signs(7, 9, 48, layout="paper").shape == (3, 1, 64)
     assert set(np.unique(signs)) == {-1, 1}
     planes = reference.sample_planes(7, 9, 48, batch_shape=(2,), rng=0)
     assert planes.dtype == np.float32
@@ -384,12 +386,12 @@ def test_sampled_gradients_are_the_double_sum(grad: Any, masked: bool) -> None:
 
 
 def test_attention_by_hand() -> None:
-    # One hash of one bit in one dimension: D = 1, the bit is the sign of x times D1 D2 D3 = 1.
+    # One hash of one bit in one dimension: D = 1, the bit is the sign of x times D1 ... D4 = 1.
     # Queries +, -, 0 and keys +, +, -: codes 1, 0, 0 and 1, 1, 0. Sums (3, 4) + (0, 0), then (0, 0)
     # alone, which has no direction; unnormalized 3, 4 and 0, 0.
     query, key = np.array([[2.0], [-0.5], [0.0]]), np.array([[1.0], [7.0], [-1.0]])
     value = np.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    signs = np.ones((3, 1, 1), np.int8)
+    signs = np.ones((4, 1), np.int8)
     options = {"num_hash": 1, "hash_code_len": 1, "signs": signs}
     np.testing.assert_allclose(reference.yoso_attention(query, key, value, **options), [[0.6, 0.8], [0, 0], [0, 0]], rtol=1e-15)
     raw = reference.yoso_attention(query, key, value, **options, normalize_output=False)
@@ -398,7 +400,7 @@ def test_attention_by_hand() -> None:
 
 def test_attention_that_meets_what_is_not_finite() -> None:
     query, key, value = np.array([[1.0], [-1.0], [np.nan]]), np.array([[1.0], [2.0]]), np.array([[3.0], [4.0]])
-    signs = np.ones((3, 1, 1), np.int8)
+    signs = np.ones((4, 1), np.int8)
     options = {"num_hash": 1, "hash_code_len": 1, "signs": signs}
     np.testing.assert_array_equal(reference.yoso_attention(query, key, value, **options), [[1], [0], [np.nan]])
     np.testing.assert_array_equal(reference.yoso_attention(query, np.array([[1.0], [np.inf]]), value, **options), [[np.nan]] * 3)
