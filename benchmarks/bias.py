@@ -10,21 +10,32 @@ half as large as it should be is 0.00025 off, and wrong by 50%.
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 import yoso_core
 from yoso_core.benchmarks import promise
-from yoso_core.benchmarks.directions import kinds_here, missing_words, pairs_at_cosine
-from yoso_core.benchmarks.promise import Result, Setting, Track, setting_name
+from yoso_core.benchmarks.directions import kinds_here, missing_words
+from yoso_core.benchmarks.promise import (
+    LEAST_GROUPS,
+    Hash,
+    Result,
+    Setting,
+    Track,
+    collisions,
+    groups_for,
+    markdown,
+    relative,
+    variance_ratio,
+)
 from yoso_core.files import written
 from yoso_core.reference import expected_weight
-from yoso_core.reference.hashing import Layout
 
 Array = np.ndarray[Any, Any]
 
@@ -90,47 +101,49 @@ def measure(dim: int, hash_code_len: int, *, draws: int = DRAWS, pairs: int = PA
 SETTINGS = (Setting(32, 11, 32), Setting(64, 9, 64), Setting(64, 8, 32), Setting(64, 8, 32, rotations=8), Setting(128, 12, 32))
 """The paper's own for the Long Range Arena and for BERT, and others."""
 
-COSINES = (0.0, 0.5, 0.7, 0.9)
-HASHES = ("paper", "chained", "planes")
-RELATIVE_DRAWS = 600
-RELATIVE_PAIRS = 1000
-"""Pairs of vectors at one angle in a draw."""
+ERRORS = {0.0: 0.015, 0.5: 0.003, 0.7: 0.003, 0.9: 0.003}
+"""The standard errors of the relative bias to aim at, by cosine."""
+COSINES = tuple(ERRORS)
+HASHES: tuple[Hash, ...] = ("paper", "chained", "planes")
+VARIANCE_BOUND = 1.03
+"""The tests hold that the variance of the mean over m hashes, times m, is at most so many times
+that of a single hash.
+"""
 
 
-def relative(
-    hash: str, kind: str, setting: Setting, cosine: float, *, draws: int = RELATIVE_DRAWS, pairs: int = RELATIVE_PAIRS
-) -> tuple[float, float]:
-    """``mean collision rate / expected weight - 1`` over draws, and its standard error."""
-    numbers = setting.num_hash, setting.hash_code_len, setting.dim
-    rng = np.random.default_rng([setting.dim, setting.hash_code_len, round(100 * cosine)])
-    rates = []
-    for _ in range(draws):
-        vectors = pairs_at_cosine(kind, cosine, pairs, setting.dim, rng)
-        if hash == "planes":
-            planes = yoso_core.sample_planes(*numbers, rng=rng)
-            codes = yoso_core.hyperplane_hash(vectors, planes, *numbers[:2])
-        else:
-            layout = cast(Layout, hash)
-            rotations = setting.rotations if layout == "chained" else None
-            signs = yoso_core.sample_signs(*numbers, layout=layout, rotations=rotations, rng=rng)
-            codes = yoso_core.fast_hash(vectors, signs, *numbers[:2], layout=layout)
-        rates.append(np.mean(codes[0] == codes[1]))
-    ratio = np.array(rates) / expected_weight(np.arccos(cosine), setting.hash_code_len)
-    return float(ratio.mean() - 1), float(ratio.std(ddof=1) / np.sqrt(draws))
-
-
-def rounds(hash: str, setting: Setting) -> int | None:
+def rounds(hash: Hash, setting: Setting) -> int | None:
     """Rounds of signs and a Hadamard transform for a vector; planes have none."""
-    return None if hash == "planes" else setting.rounds(cast(Layout, hash))
+    return None if hash == "planes" else setting.rounds(hash)
 
 
-def relative_cells(track: Track, *, draws: int = RELATIVE_DRAWS) -> list[Result]:
-    """Every setting, kind of vectors and hash, at every cosine."""
+def rows(kinds: list[str]) -> list[tuple[Setting, str, Hash]]:
+    """Of the table of relative biases. Only a chain has rotations to choose. Whether Gaussian
+    planes separate two vectors depends on their angle alone, so they are measured on one kind.
+    """
+    wanted: dict[Hash, Callable[[Setting, str], bool]] = {
+        "paper": lambda setting, kind: setting.rotations is None,
+        "chained": lambda setting, kind: True,
+        "planes": lambda setting, kind: setting.rotations is None and kind == "Gaussian",
+    }
+    return [row for row in product(SETTINGS, kinds, HASHES) if wanted[row[2]](*row[:2])]
+
+
+def relative_cells(track: Track, *, scale: float = 1.0, least: int = LEAST_GROUPS) -> list[Result]:
+    """Every setting, kind of vectors and hash, at every cosine: the relative bias, and the variance
+    of the mean over the hashes.
+    """
     cells = []
-    for setting, kind, hash in track(list(product(SETTINGS, kinds_here(), HASHES))):
-        found = [relative(hash, kind, setting, cosine, draws=draws) for cosine in COSINES]
-        cell = {**asdict(setting), "kind": kind, "hash": hash, "rounds": rounds(hash, setting), "cosines": list(COSINES)}
-        cells.append(cell | {"bias": [bias for bias, _ in found], "standard_error": [error for _, error in found]})
+    for setting, kind, hash in track(rows(kinds_here())):
+        cell: Result = {**asdict(setting), "kind": kind, "hash": hash, "rounds": rounds(hash, setting), "cosines": list(COSINES)}
+        columns: tuple[list[float], ...] = ([], [], [], [])
+        for cosine in COSINES:
+            groups = groups_for(setting, cosine, scale * ERRORS[cosine], num_hash=setting.num_hash, least=least)
+            found = collisions(hash, kind, setting, cosine, groups=groups)
+            numbers = *relative(found[:, 1], cosine, setting.hash_code_len), *variance_ratio(found, setting.num_hash)
+            for column, number in zip(columns, numbers, strict=True):
+                column.append(number)
+        names = "bias", "standard_error", "variance", "variance_standard_error"
+        cells.append(cell | dict(zip(names, columns, strict=True)))
     return cells
 
 
@@ -148,8 +161,7 @@ def run_bias(output: Path, *, quick: bool = False, progress: bool = True) -> Pat
     if reason := missing_words():
         console.print(f"words are left out: {reason}")
     tracked = partial(track, disable=not progress, transient=True)
-    absolute, draws = (256, 10) if quick else (DRAWS, RELATIVE_DRAWS)
-    few: dict[str, Any] = {"least": 2} if quick else {}
+    absolute, scale, least = (256, 20, 2) if quick else (DRAWS, 1, promise.LEAST_GROUPS)
     results: Result = {
         "suite": "bias",
         "quick": quick,
@@ -158,24 +170,28 @@ def run_bias(output: Path, *, quick: bool = False, progress: bool = True) -> Pat
             "num_hash": NUM_HASH,
             "draws": absolute,
             "pairs": PAIRS,
-            "relative_draws": draws,
-            "relative_pairs": RELATIVE_PAIRS,
+            "relative_pairs": promise.PAIRS,
+            "relative_draws": promise.DRAWS,
             "python": platform.python_version(),
             "numpy": np.__version__,
         },
         "cells": [measure(dim, tau, draws=absolute) for dim, tau in tracked(list(product(DIMS, CODE_LENS)), description="bias")],
-        "relative": relative_cells(partial(tracked, description="relative bias"), draws=draws),
-        "promise": promise.promise_cells(partial(tracked, description="promise"), **few, share=3 if quick else promise.SHARE),
-        "near": promise.near_cells(partial(tracked, description="one-hot near 45 degrees"), **few, error=0.1 if quick else 0.003),
-        "variance": promise.variance_cells(SETTINGS, partial(tracked, description="variance"), **few, error=0.2 if quick else 0.01),
+        "relative": relative_cells(partial(tracked, description="relative bias"), scale=scale, least=least),
+        "promise": promise.promise_cells(partial(tracked, description="promise"), scale=scale, least=least),
+        "near": promise.near_cells(partial(tracked, description="one-hot near 45 degrees"), scale=scale, least=least),
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"hadamard_bias{'-quick' if quick else ''}.json"
     with written(path) as part:
         part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    tables = promise.promise_table, promise.near_table, promise.variance_table, relative_table, bias_table
+    tables = promise.promise_table, promise.near_table, relative_table, variance_table, bias_table
     console.print(*(Markdown(table(results)) for table in tables), Markdown(promise.rounds_table()))
     return path
+
+
+def setting_name(cell: Result) -> str:
+    name = f"{cell['dim']}, {cell['hash_code_len']}, {cell['num_hash']}"
+    return name if cell["rotations"] is None else f"{name}; {cell['rotations']} rotations"
 
 
 def relative_table(results: Result) -> str:
@@ -183,12 +199,25 @@ def relative_table(results: Result) -> str:
     setting, kind of vectors and hash, a column for every cosine.
     """
     first = results["relative"][0]
-    header = ["d, tau, m", "vectors", "hash", "rounds", *(f"cosine {cosine:g}" for cosine in first["cosines"])]
-    lines = [header, ["---"] * 3 + ["---:"] * (1 + len(first["cosines"]))]
+    lines = [["d, tau, m", "vectors", "hash", "rounds", *(f"cosine {cosine:g}" for cosine in first["cosines"])]]
+    lines.append(["---"] * 3 + ["---:"] * (1 + len(first["cosines"])))
     for cell in results["relative"]:
         percent = [f"{100 * bias:+.1f} ± {100 * error:.1f}%" for bias, error in zip(cell["bias"], cell["standard_error"], strict=True)]
         lines.append([setting_name(cell), cell["kind"], cell["hash"], "" if cell["rounds"] is None else str(cell["rounds"]), *percent])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines)
+
+
+def variance_table(results: Result) -> str:
+    """The smallest and the largest variance of a mean over the kinds and cosines, times the number
+    of hashes, over that of a single hash, in Markdown: a row for every setting and hash.
+    """
+    lines = [["d, tau, m", "hash", "smallest", "largest"], ["---", "---", "---:", "---:"]]
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for cell in results["relative"]:
+        columns = (cell[name] for name in ("variance", "variance_standard_error", "cosines"))
+        shown = [(ratio, f"{ratio:.3f} ± {error:.3f}, {cell['kind']} at {cosine:g}") for ratio, error, cosine in zip(*columns, strict=True)]
+        found.setdefault((setting_name(cell), cell["hash"]), []).extend(shown)
+    return markdown([*lines, *([*key, min(ends)[1], max(ends)[1]] for key, ends in found.items())])
 
 
 def bias_table(results: Result) -> str:
@@ -201,4 +230,4 @@ def bias_table(results: Result) -> str:
     for dim in sorted({dim for dim, _ in cells}):
         found = [cells[dim, tau] for tau in taus]
         lines.append([str(dim), *(f"{cell['largest']:.4f} ± {cell['largest_standard_error']:.4f}" for cell in found)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines)

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yoso_core.benchmarks.bias import bias_table, relative_table
+from yoso_core.benchmarks.bias import bias_table, relative_table, variance_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.floor import least_bytes
 from yoso_core.benchmarks.machines import H100
-from yoso_core.benchmarks.promise import near_table, promise_table, rounds_table, variance_table
+from yoso_core.benchmarks.promise import near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
 from yoso_core.benchmarks.traffic import FORMULAS, Traffic, by_design, traffic
 from yoso_core.files import written

@@ -32,7 +32,7 @@ vector.
 ROTATIONS: dict[int, dict[int, int]] = {
     32: {8: 7, 9: 8, 10: 10, 11: 10, 12: 11},
     64: {8: 4, 9: 5, 10: 6, 11: 7, 12: 8},
-    128: {8: 3, 9: 3, 10: 4, 11: 5, 12: 5},
+    128: {8: 3, 9: 4, 10: 4, 11: 5, 12: 6},
 }
 """``ROTATIONS[D][tau]``: the fewest rotations with which the mean collision weight of a chain is
 within 1.5% of the expected one at cosines of 0.5 to 0.9, and within 4% at a right angle. It was

@@ -72,7 +72,7 @@ def sample_signs(
     ========  ===  ===  ===  ===  ===
     D = 32      7    8   10   10   11
     D = 64      4    5    6    7    8
-    D = 128     3    3    4    5    5
+    D = 128     3    4    4    5    6
     ========  ===  ===  ===  ===  ===
 
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2, for the paper's layout.
