@@ -106,8 +106,8 @@ ERRORS = {0.0: 0.015, 0.5: 0.003, 0.7: 0.003, 0.9: 0.003}
 COSINES = tuple(ERRORS)
 HASHES: tuple[Hash, ...] = ("paper", "chained", "planes")
 VARIANCE_BOUND = 1.03
-"""The tests hold that the variance of the mean over m hashes, times m, is at most so many times
-that of a single hash.
+"""The tests hold that the variance of the mean over m hashes of a chain, times m, is at most so
+many times that of a single hash.
 """
 
 

@@ -218,6 +218,23 @@ def promise_table(results: Result) -> str:
     return markdown(lines)
 
 
+def kept_table(results: Result) -> str:
+    """For every row of the table of rotations: the bits that share one, what follows for vectors in
+    random directions, and the largest bias that was measured over all kinds and cosines, in
+    Markdown.
+    """
+    header = ["d, tau", "rotations", "room for m", "pairs of bits", "predicted at 0", "at 0.5", "largest measured at 0", "at 0.5 to 0.9"]
+    lines: list[list[Any]] = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for setting in PROMISED:
+        cells = [c for c in results["promise"] if (c["dim"], c["hash_code_len"]) == (setting.dim, setting.hash_code_len)]
+        right, nearer = ([c for c in cells if c["num_hash"] != FEW and (c["cosine"] == 0) == at_0] for at_0 in (True, False))
+        biases = [f"{100 * predicted(setting, cosine):+.1f}%" for cosine in (0.0, 0.5)]
+        worst = [percent(max(some, key=beside_bound)) for some in (right, nearer)]
+        sizes = f"{setting.dim}, {setting.hash_code_len}", setting.rotations, setting.num_hash
+        lines.append([*sizes, f"{shared_pairs(setting):.1f}", *biases, *worst])
+    return markdown(lines)
+
+
 def beside_bound(cell: Result) -> float:
     """How much of its bound the bias of a cell is."""
     return float(abs(cell["bias"]) / cell["bound"])

@@ -19,7 +19,7 @@ from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.floor import least_bytes
 from yoso_core.benchmarks.machines import H100
-from yoso_core.benchmarks.promise import near_table, promise_table, rounds_table
+from yoso_core.benchmarks.promise import kept_table, near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
 from yoso_core.benchmarks.traffic import FORMULAS, Traffic, by_design, traffic
 from yoso_core.files import written
@@ -332,6 +332,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bias": lambda folder: bias_table(_read(folder / "hadamard_bias.json")),
     "bias-relative": lambda folder: relative_table(_read(folder / "hadamard_bias.json")),
     "bias-promise": lambda folder: promise_table(_read(folder / "hadamard_bias.json")),
+    "bias-kept": lambda folder: kept_table(_read(folder / "hadamard_bias.json")),
     "bias-near": lambda folder: near_table(_read(folder / "hadamard_bias.json")),
     "bias-variance": lambda folder: variance_table(_read(folder / "hadamard_bias.json")),
     "bias-rounds": lambda folder: rounds_table(),
