@@ -1,8 +1,8 @@
 """Tables from results, for the terminal and for the README files. No number there is typed by hand.
 
 ``python -m yoso_core.benchmarks.report``, from the root of the repository, rewrites every block
-between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` in README.md and benchmarks/README.md from
-the committed JSON.
+between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` in README.md, benchmarks/README.md and
+docs/hashing.md from the committed JSON.
 """
 
 import json
@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yoso_core.benchmarks.bias import bias_table, relative_table
+from yoso_core.benchmarks.bias import bias_table, relative_table, variance_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.floor import least_bytes
 from yoso_core.benchmarks.machines import H100
+from yoso_core.benchmarks.promise import kept_table, near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
 from yoso_core.benchmarks.traffic import FORMULAS, Traffic, by_design, traffic
 from yoso_core.files import written
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 
-FILES = (Path("README.md"), Path("benchmarks/README.md"))
+FILES = (Path("README.md"), Path("benchmarks/README.md"), Path("docs/hashing.md"))
 RESULTS = Path("benchmarks/results")
 
 _COLUMNS = ("case", "ours", "beside", "result", "target", "verdict", "floor / time")
@@ -330,6 +331,11 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "model": lambda folder: full_block(_read(folder / "model.json")),
     "bias": lambda folder: bias_table(_read(folder / "hadamard_bias.json")),
     "bias-relative": lambda folder: relative_table(_read(folder / "hadamard_bias.json")),
+    "bias-promise": lambda folder: promise_table(_read(folder / "hadamard_bias.json")),
+    "bias-kept": lambda folder: kept_table(_read(folder / "hadamard_bias.json")),
+    "bias-near": lambda folder: near_table(_read(folder / "hadamard_bias.json")),
+    "bias-variance": lambda folder: variance_table(_read(folder / "hadamard_bias.json")),
+    "bias-rounds": lambda folder: rounds_table(),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }

@@ -58,10 +58,10 @@ def run_suite(
     Parameters
     ----------
     name : ``"cpu"``; ``"gpu"``, on CUDA; ``"model"``, the whole model beside transformers'; or
-        ``"bias"``, how far the Hadamard hash is from its ideal.
+        ``"bias"``, how far the fast hashes are from their ideal.
     repeats : timed samples of each side, in turns. Slow cases get fewer, but at least three.
     quick : run only the cases that are marked quick, on small inputs, to see that the benchmark
-        works.
+        works; ``"bias"`` takes few draws.
     output : a folder, made where it does not exist.
     progress : show what is running.
 
@@ -80,7 +80,7 @@ def run_suite(
         raise ValueError(f"repeats: need at least 1, got {repeats}")
     output = Path(output)
     if name == "bias":
-        return bias.run_bias(output, progress=progress)
+        return bias.run_bias(output, quick=quick, progress=progress)
     if name not in SUITES:
         raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias'])}")
     suite = SUITES[name]

@@ -669,18 +669,19 @@ for dim, known in zip((8, 16, 32, 64, 128), (0.0420, 0.0190, 0.0086, 0.0040, 0.0
 #
 # Bits of *different* rotations do not. `layout="chained"` makes one long chain
 # $y_r = H D_r\, y_{r-1}$, uses the coordinates of every round from the fourth on, and spreads the
-# bits of a code over the rounds. [How and why](../docs/hashing.md), with the measurement for other
-# sizes.
+# bits of a code over these rotations. With 8 rotations each of the 8 bits has one of its own. With
+# 4, which is what `sample_signs` takes here, two bits share one: a bias of that is left, within
+# what [the documentation](../docs/hashing.md) promises and derives.
 
 
 # %%
-def relative_bias(cosine, layout, dim=64, tau=8, m=32, draws=300, pairs=200):
+def relative_bias(cosine, layout, rotations=None, dim=64, tau=8, m=32, draws=300, pairs=200):
     """Share of equal codes over its ideal, minus 1, and the standard error over the draws."""
     first, other = rng.standard_normal((2, draws, pairs, dim), dtype=np.float32)
     first /= np.linalg.norm(first, axis=-1, keepdims=True)
     other -= np.sum(other * first, axis=-1, keepdims=True) * first
     other /= np.linalg.norm(other, axis=-1, keepdims=True)
-    signs = yoso_core.sample_signs(m, tau, dim, batch_shape=(draws,), layout=layout, rng=rng)
+    signs = yoso_core.sample_signs(m, tau, dim, batch_shape=(draws,), layout=layout, rotations=rotations, rng=rng)
     second = np.float32(cosine) * first + np.float32(np.sqrt(1 - cosine**2)) * other
     codes = [yoso_core.fast_hash(x, signs, m, tau, layout=layout) for x in (first, second)]
     ratio = np.mean(codes[0] == codes[1], axis=(1, 2)) / expected_weight(np.arccos(cosine), tau)
@@ -690,8 +691,14 @@ def relative_bias(cosine, layout, dim=64, tau=8, m=32, draws=300, pairs=200):
 cosines = np.array([0.0, 0.25, 0.5, 0.75, 0.9])
 figure, axes = draw.picture(width=6, height=2.9)
 axes.axhline(0, color=draw.GRAY, linewidth=1)
-for number, (layout, label) in enumerate((("paper", "the paper's layout, 12 rounds"), ("chained", "one chain, 11 rounds"))):
-    bias, error = np.array([relative_bias(cosine, layout) for cosine in cosines]).T
+curves = {
+    "the paper's layout, 12 rounds": ("paper", None),
+    "one chain, 4 rotations, 7 rounds": ("chained", 4),
+    "one chain, 8 rotations, 11 rounds": ("chained", 8),
+}
+assert yoso_core.sample_signs(32, 8, 64, layout="chained").shape == (4 + 3, 64)
+for number, (label, (layout, rotations)) in enumerate(curves.items()):
+    bias, error = np.array([relative_bias(cosine, layout, rotations) for cosine in cosines]).T
     axes.errorbar(
         cosines,
         100 * bias,
@@ -708,7 +715,8 @@ for number, (layout, label) in enumerate((("paper", "the paper's layout, 12 roun
         assert bias[0] < -0.1, "at a right angle"
         assert np.all(np.diff(bias[:3]) > 0), "nearer vectors suffer less"
     else:
-        assert np.all(np.abs(bias) < 0.01 + 4 * error)
+        bound = np.where(cosines == 0, 0.04, 0.015) if rotations == 4 else 0
+        assert np.all(np.abs(bias) < bound + 5 * error)
 axes.set(
     title="Relative bias of a weight: D = 64, $\\tau$ = 8, m = 32",
     xlabel="cosine of the two vectors",
@@ -720,8 +728,8 @@ figure
 
 # %% [markdown]
 # The paper's layout is what the paper's kernels do, and what checkpoints trained by sampling have
-# learned with; it is the default here so far. Where the weights must be right, and where there are
-# many hashes, take the chain. Gaussian `planes=` are exact, at $D$ multiplications a bit.
+# learned with. Where the weights must be right, and where there are many hashes, take the chain.
+# Gaussian `planes=` are exact, at $D$ multiplications a bit.
 #
 # ## What to keep
 #
@@ -732,7 +740,7 @@ figure
 #   related, three are enough.
 # - One rotation serves $\lfloor D/\tau \rfloor$ codes. Its planes are at right angles, not
 #   independent, so their bits repel each other: a share of every weight is missing. Bits of
-#   different rotations, as in a chain, show no such bias.
+#   different rotations, as in a chain, do not.
 #
 # Next: [4. Cumulation](04_cumulation.ipynb), where the codes do their work.
 #
