@@ -249,7 +249,7 @@ def launches() -> Iterator[list[Launch]]:
     >>> with gpu.launches() as made:
     ...     code = yoso_core.fast_hash(vectors, signs, 4, 3, variant="emulated:warp_per_vector")
     >>> [(launch.kernel, launch.grid, launch.block) for launch in made]
-    [('warp_per_vector', (2, 1, 1), (128, 1, 1))]
+    [('warp_per_chain', (2, 1, 1), (128, 1, 1))]
     """
     made: list[Launch] = []
     token = _observers.set((*_observers.get(), made))

@@ -39,7 +39,7 @@ def sample_signs(
     device : where the result goes. ``None``: it stays where it was drawn.
 
     >>> sample_signs(32, 8, 64, generator=torch.Generator().manual_seed(0)).shape
-    torch.Size([3, 4, 64])
+    torch.Size([7, 64])
     """
     if not torch.compiler.is_compiling():
         num_hash, hash_code_len, dim, batch_shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)

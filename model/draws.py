@@ -40,15 +40,15 @@ def evaluation_signs(
     layout: Layout = "chained",
     rotations: int | None = None,
 ) -> Tensor:
-    """The diagonals of the fast hash: int8 of +1 and -1, ``(num_heads, 3, parts, D)``, or
-    ``(num_heads, rotations + 3, D)`` for a chain.
+    """The diagonals of the fast hash: int8 of +1 and -1, ``(num_heads, rotations + 3, D)``, or
+    ``(num_heads, 3, parts, D)`` in the paper's layout.
 
     Entry ``i`` of the flattened signs of a head is +1 where bit ``i % 64`` of the head's word
     ``i // 64`` is one.
 
     >>> numbers = {"num_heads": 2, "num_hash": 4, "hash_code_len": 8, "dim": 16}
     >>> evaluation_signs(hash_seed=0, layer=0, **numbers).shape
-    torch.Size([2, 3, 2, 16])
+    torch.Size([2, 11, 16])
     """
     rotations = checks.rotations("layout", layout, rotations, least_rotations(num_hash, hash_code_len, dim))
     shape = signs_shape(num_hash, hash_code_len, dim, layout, rotations)

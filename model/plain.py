@@ -140,9 +140,9 @@ def expected_weights(query: Tensor, key: Tensor, hash_code_len: int) -> Tensor:
 def fast_hash(vectors: Tensor, signs: Tensor, num_hash: int, hash_code_len: int, layout: Layout = "chained") -> Tensor:
     """The codes of `yoso_core.fast_hash`, as int64.
 
-    >>> fast_hash(torch.eye(2), torch.ones(3, 1, 2, dtype=torch.int8), num_hash=1, hash_code_len=2)
-    tensor([[3],
-            [1]])
+    >>> fast_hash(torch.eye(2), torch.ones(4, 2, dtype=torch.int8), num_hash=1, hash_code_len=2)
+    tensor([[1],
+            [2]])
     """
     dim = int(vectors.shape[-1])  # the old exporter counts in tensors
     padded_dim = int(signs.shape[-1])

@@ -125,14 +125,14 @@ def sample_signs(
 ) -> Array:
     """Draw the random diagonals of the fast projection: independent fair signs.
 
-    Returns int8 of +1 and -1: ``(*batch_shape, 3, parts, D)``, where ``[..., 0, :, :]`` is D1,
-    which is applied first; for a chain ``(*batch_shape, rotations + 3, D)``, where ``[..., 0, :]``
-    is D1.
+    Returns int8 of +1 and -1: ``(*batch_shape, rotations + 3, D)``, where ``[..., 0, :]`` is D1,
+    which is applied first; in the paper's layout ``(*batch_shape, 3, parts, D)``, where
+    ``[..., 0, :, :]`` is D1.
 
     >>> sample_signs(32, 8, 64, rng=0).shape
-    (3, 4, 64)
-    >>> sample_signs(32, 8, 64, layout="chained", rotations=4, rng=0).shape
     (7, 64)
+    >>> sample_signs(32, 8, 64, layout="paper", rng=0).shape
+    (3, 4, 64)
     """
     shape = (*batch_shape, *signs_shape(num_hash, hash_code_len, dim, layout, rotations))
     return 2 * np.random.default_rng(rng).integers(0, 2, size=shape, dtype=np.int8) - 1

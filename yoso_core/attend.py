@@ -85,8 +85,8 @@ def yoso_attention(
         nonzero = keep. Masked entries are skipped. Masked queries get zeros.
     normalize_output : scale every row to unit length, in float32 at least. A row shorter than
         1e-12, such as that of a query that met no key, becomes zeros.
-    layout : of the signs. ``"paper"`` repeats the paper and its kernels, whose collisions are too
-        rare; ``"chained"`` is unbiased and cheaper for many hashes: see `fast_hash`.
+    layout : of the signs. ``"chained"`` is unbiased, and cheaper for many hashes; ``"paper"``
+        repeats the paper and its kernels, whose collisions are too rare: see `fast_hash`.
     rotations : of a chain that is drawn here; see `sample_signs`.
     oversample : ``s``: hash with ``tau + s`` bits, and count a key whose code differs in ``r`` of
         them ``C(tau + s - r, tau) / C(tau + s, tau)``: the mean over all hashes of ``tau`` of those

@@ -41,9 +41,9 @@ def sample_signs(
 ) -> np.ndarray[Any, np.dtype[np.int8]]:
     """Draw the random diagonals of the fast rotations, independent fair signs.
 
-    In the paper's layout, each part of a hash is a rotation ``H D3 H D2 H D1 x`` with three
-    diagonals ``D`` of its own. A chain is one sequence of rounds ``H D``, all of which are used but
-    the first three.
+    A chain is one sequence of rounds ``H D``, all of which are used but the first three. In the
+    paper's layout, each part of a hash is a rotation ``H D3 H D2 H D1 x`` with three diagonals
+    ``D`` of its own.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def sample_signs(
     dim : the dimension ``d`` of the vectors. ``D`` is ``d`` rounded up to a power of two.
     batch_shape : leading dims. They broadcast against those of the vectors: ``()`` serves a whole
         batch with one draw, ``(heads,)`` draws for each head.
-    layout : ``"paper"``, or ``"chained"``, whose collisions are unbiased: see `fast_hash`.
+    layout : ``"chained"``, or ``"paper"``, whose collisions are too rare: see `fast_hash`.
     rotations : of a chain, ``P``, at least ``ceil(num_hash * hash_code_len / D)``. ``None``: the
         number in the table below, ``tau`` outside of it, and more where ``num_hash`` needs more.
         Fewer cost less and leave more bias; with ``tau`` every bit of a code has a rotation of its
@@ -60,8 +60,8 @@ def sample_signs(
 
     Returns
     -------
-    int8 of +1 and -1: ``(*batch_shape, 3, parts, D)``, where ``[..., 0, :, :]`` is D1, the first to
-    be applied; for a chain ``(*batch_shape, P + 3, D)``, where ``[..., 0, :]`` is D1.
+    int8 of +1 and -1: ``(*batch_shape, P + 3, D)``, where ``[..., 0, :]`` is D1, the first to be
+    applied; in the paper's layout ``(*batch_shape, 3, parts, D)``, where ``[..., 0, :, :]`` is D1.
 
     With the rotations of this table, the mean collision weight is within 1.5% of
     ``(1 - theta / pi)**tau`` at cosines of 0.5 to 0.9, and within 4% at a right angle. That was
@@ -79,9 +79,9 @@ def sample_signs(
     Source: Zeng et al. 2021 (arXiv 2111.09714), section 3.2, for the paper's layout.
 
     >>> sample_signs(32, 8, 64, rng=0).shape
-    (3, 4, 64)
-    >>> sample_signs(32, 8, 64, layout="chained", rotations=4, rng=0).shape
     (7, 64)
+    >>> sample_signs(32, 8, 64, layout="paper", rng=0).shape
+    (3, 4, 64)
     """
     m, tau, d, shape = checks.draw(num_hash, hash_code_len, dim, batch_shape)
     rotations = checks.rotations("layout", layout, rotations, least_rotations(m, tau, d))
@@ -140,26 +140,27 @@ def fast_hash(
     """Hash codes by fast random rotations, ``tau`` sign bits to a code. Every variant returns the
     same bits.
 
-    ``layout="paper"``: with ``per = D // tau``, bit ``b`` of code ``h`` is
-    ``projection[h // per][(h % per) * tau + b] > 0`` of ``H D3 H D2 H D1 x`` and is worth ``2**b``.
-    For ``tau > D`` the projections of all parts form one stream, cut every ``tau`` bits. The bits
-    of a code are signs of orthogonal projections, which repel each other: codes collide too seldom,
-    for ``d = 32``, ``tau = 11`` and a right angle by 57%.
-
     ``layout="chained"``: ``y_r = c_r H D_r y_(r-1)``, ``y_0 = x``, with an exact factor ``c_r``
     (`yoso_core.reference.fast_hash`). The coordinates of the ``P`` rounds from the fourth on form
-    one stream; bit ``b`` of code ``h`` is its coordinate ``b (P D // tau) + h``. With ``P >= tau``
-    every bit of a code has a rotation of its own, and the collisions of Gaussian vectors show no
-    bias. It is cheaper for many hashes: ``P + 3`` rounds in place of three for each part.
+    one stream; bit ``b`` of code ``h`` is its coordinate ``b (P D // tau) + h``, worth ``2**b``.
+    Bits of different rotations agree independently, so codes collide as often as they should: with
+    the rotations that `sample_signs` chooses within 1.5%, 4% at a right angle.
+
+    ``layout="paper"``: with ``per = D // tau``, bit ``b`` of code ``h`` is
+    ``projection[h // per][(h % per) * tau + b] > 0`` of ``H D3 H D2 H D1 x``, as in the paper's
+    kernels. For ``tau > D`` the projections of all parts form one stream, cut every ``tau`` bits.
+    The bits of a code are signs of orthogonal projections, which repel each other: codes collide
+    too seldom, for ``d = 32``, ``tau = 11`` and a right angle by 57%. It costs three rounds for
+    each part, where a chain costs ``P + 3``.
 
     Parameters
     ----------
     vectors : float ``(..., n, d)``. float64 is hashed in float64, all others in float32. The
         positive scale of a vector does not matter.
-    signs : int8 ``(*batch, 3, parts, D)``, or ``(*batch, P + 3, D)`` for a chain, from
+    signs : int8 ``(*batch, P + 3, D)``, or ``(*batch, 3, parts, D)`` in the paper's layout, from
         `sample_signs`. ``batch`` broadcasts against the leading dims of ``vectors``.
     num_hash, hash_code_len : ``m`` and ``tau`` (1 to 30).
-    layout : ``"paper"`` or ``"chained"``, that of the signs.
+    layout : ``"chained"`` or ``"paper"``, that of the signs.
 
     Returns
     -------
