@@ -669,13 +669,15 @@ def yoso_attention(
     rotations: int | None = None,
     oversample: int = 0,
     return_length: bool = False,
+    return_error: bool = False,
     variant: str | None = None,
 ) -> Any:
     """YOSO attention without gradients: see `yoso_core.yoso_attention`, whose arguments these are.
+    That function alone adds hashes up to a ``target_error``.
 
-    ``return_length``: return a pair, the rows and ``(..., n_q, 1)``, the length of each before it
+    ``return_length``: return a tuple, the rows and ``(..., n_q, 1)``, the length of each before it
     was scaled, in float32 at least. Masked rows have length 0. ``ValueError`` where no row is
-    scaled.
+    scaled. With ``return_error`` the error comes last.
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller(
@@ -697,6 +699,8 @@ def yoso_attention(
         _check_signs(signs, query, m, tau + smoothing, layout, caller)
     elif planes is not None:
         _check_planes(planes, query, m, tau + smoothing)
+    if return_error:
+        checks.spread(m, use_expectation)
     if return_length and not normalize_output:
         raise ValueError("return_length: with normalize_output=False no row is scaled, so there is no length before that")
     arguments = {
@@ -716,5 +720,6 @@ def yoso_attention(
         "key_mask": key_mask,
         "normalize_output": bool(normalize_output),
         "return_length": bool(return_length),
+        "return_error": bool(return_error),
     }
     return run(YOSO_ATTENTION, variant, caller, YOSO_ATTENTION.complete(arguments))
