@@ -123,7 +123,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("hyperplane_hash", "cpu:tiles", "yoso_core.cpu:hyperplane_hash", "16 vectors to a tile against every plane"),
     Kernel("hyperplane_hash", "numpy:formula", "yoso_core.reference:hyperplane_hash", "one matrix product"),
     *_cuda("hyperplane_hash", "thread_per_code", "a thread for each code, its projections in registers", "thread_per_code"),
-    Kernel("lsh_cumulation", "cpu:tables", "yoso_core.cpu:lsh_cumulation", "a table per hash, in cache"),
+    Kernel("lsh_cumulation", "cpu:tables", "yoso_core.cpu:lsh_cumulation", "a table per hash, in cache", lacks=("oversample",)),
     Kernel("lsh_cumulation", "numpy:tables", "yoso_core.reference:lsh_cumulation_tables", "np.add.at into a table per hash"),
     Kernel("lsh_cumulation", "numpy:pairs", "yoso_core.reference:lsh_cumulation_pairs", "every pair of codes"),
     *_cuda("lsh_cumulation", "shared_table", "tables in shared memory, a column to a thread: no atomics", "shared_table"),
@@ -253,7 +253,7 @@ KERNELS: tuple[Kernel, ...] = (
         "cpu:fused",
         "yoso_core.cpu:yoso_attention",
         "hash, cumulate and normalize tile by tile, codes never stored",
-        lacks=("return_error",),
+        lacks=("oversample", "return_error"),
     ),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
     *_cuda(
