@@ -115,7 +115,17 @@ def example_inputs(
 
 
 def _least_bytes(
-    operation: Operation, *, batch: int, heads: int, n: int, n_key: int, dim: int, value_dim: int, num_hash: int, hash_code_len: int, oversample: int
+    operation: Operation,
+    *,
+    batch: int,
+    heads: int,
+    n: int,
+    n_key: int,
+    dim: int,
+    value_dim: int,
+    num_hash: int,
+    hash_code_len: int,
+    oversample: int,
 ) -> int:
     """What is drawn, in float64 as NumPy draws it, and what a call in float64 reads and writes."""
     rows, rows_key = batch * heads * n, batch * heads * n_key
@@ -129,7 +139,7 @@ def _largest(sizes: Mapping[str, int]) -> str:
     """The argument to blame where there is no room: that which is furthest from its default."""
     defaults = {name: parameter.default for name, parameter in signature(example_inputs).parameters.items()}
     defaults |= {"n_key": defaults["n"], "value_dim": defaults["dim"]}
-    return max(sizes, key=lambda name: sizes[name] / defaults[name])
+    return max((name for name in sizes if defaults[name]), key=lambda name: sizes[name] / defaults[name])
 
 
 @dataclass(frozen=True)

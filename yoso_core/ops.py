@@ -430,7 +430,8 @@ def lsh_weighted_cumulation(
     return run(LSH_WEIGHTED_CUMULATION, variant, caller, arguments)
 
 
-def _check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
+def check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
+    """What every attention asks of its arrays."""
     checks.vectors("query", query)
     checks.vectors("key", key, same_as=("query", query))
     checks.floating("value", value)
@@ -480,7 +481,7 @@ def expectation_attention(
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     arguments = {
         "query": query,
         "key": key,
@@ -538,7 +539,7 @@ def expectation_attention_backward(
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
     arguments = {
         "grad_out": grad_out,
@@ -621,7 +622,7 @@ def lsh_attention_backward(
         query_mask=query_mask,
         key_mask=key_mask,
     )
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
     s = checks.oversample(oversample, tau)
     capacity = _check_codes(query_hash_code, key_hash_code, 1 << (tau + s), None, None, limit=1 << (tau + s))
@@ -691,7 +692,7 @@ def yoso_attention(
         query_mask=query_mask,
         key_mask=key_mask,
     )
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     smoothing = checks.oversample(oversample, tau)
     if signs is not None and planes is not None:
         raise ValueError("planes: give signs or planes, not both")
