@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from yoso_core.benchmarks.bias import bias_table, relative_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
+from yoso_core.benchmarks.error import cosine_table, coverage_table, variance_table
 from yoso_core.benchmarks.floor import least_bytes
 from yoso_core.benchmarks.machines import H100
 from yoso_core.benchmarks.sides import Ours
@@ -330,6 +331,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "model": lambda folder: full_block(_read(folder / "model.json")),
     "bias": lambda folder: bias_table(_read(folder / "hadamard_bias.json")),
     "bias-relative": lambda folder: relative_table(_read(folder / "hadamard_bias.json")),
+    "error-variance": lambda folder: variance_table(_read(folder / "error.json")),
+    "error-coverage": lambda folder: coverage_table(_read(folder / "error.json")),
+    "error-cosine": lambda folder: cosine_table(_read(folder / "error.json")),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }

@@ -671,7 +671,9 @@ def warmup(
 @app.command()
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), model, or bias.")] = "cpu",
+    name: Annotated[
+        str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), model, bias, or error.")
+    ] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed samples per side, in turns.")] = 7,
     output: Annotated[Path, typer.Option(help="The folder for the JSON and the picture.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small cases only: does the benchmark itself work?")] = False,

@@ -25,7 +25,7 @@ from yoso_core.arrays import Array, Caller, one_caller
 from yoso_core.reference.arrays import full_mask
 from yoso_core.reference.hashing import Seed, signs_shape
 from yoso_core.reference.normalize import l2_normalize
-from yoso_core.reference.smoothing import agreement, count_bits, smoothing_weights, whole_table_pays
+from yoso_core.reference.smoothing import count_bits, smoothing_weights, whole_table_pays
 
 Floats = NDArray[np.float64]
 
@@ -302,7 +302,7 @@ def _sampled_rows(
                 raise ValueError(f"{name}: a row that is kept holds a number that is not finite")
         unit_key = l2_normalize(k)
         for i in rng.permutation(len(q))[: max(1, most // len(heads))]:
-            yield _row(head, l2_normalize(q[i : i + 1])[0], unit_key, v, rng)
+            yield sampled_row(head, l2_normalize(q[i : i + 1])[0], unit_key, v, rng)
 
 
 def _kept(
@@ -311,7 +311,7 @@ def _kept(
     return [(query, keep_query[head]), (key, keep_key[head]), (value, keep_key[head])]
 
 
-def _row(head: tuple[int, ...], query: Floats, key: Floats, value: Floats, rng: np.random.Generator) -> _Row:
+def sampled_row(head: tuple[int, ...], query: Floats, key: Floats, value: Floats, rng: np.random.Generator) -> _Row:
     agree = 1 - np.arccos(np.clip(key @ query, -1, 1)) / np.pi
     drawn, weight = _drawn_keys(agree, value, rng)
     some, angle = key[drawn], np.pi * (1 - agree[drawn])
@@ -400,20 +400,25 @@ def _hashed(rows: list[_Row], tau: int, s: int, rng: np.random.Generator) -> Flo
     signs = ops.sample_signs(PILOT_HASHES, tau + s, key.shape[-1], layout="chained", rng=rng)
     vectors = np.concatenate([np.stack([row.query for row in rows]).astype(np.float32), key])
     codes = ops.fast_hash(vectors, signs, PILOT_HASHES, tau + s, layout="chained")
-    weigh = _weigher(tau, s)
-    of_hashes = [weigh(codes[: len(rows), hash], codes[len(rows) :, hash]) @ value for hash in range(PILOT_HASHES)]
+    weigh = weigher(tau, s)
+    of_hashes = [weigh(codes[: len(rows), hash, None] ^ codes[len(rows) :, hash]) @ value for hash in range(PILOT_HASHES)]
     found: Floats = np.stack(of_hashes, axis=1)
     return found
 
 
-def _weigher(tau: int, s: int) -> Callable[[Any, Any], Any]:
-    """`yoso_core.reference.smoothing.agreement`, by a table where that is small."""
-    if tau + s > 16:
-        return lambda query_code, key_code: agreement(query_code, key_code, tau, s)
+def weigher(tau: int, s: int) -> Callable[[Any], Any]:
+    """``a_r`` of the bits in which two codes of ``tau + s`` bits differ, ``code xor code``; by a
+    table where that is small.
+
+    >>> weigher(1, 1)(np.array([0, 1, 2, 3]))
+    array([1. , 0.5, 0.5, 0. ])
+    """
     weights = np.zeros(tau + s + 1)
     weights[: s + 1] = smoothing_weights(tau, s)
+    if tau + s > 16:
+        return lambda differing: weights[count_bits(differing)]
     table = weights[count_bits(np.arange(1 << (tau + s)))]
-    return lambda query_code, key_code: table[query_code[:, None] ^ key_code]
+    return lambda differing: table[differing]
 
 
 # What it costs
