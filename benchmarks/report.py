@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yoso_core.benchmarks import error
 from yoso_core.benchmarks.bias import bias_table, relative_table, variance_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.floor import least_bytes
+from yoso_core.benchmarks.learning import learning_table
 from yoso_core.benchmarks.machines import H100
 from yoso_core.benchmarks.promise import kept_table, near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
@@ -336,6 +338,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bias-near": lambda folder: near_table(_read(folder / "hadamard_bias.json")),
     "bias-variance": lambda folder: variance_table(_read(folder / "hadamard_bias.json")),
     "bias-rounds": lambda folder: rounds_table(),
+    "error-variance": lambda folder: error.variance_table(_read(folder / "error.json")),
+    "error-coverage": lambda folder: error.coverage_table(_read(folder / "error.json")),
+    "error-cosine": lambda folder: error.cosine_table(_read(folder / "error.json")),
+    "learning": lambda folder: learning_table(_read(folder / "learning.json")),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }

@@ -16,7 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from yoso_core import variants
-from yoso_core.benchmarks import bias, memory
+from yoso_core.benchmarks import bias, error, learning, memory
 from yoso_core.benchmarks.cases import SUITES, Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
 from yoso_core.benchmarks.floor import floor, measured_rates
@@ -58,7 +58,9 @@ def run_suite(
     Parameters
     ----------
     name : ``"cpu"``; ``"gpu"``, on CUDA; ``"model"``, the whole model beside transformers'; or
-        ``"bias"``, how far the fast hashes are from their ideal.
+        ``"bias"``, how far the fast hashes are from their ideal; ``"error"``, how far the error bar
+        and the plan are from what happens; or ``"learning"``, what a model makes of the way it is
+        sampled in training.
     repeats : timed samples of each side, in turns. Slow cases get fewer, but at least three.
     quick : run only the cases that are marked quick, on small inputs, to see that the benchmark
         works; ``"bias"`` takes few draws.
@@ -81,8 +83,12 @@ def run_suite(
     output = Path(output)
     if name == "bias":
         return bias.run_bias(output, quick=quick, progress=progress)
+    if name == "error":
+        return error.run_error(output, progress=progress)
+    if name == "learning":
+        return learning.run_learning(output, progress=progress)
     if name not in SUITES:
-        raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias'])}")
+        raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias', 'error', 'learning'])}")
     suite = SUITES[name]
     cases = [case for case in suite.cases if case.quick or not quick]
     _need_packages(name, cases)

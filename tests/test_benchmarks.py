@@ -170,7 +170,7 @@ def test_quick_leaves_the_full_results_alone(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no suite 'tpu'; there are cpu, gpu, model, bias"):
+    with pytest.raises(ValueError, match="no suite 'tpu'; there are cpu, gpu, model, bias, error"):
         runner.run_suite("tpu", output=tmp_path)
     with pytest.raises(ValueError, match="repeats: need at least 1, got 0"):
         runner.run_suite("cpu", repeats=0, output=tmp_path)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from yoso_core import backends, registry, sample_signs
 from yoso_core.cli import app
 
-COMMANDS = ["info", "compare", "kernel", "demo", "fill-mask", "convert", "tutorial", "warmup", "bench"]
+COMMANDS = ["info", "compare", "kernel", "demo", "fill-mask", "convert", "plan", "tutorial", "warmup", "bench"]
 SMALL = ["--n", "33", "--dim", "16", "--num-hash", "7", "--hash-code-len", "5", "--repeats", "2"]
 
 

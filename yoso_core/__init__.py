@@ -47,11 +47,14 @@ if TYPE_CHECKING:
         YosoForTokenClassification,
         YosoModel,
     )
+    from yoso_core.planning import Choice, Plan, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Choice",
     "Comparison",
+    "Plan",
     "Registration",
     "Variant",
     "YosoConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "lsh_attention_backward",
     "lsh_cumulation",
     "lsh_weighted_cumulation",
+    "plan",
     "register",
     "sample_planes",
     "sample_signs",
@@ -84,7 +88,10 @@ __all__ = [
 _LAZY = {
     "compare": "comparison",
     "example_inputs": "inputs",
+    "plan": "planning",
+    "Choice": "planning",
     "Comparison": "comparison",
+    "Plan": "planning",
     "YosoConfig": "model",
     "YosoForMaskedLM": "model",
     "YosoForMultipleChoice": "model",

@@ -8,9 +8,9 @@ goes there too where it requires gradients. Nothing below imports it.
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from yoso_core import ops
+from yoso_core import adaptive, ops
 from yoso_core.arrays import Array, of_a_program
 from yoso_core.reference.hashing import Layout, Seed
 
@@ -61,8 +61,12 @@ def yoso_attention(
     layout: Layout = "chained",
     rotations: int | None = None,
     oversample: int = 0,
+    return_error: bool = False,
+    target_error: float | None = None,
+    quantile: float = 0.9,
+    max_num_hash: int | None = None,
     variant: str | None = None,
-) -> Array:
+) -> Any:
     """YOSO attention: ``out_i = y_i / |y_i|`` with ``y_i = sum_j C_ij v_j``. Differentiable on
     torch tensors.
 
@@ -92,11 +96,27 @@ def yoso_attention(
         them ``C(tau + s - r, tau) / C(tau + s, tau)``: the mean over all hashes of ``tau`` of those
         bits. The same expectation with less noise, see `smooth_table`; ``signs`` or ``planes`` are
         then draws for ``tau + s`` bits.
+    return_error : return a pair, the rows and how far each may be from its expectation: its
+        relative standard error before the scaling to unit length, ``sqrt(sum_c s_c**2 / m) / |y|``
+        with ``s_c`` the standard deviation of coordinate ``c`` between the rows that single hashes
+        would give (divisor ``m - 1``). With an error ``e``, the cosine between the row and its
+        expectation is about ``sqrt(1 - e**2)``. Not for the expectation nor for a single hash.
+    target_error : add hashes, ``num_hash`` at a time, each group a draw of its own from ``rng``,
+        until a share ``quantile`` of the rows has at most this error. Rows that are masked, that
+        have no key left, or that are not finite do not count.
+    quantile : the share of rows, over all batches and heads, above 0 and up to 1.
+    max_num_hash : stop there in any case; at least ``num_hash``. ``None``: at 16 groups.
     variant : a name from `variants`, or ``None`` for the best that can run here.
 
     Returns
     -------
-    ``(..., n_q, d_v)`` in the dtype of ``value``. A non-finite query gives NaN in its row, a
+    ``(..., n_q, d_v)`` in the dtype of ``value``. With ``return_error`` ``(out, error)``, ``error``
+    float32 ``(..., n_q)``: 0 for masked rows, which are zeros whatever the draw; infinite where no
+    hash met a key, NaN where the row is. With ``target_error`` ``(out, error, num_hash_used)``, the
+    last an int. Neither has gradients: tensors that require them are refused, and so are programs
+    that torch records or transforms, and autocast.
+
+    A non-finite query gives NaN in its row, a
     non-finite key that is kept in every row of its head, a non-finite value that is kept in every
     row that meets it.
 
@@ -114,9 +134,23 @@ def yoso_attention(
     >>> sampled = yoso_attention(x, x, x, num_hash=64, rng=0)
     >>> bool((exact * sampled).sum(-1).mean() > 0.9)
     True
+    >>> out, error, used = yoso_attention(x, x, x, num_hash=16, target_error=0.3, rng=0)
+    >>> bool((error <= 0.3).mean() >= 0.9), used
+    (True, 32)
     """
-    attend: Callable[..., Array] = ops.yoso_attention
-    if _wants_torch(query, key, value):
+    without_gradients = {"return_error": return_error, "target_error": target_error is not None}
+    for name, asked in without_gradients.items():
+        if asked and _wants_torch(query, key, value):
+            raise ValueError(
+                f"{name}: not with gradients, under autocast, or in a program that torch records or transforms; "
+                "call it under torch.no_grad() with plain tensors"
+            )
+    attend: Callable[..., Any] = ops.yoso_attention
+    asked_for: dict[str, Any] = {"return_error": True} if return_error else {}
+    if target_error is not None:
+        attend = adaptive.yoso_attention
+        asked_for = {"target_error": target_error, "quantile": quantile, "max_num_hash": max_num_hash}
+    elif _wants_torch(query, key, value):
         from yoso_core.model import yoso_attention as attend
     return attend(
         query,
@@ -135,6 +169,7 @@ def yoso_attention(
         rotations=rotations,
         oversample=oversample,
         variant=variant,
+        **asked_for,
     )
 
 

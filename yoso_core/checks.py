@@ -1,5 +1,6 @@
 """Checks of arguments. Every error names the argument, what it got and what it needs."""
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -33,6 +34,16 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     return number
 
 
+def positive(name: str, value: object, most: float = math.inf) -> float:
+    """``value`` as a float above 0 and up to ``most``; bools and what is no number are refused."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: need a number, got {type(value).__name__} {value!r}")
+    number = float(value)
+    if not 0 < number <= most:
+        raise ValueError(f"{name}: need a number above 0{'' if most == math.inf else f' and up to {most:g}'}, got {number:g}")
+    return number
+
+
 def generator(name: str, rng: object) -> np.random.Generator:
     """A generator from a generator, an int seed, or ``None`` for fresh entropy."""
     if rng is None or isinstance(rng, np.random.Generator):
@@ -48,6 +59,14 @@ def hash_numbers(num_hash: object, hash_code_len: object) -> tuple[int, int]:
 
 def oversample(value: object, hash_code_len: int) -> int:
     return integer("oversample", value, 0, MAX_CODE_LEN - hash_code_len)
+
+
+def spread(num_hash: int, use_expectation: object, asked_by: str = "return_error") -> None:
+    """Hashes that differ from each other, of which an error can be told."""
+    if use_expectation:
+        raise ValueError(f"{asked_by}: the expectation is no estimate and has no error; leave out use_expectation=True or {asked_by}")
+    if num_hash < 2:
+        raise ValueError(f"{asked_by}: the spread between hashes needs num_hash of at least 2, got {num_hash}")
 
 
 def backward_num_hash(value: object, num_hash: int) -> int | None:

@@ -21,6 +21,8 @@ from yoso_core.memory import in_words
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from yoso_core.planning import Plan
+
 app = typer.Typer(
     name="yoso",
     help="YOSO attention: linear-cost self-attention by LSH sampling. What runs here, how right it is, and how fast.",
@@ -523,6 +525,89 @@ def convert(
 
 
 @app.command()
+def plan(
+    context: typer.Context,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="Your arrays: an .npz with query, key and value, and query_mask and key_mask if there are any, or an .npy for all three.",
+            show_default="example inputs",
+        ),
+    ] = None,
+    cosine: Annotated[float, typer.Option(help="The mean cosine wanted between a row and its expectation.")] = 0.95,
+    hash_code_len: Annotated[list[int] | None, typer.Option(help="tau, part of what is computed; repeatable.", show_default="8")] = None,
+    num_hash: Annotated[list[int] | None, typer.Option(help="m to choose from; repeatable.", show_default="4 to 256")] = None,
+    oversample: Annotated[list[int] | None, typer.Option(help="s to choose from; repeatable.", show_default="0 to 4")] = None,
+    seed: Seed = 0,
+    json_output: Json = False,
+) -> None:
+    """How many hashes your vectors need: predicted cosine, error and time, and the cheapest choice.
+
+    Exit status 1 if no choice reaches the cosine.
+    """
+    from yoso_core import planning
+
+    with _one_line_errors(context):
+        arrays = _arrays_of(file)
+        given = {"hash_code_len": hash_code_len, "num_hash": num_hash, "oversample": oversample}
+        found = planning.plan(**arrays, cosine=cosine, rng=seed, **{name: x for name, x in given.items() if x})  # type: ignore[arg-type]
+    if json_output:
+        typer.echo(found.to_json())
+    else:
+        _print_plan(found)
+    if found.best is None:
+        raise typer.Exit(1)
+
+
+def _arrays_of(file: Path | None) -> dict[str, Any]:
+    """Query, key, value and masks by name."""
+    import numpy as np
+
+    if file is None:
+        from yoso_core.inputs import example_inputs
+
+        (query, key, value), _ = example_inputs("yoso_attention", n=1024)
+        return {"query": query, "key": key, "value": value}
+    try:
+        loaded = np.load(file, allow_pickle=False)
+    except ValueError as error:  # what NumPy says of a file that is none of its own speaks of pickles
+        raise ValueError(f"file: {file} is not an .npy or .npz file of numbers") from error
+    if isinstance(loaded, np.ndarray):
+        return dict.fromkeys(("query", "key", "value"), loaded)
+    with loaded:
+        missing = [name for name in ("query", "key", "value") if name not in loaded]
+        if missing:
+            raise ValueError(f"file: {file} has no {', '.join(missing)}; it has {', '.join(loaded.files) or 'nothing'}")
+        return {name: loaded[name] for name in ("query", "key", "value", "query_mask", "key_mask") if name in loaded}
+
+
+def _print_plan(found: "Plan") -> None:
+    from rich.table import Table
+
+    table = Table(
+        "tau", "s", "m", "cosine", "error", "time", title=f"The fewest hashes for a cosine of {found.cosine:g}", title_justify="left"
+    )
+    for choice in found.shortlist:
+        table.add_row(
+            str(choice.hash_code_len),
+            str(choice.oversample),
+            str(choice.num_hash),
+            f"{choice.cosine:.3f} ± {choice.standard_error:.3f}" + ("" if choice.cosine >= found.cosine else ", too low"),
+            f"{choice.error:.3f}",
+            f"{1e3 * choice.seconds:.3g} ms",
+        )
+    console = _console()
+    console.print(table)
+    console.print(f"Predicted from {found.rows} rows; time by a count of additions, calibrated with three calls here.")
+    best = found.best
+    if best is None:
+        console.print("No choice reaches it: ask for more hashes (--num-hash), or for less.")
+    else:
+        console.print(f"Take yoso_attention(query, key, value, {', '.join(f'{name}={x!r}' for name, x in best.options.items())})")
+
+
+@app.command()
 def tutorial(
     context: typer.Context,
     number: Annotated[int | None, typer.Argument(metavar="[N]", help="Which one to copy.", show_default="list all")] = None,
@@ -589,7 +674,9 @@ def warmup(
 @app.command()
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), model, or bias.")] = "cpu",
+    name: Annotated[
+        str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), model, bias, or error.")
+    ] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed samples per side, in turns.")] = 7,
     output: Annotated[Path, typer.Option(help="The folder for the JSON and the picture.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small cases only: does the benchmark itself work?")] = False,

@@ -150,13 +150,15 @@ class Output(NamedTuple):
 
     name: str
     dtype_of: str | None
-    """The argument whose dtype it has; ``None`` for hash codes, which are int32, and for what keeps
-    the precision of the sums.
+    """The argument whose dtype it has; ``None`` for hash codes, which are int32, for what keeps the
+    precision of the sums, and for what has a dtype of its own.
     """
     shape: Callable[[Arguments], Shape]
     """Its shape, given the arguments."""
     asked_by: str | None = None
     """The argument that asks for it; ``None`` for what every call returns."""
+    dtype: str | None = None
+    """Its own, whatever the arguments have."""
 
 
 def _rows(of: str, columns: str) -> Callable[[Arguments], Shape]:
@@ -310,11 +312,31 @@ def _attention_terms(arguments: Arguments, cosine_ulp: float) -> Arrays:
     if arguments.get("use_expectation"):
         (terms,) = _expectation_terms(arguments, cosine_ulp)
     else:
-        (terms,) = _terms_of_definition(reference.yoso_attention, "value")(plain, cosine_ulp)
+        (terms,) = _terms_of_definition(reference.yoso_attention, "value")(plain | {"return_error": False}, cosine_ulp)
+    if not (arguments.get("normalize_output", True) or arguments.get("return_error")):
+        return (terms,)
+    found = reference.yoso_attention(**plain)
+    rows, *asked = found if isinstance(found, tuple) else (found,)
+    size, length = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (terms, rows))
     if arguments.get("normalize_output", True):
-        size, length = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (terms, reference.yoso_attention(**plain)))
         terms = np.broadcast_to(size / length, terms.shape)
-    return (terms,)
+    if not arguments.get("return_error"):
+        return (terms,)
+    return terms, _error_terms(asked[-1], (size / length)[..., 0], arguments.get("num_hash", 32))
+
+
+def _error_terms(error: NDArray[Any], condition: NDArray[Any], num_hash: int) -> NDArray[Any]:
+    """For a relative standard error: itself, and what an ulp of the sums moves it by, over an ulp.
+
+    ``error**2 = (sum_h |r_h|**2 / (m |y|**2) - 1) / (m - 1)``, and an ulp of the ratio, more where
+    the row is shorter than its terms, moves the square by
+    ``K = condition (error**2 + 1 / (m - 1))`` ulp. The root moves by ``K / (2 error)`` ulp, and by
+    no more than ``sqrt(K ulp)``.
+    """
+    ulp = float(np.finfo(np.float32).eps)
+    of_square = condition * (error**2 + 1 / (num_hash - 1))
+    moved = np.minimum(of_square / (2 * error), np.sqrt(of_square / ulp))
+    return np.where(np.isfinite(error), error + moved, np.where(condition > 0, np.inf, 0))
 
 
 def _collision_rates(arguments: Arguments, queries: tuple[Any, ...], keys: tuple[Any, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -542,6 +564,7 @@ YOSO_ATTENTION = Operation(
     outputs=(
         Output("out", "value", _rows("query", "value")),
         Output("length", None, lambda arguments: (*arguments["query"].shape[:-1], 1), asked_by="return_length"),
+        Output("error", None, lambda arguments: tuple(arguments["query"].shape[:-1]), asked_by="return_error", dtype="float32"),
     ),
     example_inputs=lambda given: {
         "query": given.query,

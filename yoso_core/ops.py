@@ -445,7 +445,8 @@ def lsh_weighted_cumulation(
     return run(LSH_WEIGHTED_CUMULATION, variant, caller, arguments)
 
 
-def _check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
+def check_attention(query: Array, key: Array, value: Array, query_mask: Array | None, key_mask: Array | None) -> None:
+    """What every attention asks of its arrays."""
     checks.vectors("query", query)
     checks.vectors("key", key, same_as=("query", query))
     checks.floating("value", value)
@@ -495,7 +496,7 @@ def expectation_attention(
     """
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     caller = one_caller({"query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     arguments = {
         "query": query,
         "key": key,
@@ -553,7 +554,7 @@ def expectation_attention_backward(
     tau = checks.integer("hash_code_len", hash_code_len, 1, checks.MAX_CODE_LEN)
     checks.one_of("grad", grad, ("lower_bound", "exact"))
     caller = one_caller({"grad_out": grad_out, "query": query, "key": key, "value": value}, query_mask=query_mask, key_mask=key_mask)
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
     arguments = {
         "grad_out": grad_out,
@@ -636,7 +637,7 @@ def lsh_attention_backward(
         query_mask=query_mask,
         key_mask=key_mask,
     )
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     _check_grad_out(grad_out, query, value)
     s = checks.oversample(oversample, tau)
     capacity = _check_codes(query_hash_code, key_hash_code, 1 << (tau + s), None, None, limit=1 << (tau + s))
@@ -684,13 +685,15 @@ def yoso_attention(
     rotations: int | None = None,
     oversample: int = 0,
     return_length: bool = False,
+    return_error: bool = False,
     variant: str | None = None,
 ) -> Any:
     """YOSO attention without gradients: see `yoso_core.yoso_attention`, whose arguments these are.
+    That function alone adds hashes up to a ``target_error``.
 
-    ``return_length``: return a pair, the rows and ``(..., n_q, 1)``, the length of each before it
+    ``return_length``: return a tuple, the rows and ``(..., n_q, 1)``, the length of each before it
     was scaled, in float32 at least. Masked rows have length 0. ``ValueError`` where no row is
-    scaled.
+    scaled. With ``return_error`` the error comes last.
     """
     m, tau = checks.hash_numbers(num_hash, hash_code_len)
     caller = one_caller(
@@ -704,7 +707,7 @@ def yoso_attention(
         query_mask=query_mask,
         key_mask=key_mask,
     )
-    _check_attention(query, key, value, query_mask, key_mask)
+    check_attention(query, key, value, query_mask, key_mask)
     smoothing = checks.oversample(oversample, tau)
     if signs is not None and planes is not None:
         raise ValueError("planes: give signs or planes, not both")
@@ -712,6 +715,8 @@ def yoso_attention(
         _check_signs(signs, query, m, tau + smoothing, layout, caller)
     elif planes is not None:
         _check_planes(planes, query, m, tau + smoothing)
+    if return_error:
+        checks.spread(m, use_expectation)
     if return_length and not normalize_output:
         raise ValueError("return_length: with normalize_output=False no row is scaled, so there is no length before that")
     arguments = {
@@ -731,5 +736,6 @@ def yoso_attention(
         "key_mask": key_mask,
         "normalize_output": bool(normalize_output),
         "return_length": bool(return_length),
+        "return_error": bool(return_error),
     }
     return run(YOSO_ATTENTION, variant, caller, YOSO_ATTENTION.complete(arguments))

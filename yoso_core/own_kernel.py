@@ -5,11 +5,12 @@ is given and what it returns.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
 
-from yoso_core.gpu.device import CudaVariant, NumbaCudaVariant
+from yoso_core.gpu.device import CudaVariant, DoesNotFit, NumbaCudaVariant
 from yoso_core.operations import Operation
 
 BACKENDS_OF = {CudaVariant: ("cupy", "emulated"), NumbaCudaVariant: ("numba_cuda", "stepped")}
@@ -17,7 +18,7 @@ BACKENDS_OF = {CudaVariant: ("cupy", "emulated"), NumbaCudaVariant: ("numba_cuda
 
 _FUNCTIONS = ("numpy", "cpu")
 
-PLAIN = {"layout": "chained", "oversample": 0}
+PLAIN = {"layout": "chained", "oversample": 0, "return_error": False}
 """Options, and what they say where a kernel need not know of them."""
 
 
@@ -40,8 +41,9 @@ def adapted(operation: Operation, target: Any) -> Callable[..., Any]:
     """The kernel as the backends call one: arguments by name, behind the device where there is
     one.
 
-    A kernel returns what the public function does. What the library asks for besides, the length
-    of a row before it was scaled, comes from a second call that does not scale.
+    A kernel returns what the public function does, so with ``return_error=True``, which it is given
+    only where the caller asks, a pair. What the library asks for besides, the length of a row
+    before it was scaled, comes from a second call that does not scale.
     """
     function = target.launcher if isinstance(target, CudaVariant | NumbaCudaVariant) else target
 
@@ -49,7 +51,9 @@ def adapted(operation: Operation, target: Any) -> Callable[..., Any]:
         result = _called(operation, function, device, arguments)
         if not return_length:
             return result
-        return result, _row_length(_called(operation, function, device, {**arguments, "normalize_output": False}))
+        out, *asked = result if isinstance(result, tuple) else (result,)
+        rows = _called(operation, function, device, {**arguments, "normalize_output": False, "return_error": False})
+        return out, _row_length(rows), *asked
 
     return call
 
@@ -60,9 +64,12 @@ def _called(operation: Operation, function: Callable[..., Any], device: tuple[An
     """
     plain = {name: x for name, x in PLAIN.items() if name not in operation.positional}
     fresh = {name: _copied(x) for name, x in arguments.items() if x is not None and not (name in plain and x == plain[name])}
+    for name in plain:
+        if name in fresh and not _takes(function, name):
+            raise DoesNotFit(f"{name}: this kernel does not take it; give its function a parameter {name}, or leave the option out")
     expected = operation.outputs_of(fresh)
     shapes = [output.shape(fresh) for output in expected]
-    dtypes = [np.dtype(np.int32) if output.dtype_of is None else fresh[output.dtype_of].dtype for output in expected]
+    dtypes = [np.dtype(output.dtype or np.int32) if output.dtype_of is None else fresh[output.dtype_of].dtype for output in expected]
     given = {name: _copied(x) for name, x in fresh.items()}
     positional = [given[name] for name in operation.positional]
     keywords = {name: x for name, x in given.items() if name not in operation.positional}
@@ -83,6 +90,15 @@ def _called(operation: Operation, function: Callable[..., Any], device: tuple[An
             of = "" if output.dtype_of is None else f", the dtype of {output.dtype_of}"
             raise WrongResult(f"returned {x.dtype}, need {dtype}{of}")
     return result
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether it has such a parameter, as far as Python can tell."""
+    try:
+        parameters = signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _row_length(rows: Any) -> Any:

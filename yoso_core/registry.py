@@ -35,6 +35,10 @@ class Kernel:
     deterministic: bool = True
     kernels: tuple[str, ...] = ()
     """The CUDA kernels that it launches, by name."""
+    lacks: tuple[str, ...] = ()
+    """Options of `own_kernel.PLAIN` that it does not take: it is called without them, and does not
+    fit where they are asked for.
+    """
     registered_on: str | None = None
     """The backend of a reader's own kernel; ``None`` for the library's."""
 
@@ -67,6 +71,10 @@ class Kernel:
         """Call it with the caller's arrays, by name; each output in its dtype and as the caller's
         kind of array, in a tuple where there are several.
         """
+        for name in self.lacks:
+            if arguments.get(name, own_kernel.PLAIN[name]) != own_kernel.PLAIN[name]:
+                raise DoesNotFit(f"{name}: {self.name} does not have it; use {OPERATIONS[self.op].definition}")
+        arguments = {name: x for name, x in arguments.items() if name not in self.lacks}
         function = self.load()
         if self.registered_on is not None:
             function = own_kernel.adapted(OPERATIONS[self.op], function)
@@ -78,11 +86,11 @@ class Kernel:
         return tuple(self.backend.back(caller, x, like) for x, like in zip(found, likes, strict=True))
 
 
-def _cuda(op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True) -> list[Kernel]:
+def _cuda(op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True, lacks: tuple[str, ...] = ()) -> list[Kernel]:
     """CUDA C++: one launcher, on a GPU and in the emulator."""
     target = f"yoso_core.gpu.cupy_kernels:{op}_{algorithm}"
     names = tuple(kernels.split())
-    return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("cupy", "emulated")]
+    return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names, lacks) for where in ("cupy", "emulated")]
 
 
 def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True) -> list[Kernel]:
@@ -241,19 +249,27 @@ KERNELS: tuple[Kernel, ...] = (
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
         "scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
-    Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize, head by head"),
+    Kernel(
+        "yoso_attention",
+        "cpu:fused",
+        "yoso_core.cpu:yoso_attention",
+        "hash, cumulate and normalize, head by head",
+        lacks=("return_error",),
+    ),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
     *_cuda(
         "yoso_attention",
         "shared_table",
         "warp_per_vector, shared_table, normalize",
         f"{_AROUND} shared_table",
+        lacks=("return_error",),
     ),
     *_cuda(
         "yoso_attention",
         "sorted_buckets",
         "warp_per_vector, sorted_buckets, normalize: any hash_code_len",
         f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
+        lacks=("return_error",),
     ),
 )
 
@@ -357,6 +373,8 @@ def register(
     target : a function, or its place as ``"module:function"``. It is called like the public
         function: the same arguments by position, the others by keyword and only where they are
         given, never ``variant``, ``validate`` or ``rng`` (sampled attention gets its ``signs``).
+        Where a caller asks for ``layout``, ``oversample`` or ``return_error``, which plain calls
+        leave out, and the function does not take it, the call is refused.
         Arrays are fresh, writable, C-contiguous NumPy copies; half-precision tensors arrive as
         float32. It returns one array, or a tuple of them, in shape and dtype as the definition.
         A CUDA kernel is a `yoso_core.gpu.CudaVariant` or a `yoso_core.gpu.NumbaCudaVariant`.

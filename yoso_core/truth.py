@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yoso_core import checks
 from yoso_core.arrays import Array, library_of, one_caller
 from yoso_core.operations import Arguments, Arrays, Operation, operation_of
 from yoso_core.registry import definition_of
@@ -28,7 +27,7 @@ def truth(op: str | Callable[..., Any], args: Sequence[Any], kwargs: Arguments) 
     if operation.is_hash:
         return _define(operation, arguments)
     found = _define(operation, _cast(operation, arguments, np.float64))
-    limits = [float(_finfo(arguments[like]).max) for like in _float_outputs(operation)]
+    limits = [float(precision.max) for precision in _precisions(operation, arguments)]
     return tuple(np.where(np.abs(x) > limit, np.copysign(np.inf, x), x) for x, limit in zip(found, limits, strict=True))
 
 
@@ -58,21 +57,22 @@ def tolerance(op: str | Callable[..., Any], args: Sequence[Any], kwargs: Argumen
     operation = operation_of(op)
     if operation.is_hash:
         return (np.array(operation.codes_may_differ),)
-    arguments, outputs = bind(op, args, kwargs), _float_outputs(operation)
+    arguments = bind(op, args, kwargs)
+    precisions = _precisions(operation, arguments)
     true = truth(op, (), arguments) if true is None else true
     terms = _terms(operation, arguments)
     judged, judged_true, judged_terms = arguments, true, terms
-    if any(checks.dtype_name(arguments[like]) == "float64" for like in outputs):
+    if any(precision.bits == 64 for precision in precisions):
         with np.errstate(over="ignore"):  # numbers beyond float32 give no finite error, and count for nothing
             judged = _cast(operation, arguments, np.float32, all_floats=True)
         judged_true, judged_terms = truth(op, (), judged), _terms(operation, judged)
     own = outputs_of(call(op, judged, operation.definition))
     allowed = []
-    for i, like in enumerate(outputs):
+    for i, (precision, judged_precision) in enumerate(zip(precisions, _precisions(operation, judged), strict=True)):
         with np.errstate(divide="ignore", invalid="ignore"):
             lost = np.nan_to_num(errors_of(own[i], judged_true[i]) / judged_terms[i], nan=0, posinf=0)
-        ulps = np.max(lost, initial=0) / float(_finfo(judged[like]).eps)
-        allowed.append((2 * ulps + 4) * float(_finfo(arguments[like]).eps) * terms[i])
+        ulps = np.max(lost, initial=0) / float(judged_precision.eps)
+        allowed.append((2 * ulps + 4) * float(precision.eps) * terms[i])
     return tuple(allowed)
 
 
@@ -124,9 +124,10 @@ def _finfo(x: Array) -> Any:
     return np.finfo(x.dtype) if library_of(x) == "numpy" else sys.modules["torch"].finfo(x.dtype)
 
 
-def _float_outputs(operation: Operation) -> tuple[str, ...]:
-    """The arguments whose dtypes the outputs have."""
-    return tuple(output.dtype_of for output in operation.outputs_of({}) if output.dtype_of is not None)
+def _precisions(operation: Operation, arguments: Arguments) -> list[Any]:
+    """The `numpy.finfo`, or torch's, of each output's dtype."""
+    outputs = operation.outputs_of(arguments)
+    return [np.finfo(output.dtype) if output.dtype_of is None else _finfo(arguments[output.dtype_of]) for output in outputs]
 
 
 def _terms(operation: Operation, arguments: Arguments) -> Arrays:
@@ -135,11 +136,11 @@ def _terms(operation: Operation, arguments: Arguments) -> Arrays:
     """
     if operation.terms is None:
         raise TypeError(f"terms: the record of {operation.name} does not say what a rounding error is relative to")
-    outputs = _float_outputs(operation)
-    cosine_ulp = min(1.0, 2.0**-23 / float(_finfo(arguments[outputs[-1]]).eps))  # half types are computed in float32
+    precisions = _precisions(operation, arguments)
+    cosine_ulp = min(1.0, 2.0**-23 / float(precisions[0].eps))  # half types are computed in float32
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         terms = operation.terms(_cast(operation, arguments, np.float64), cosine_ulp)
-    smallest = [float(_finfo(arguments[like]).tiny) for like in outputs]
+    smallest = [float(precision.tiny) for precision in precisions]
     return tuple(np.where(x > 0, np.maximum(x, tiny), 0) for x, tiny in zip(terms, smallest, strict=True))
 
 
