@@ -31,8 +31,9 @@ def yoso_attention(
     layout: Layout = "chained",
     oversample: int = 0,
     return_length: bool = False,
+    return_error: bool = False,
     num_threads: int | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """See `yoso_core.reference.yoso_attention`.
 
     Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`) at most, whatever ``n``,
@@ -51,7 +52,13 @@ def yoso_attention(
     keep = kept(query_mask, query.shape[:-1]), kept(key_mask, key.shape[:-1])
     batch, num_heads, n_q, _ = q.shape
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
-    rest: dict[str, Any] = {"keep": keep, "nonfinite": nonfinite, "normalize": normalize_output, "num_threads": num_threads}
+    rest: dict[str, Any] = {
+        "keep": keep,
+        "nonfinite": nonfinite,
+        "normalize": normalize_output,
+        "spread": return_error,
+        "num_threads": num_threads,
+    }
     if tables_pay(1 << bits, oversample, n_q, k.shape[2]):
         how: dict[str, Any] = {"leading": query.shape[:-2], "dtype": dtype, "code": narrowest(bits), "by_hash": True}
         if signs is not None:
@@ -71,12 +78,15 @@ def yoso_attention(
             MadeCodes(q, hash, how["code"], of_queries[:, 1:], lambda head0, count: None),
             MadeCodes(k, hash, how["code"], of_keys, mark_heads),
         )
-        out, lengths = by_tables(codes, how["code"], v, 1 << bits, oversample, num_hash=num_hash, guarded=False, **rest)
+        found_rows = by_tables(codes, how["code"], v, 1 << bits, oversample, num_hash=num_hash, guarded=False, **rest)
     else:
         make = partial(hyperplane_hash, planes=planes) if signs is None else partial(fast_hash, signs=signs, layout=layout)
         query_code, key_code = (heads(make(x, num_hash=num_hash, hash_code_len=bits, num_threads=num_threads)) for x in (query, key))
         nonfinite[:, :, 0] = (keep[1] & ~np.isfinite(k).all(axis=-1)).any(axis=-1)
         nonfinite[:, :, 1:] = ~np.isfinite(q).all(axis=-1)
-        out, lengths = by_stored_codes(query_code, key_code, v, 1 << bits, oversample, **rest)
-    out = out.reshape(*query.shape[:-1], value.shape[-1]).astype(value.dtype, copy=False)
-    return (out, lengths.reshape(*query.shape[:-1], 1)) if return_length else out
+        found_rows = by_stored_codes(query_code, key_code, v, 1 << bits, oversample, **rest)
+    leading = query.shape[:-1]
+    asked = [found_rows.lengths.reshape(*leading, 1)] if return_length else []
+    asked += [found_rows.errors.reshape(leading)] if return_error else []
+    out = found_rows.out.reshape(*leading, value.shape[-1]).astype(value.dtype, copy=False)
+    return (out, *asked) if asked else out

@@ -11,7 +11,7 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.codes import Codes, StoredCodes
 from yoso_core.cpu.compiling import kernel
-from yoso_core.cpu.finishing import finish_row
+from yoso_core.cpu.finishing import Rows, empty_rows, finish_row, row_error
 from yoso_core.cpu.neighbors import read_neighbors
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task
@@ -82,9 +82,11 @@ def _scatter_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
 
 
 @cache
-def _gather_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
+def _gather_kernel(dtype: Any, code: Any, guarded: bool, spread: bool) -> Any:
     """Output rows from the tables of one group. A task is (head, block of queries). Reads
-    ``n m d_v`` entries of the tables.
+    ``n m d_v`` entries of the tables. With ``spread``, a constant, ``errors`` become the relative
+    standard errors of the rows; ``squares`` is their scratch, and ``units`` as in
+    `yoso_core.cpu.finishing.units`.
     """
 
     @kernel(
@@ -103,6 +105,9 @@ def _gather_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
         out=output_array(dtype, 4),
         lengths=output_array(dtype, 3),
         normalize=types.boolean,
+        units=input_array(dtype, 2),
+        squares=output_array(dtype, 3),
+        errors=output_array(types.float32, 3),
     )
     def gather(
         first,
@@ -122,6 +127,9 @@ def _gather_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
         out,
         lengths,
         normalize,
+        units,
+        squares,
+        errors,
     ):
         n = query_code.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
@@ -131,24 +139,32 @@ def _gather_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
             slot, turn = divmod(task, blocks)
             head = divmod(group.head0 + slot, out.shape[1])
             begin, stop = turn * block, min((turn + 1) * block, n)
+            unit = units[head]
             for number in range(group.parts):
                 part = part_of(cut, group, slot, number, 0)
                 for i in range(begin, stop):
                     if keep[(*head, i)]:
-                        gather_row(
+                        found = gather_row(
                             tables=tables,
                             part=part,
                             code=query_code,
                             slot=slot,
                             offsets=offsets,
                             guarded=guarded,
+                            spread=spread,
+                            unit=unit,
                             out=out,
                             head=head,
                             i=i,
                         )
+                        if spread:
+                            squares[(*head, i)] = found if part.hash0 == 0 else squares[(*head, i)] + found
             if is_last(cut, group):
                 scale = out.dtype.type(1 / cut.num_hash)
                 for i in range(begin, stop):
+                    if spread and keep[(*head, i)]:
+                        marked = nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]
+                        errors[(*head, i)] = np.nan if marked else row_error(out, head, i, unit, squares[(*head, i)], cut.num_hash)
                     lengths[(*head, i)] = finish_row(
                         out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize
                     )
@@ -177,15 +193,15 @@ def by_tables(
     keep: tuple[Array, Array],
     nonfinite: Array,
     normalize: bool,
+    spread: bool,
     num_threads: int | None,
-) -> tuple[Array, Array]:
-    """Rows ``(batch, heads, n_q, d_v)`` and the length of each before it was scaled, from codes of
-    queries and keys in the integer type ``code``; ``keep`` likewise. ``guarded`` : the codes may be
-    out of range.
+) -> Rows:
+    """From codes of queries and keys in the integer type ``code``; ``keep`` likewise. ``guarded`` :
+    the codes may be out of range.
     """
-    batch, num_heads, n_k, d_v = value.shape
-    n_q = keep[0].shape[2]
-    out, lengths = np.empty((batch, num_heads, n_q, d_v), value.dtype), np.empty((batch, num_heads, n_q), value.dtype)
+    n_k, d_v = value.shape[2:]
+    found = empty_rows(value, keep, spread)
+    out, rest = found.out, found._asdict()
     plan = make_plan(out, n_k, num_hash=num_hash, table_size=hashtable_capacity * d_v, num_threads=num_threads)
     types_of = from_dtype(out.dtype), from_dtype(np.dtype(code)), guarded
     accumulate(
@@ -195,18 +211,17 @@ def by_tables(
         codes,
         partial(_scatter_kernel(*types_of), value=value, keep=keep[1], **plan.cut._asdict()),
         partial(
-            _gather_kernel(*types_of),
+            _gather_kernel(*types_of, spread),
             keep=keep[0],
             nonfinite=nonfinite,
-            out=out,
-            lengths=lengths,
             normalize=normalize,
+            **rest,
             **plan.cut._asdict(),
         ),
         smoothing=Smoothing(hashtable_capacity, d_v, oversample, out.dtype) if oversample else None,
         num_threads=num_threads,
     )
-    return out, lengths
+    return found
 
 
 def by_stored_codes(
@@ -219,13 +234,14 @@ def by_stored_codes(
     keep: tuple[Array, Array],
     nonfinite: Array,
     normalize: bool,
+    spread: bool,
     num_threads: int | None,
-) -> tuple[Array, Array]:
+) -> Rows:
     """`by_tables` for int32 codes ``(batch, heads, n, m)`` that may be out of range, whatever the
     capacity: where whole tables do not pay, occupied buckets alone have rows.
     """
     query_code, key_code = query_hash_code, key_hash_code
-    rest: dict[str, Any] = {"keep": keep, "nonfinite": nonfinite, "normalize": normalize, "num_threads": num_threads}
+    rest: dict[str, Any] = {"keep": keep, "nonfinite": nonfinite, "normalize": normalize, "spread": spread, "num_threads": num_threads}
     if not tables_pay(hashtable_capacity, oversample, query_code.shape[2], key_code.shape[2]):
         if oversample:
             return read_neighbors(query_code, key_code, value, hashtable_capacity, oversample, **rest)
@@ -255,7 +271,7 @@ def lsh_cumulation(
     """
     query_code, key_code = heads(query_hash_code), heads(key_hash_code)
     batch, num_heads, n_q, _ = query_code.shape
-    out, _ = by_stored_codes(
+    found = by_stored_codes(
         query_code,
         key_code,
         rows(value, working_dtype(value)),
@@ -264,6 +280,7 @@ def lsh_cumulation(
         keep=(kept(query_mask, query_hash_code.shape[:-1]), kept(key_mask, key_hash_code.shape[:-1])),
         nonfinite=np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q)),
         normalize=False,
+        spread=False,
         num_threads=num_threads,
     )
-    return out.reshape(*query_hash_code.shape[:-1], value.shape[-1]).astype(value.dtype, copy=False)
+    return found.out.reshape(*query_hash_code.shape[:-1], value.shape[-1]).astype(value.dtype, copy=False)

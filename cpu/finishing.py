@@ -4,7 +4,7 @@ queries, NaN where something was not finite.
 
 import math
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import from_dtype, types
@@ -106,6 +106,63 @@ def finish_row(out, keep, nonfinite, head, i, scale, normalize):
     else:
         scale_row(out, head, i, scale)
     return length
+
+
+class Rows(NamedTuple):
+    """What a sampled attention makes, with its scratch; the first three are results."""
+
+    out: Array
+    """``(batch, heads, n_q, d_v)``."""
+    lengths: Array
+    """``(batch, heads, n_q)``: those of the rows before they were scaled."""
+    errors: Array
+    """float32 ``(batch, heads, n_q)``; 0 for masked rows. Empty where nobody asks."""
+    squares: Array
+    """``(batch, heads, n_q)``: of each hash's own row, times ``units**2``, summed."""
+    units: Array
+    """``(batch, heads)``: see `units`."""
+
+
+def empty_rows(value: Array, keep: tuple[Array, Array], spread: bool) -> Rows:
+    """Room for the rows of queries and keys with these masks; ``spread``: and for their errors."""
+    rows = *value.shape[:2], keep[0].shape[2]
+    of_errors = rows if spread else (0, 0, 0)
+    return Rows(
+        out=np.empty((*rows, value.shape[3]), value.dtype),
+        lengths=np.empty(rows, value.dtype),
+        errors=np.zeros(of_errors, np.float32),
+        squares=np.empty(of_errors, value.dtype),
+        units=units(value, keep[1]) if spread else np.broadcast_to(np.ones(1, value.dtype), rows[:2]),
+    )
+
+
+@helper
+def row_error(out, head, i, unit, squares, num_hash):
+    """The relative standard error of the sum of ``num_hash`` rows in ``out``, whose squares, times
+    ``unit**2``, add up to ``squares``: see `yoso_core.reference.attention.standard_error`. Infinite
+    for a row of zeros, NaN for one that is not finite.
+    """
+    length2 = 0.0
+    for c in range(out.shape[3]):
+        y = float(out[(*head, i, c)]) * unit
+        length2 += y * y
+    if not math.isfinite(length2):
+        return np.nan
+    if length2 == 0:
+        return np.inf
+    return math.sqrt(max(0.0, num_hash * squares / length2 - 1) / (num_hash - 1))
+
+
+def units(value: Array, keep: Array) -> Array:
+    """A power of two for each head, by which its values ``(batch, heads, n, d_v)`` are multiplied
+    before they are squared, so that no square overflows or vanishes: one over the largest kept
+    value, about.
+    """
+    if value.shape[2] == 0 or value.shape[3] == 0:
+        return np.ones(value.shape[:2], value.dtype)
+    of_row = np.maximum(value.max(axis=-1), -value.min(axis=-1))
+    largest = np.where(np.isfinite(of_row) & (keep != 0), of_row, 0).max(axis=-1)
+    return np.ldexp(np.ones_like(largest), -np.frexp(largest)[1])
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.finishing import finish_row
+from yoso_core.cpu.finishing import Rows, empty_rows, finish_row, row_error
 from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.relabeling import find_slot, number_occupied, slots_for
 from yoso_core.cpu.scratch import aligned, clear
@@ -60,6 +60,9 @@ def _neighbors_kernel(dtype: Any) -> Any:
         out=output_array(dtype, 4),
         lengths=output_array(dtype, 3),
         normalize=types.boolean,
+        units=input_array(dtype, 2),
+        squares=output_array(dtype, 3),
+        errors=output_array(types.float32, 3),
     )
     def read(
         first,
@@ -79,12 +82,15 @@ def _neighbors_kernel(dtype: Any) -> Any:
         out,
         lengths,
         normalize,
+        units,
+        squares,
+        errors,
     ):
         n_q, n_k, num_hash, d_v = query_code.shape[2], key_code.shape[2], query_code.shape[3], value.shape[3]
         size = slots_for(n_k)
         slots, numbers = np.empty(size, np.int64), np.empty(size, np.int32)
         labels, nobody = np.empty((1, n_k), np.int32), np.empty(0, np.int32)
-        table = aligned(n_k * d_v, out.dtype)
+        table, one, spread = aligned(n_k * d_v, out.dtype), aligned(d_v, out.dtype), len(errors) > 0
         for task in range(first, last):
             head_index, piece = divmod(task, pieces)
             head = divmod(head_index, out.shape[1])
@@ -102,14 +108,24 @@ def _neighbors_kernel(dtype: Any) -> Any:
                             table[labels[0, j] * d_v + c] += value[(*head, j, c)]
                 for i in range(begin, end):
                     code = query_code[(*head, i, hash)]
+                    clear(one, 0, d_v)
                     if keep_query[(*head, i)] and 0 <= code < capacity:
                         for k in range(len(masks)):
                             slot = find_slot(slots, code ^ masks[k])
                             if slots[slot] != 0:
-                                add_scaled(flat, i * d_v, table, numbers[slot] * d_v, weights[k], d_v)
+                                add_scaled(one, 0, table, numbers[slot] * d_v, weights[k], d_v)
+                        add_scaled(flat, i * d_v, one, 0, out.dtype.type(1), d_v)
+                    if spread:
+                        found = out.dtype.type(0)
+                        for c in range(d_v):
+                            found += (one[c] * units[head]) * (one[c] * units[head])
+                        squares[(*head, i)] = found if hash == 0 else squares[(*head, i)] + found
                 if hash == num_hash - 1:
                     scale = out.dtype.type(1 / num_hash)
                     for i in range(begin, end):
+                        if spread and keep_query[(*head, i)]:
+                            marked = nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]
+                            errors[(*head, i)] = np.nan if marked else row_error(out, head, i, units[head], squares[(*head, i)], num_hash)
                         lengths[(*head, i)] = finish_row(
                             out=out, keep=keep_query, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize
                         )
@@ -127,9 +143,10 @@ def read_neighbors(
     keep: tuple[Array, Array],
     nonfinite: Array,
     normalize: bool,
+    spread: bool,
     num_threads: int | None,
-) -> tuple[Array, Array]:
-    """Rows and their lengths, as `yoso_core.cpu.cumulation.by_stored_codes` has them.
+) -> Rows:
+    """As `yoso_core.cpu.cumulation.by_stored_codes`.
 
     Working memory for a thread: a table of ``n_k d_v`` numbers and the map of its buckets.
     """
@@ -138,7 +155,7 @@ def read_neighbors(
     bits = capacity.bit_length() - 1
     across = neighbors(bits, oversample)
     weights = np.repeat(smoothing_weights(bits - oversample, oversample), [len(masks) for masks in across]).astype(value.dtype)
-    out, lengths = np.empty((batch, num_heads, n_q, d_v), value.dtype), np.empty((batch, num_heads, n_q), value.dtype)
+    found = empty_rows(value, keep, spread)
     threads = num_threads or default_threads()
     pieces = 1 if batch * num_heads >= 2 * threads else min(threads, max(n_q, 1))
     of_a_hash = n_k * (d_v + 30.0) + n_q / pieces * len(weights) * (LOOKUP_COST + d_v)
@@ -154,10 +171,9 @@ def read_neighbors(
         masks=np.array([mask for masks in across for mask in masks], np.int32),
         weights=weights,
         capacity=capacity,
-        out=out,
-        lengths=lengths,
         normalize=normalize,
+        **found._asdict(),
     )
     tasks, cost = batch * num_heads * pieces, num_hash * of_a_hash
     share(tasks, in_steps(read, num_hash, cost), num_threads=num_threads, cost=tasks * cost)
-    return out, lengths
+    return found

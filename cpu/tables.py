@@ -8,7 +8,7 @@ m, n)`` in any integer type; ``slot`` is the index of a head among those whose c
 import numpy as np
 
 from yoso_core.cpu.compiling import helper
-from yoso_core.cpu.lanes import LANES, fill, load, store
+from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, total
 
 
 @helper
@@ -60,14 +60,16 @@ def scatter_row(tables, part, code, slot, offsets, guarded, value, head, i):
 
 
 @helper
-def gather_row(tables, part, code, slot, offsets, guarded, out, head, i):
+def gather_row(tables, part, code, slot, offsets, guarded, spread, unit, out, head, i):
     """Add the buckets of query ``i`` to its output row. The first part begins the row.
 
-    ``guarded`` as in `bucket_offsets`; ``offsets`` is its scratch.
+    ``guarded`` as in `bucket_offsets`; ``offsets`` is its scratch. With ``spread``, a constant,
+    returns the squares of all that was added, each times ``unit`` before, else 0.
     """
     d_v = out.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     fresh, zero = part.hash0 == 0, fill(out.dtype.type(0))
+    squares, more = zero, zero
     count = bucket_offsets(offsets, part, code, slot, i, d_v, guarded)
     for c in range(0, wide, 4 * LANES):
         y0, y1, y2, y3 = zero, zero, zero, zero
@@ -76,8 +78,12 @@ def gather_row(tables, part, code, slot, offsets, guarded, out, head, i):
             y2, y3 = load(out, (*head, i, c + 2 * LANES)), load(out, (*head, i, c + 3 * LANES))
         for bucket in range(count):
             at = offsets[bucket] + c
-            y0, y1 = y0 + load(tables, at), y1 + load(tables, at + LANES)
-            y2, y3 = y2 + load(tables, at + 2 * LANES), y3 + load(tables, at + 3 * LANES)
+            r0, r1 = load(tables, at), load(tables, at + LANES)
+            r2, r3 = load(tables, at + 2 * LANES), load(tables, at + 3 * LANES)
+            y0, y1, y2, y3 = y0 + r0, y1 + r1, y2 + r2, y3 + r3
+            if spread:
+                squares, more = add_square(squares, r0, unit), add_square(more, r1, unit)
+                squares, more = add_square(squares, r2, unit), add_square(more, r3, unit)
         store(out, (*head, i, c), y0)
         store(out, (*head, i, c + LANES), y1)
         store(out, (*head, i, c + 2 * LANES), y2)
@@ -85,10 +91,24 @@ def gather_row(tables, part, code, slot, offsets, guarded, out, head, i):
     for c in range(wide, full, LANES):
         y0 = zero if fresh else load(out, (*head, i, c))
         for bucket in range(count):
-            y0 = y0 + load(tables, offsets[bucket] + c)
+            r0 = load(tables, offsets[bucket] + c)
+            y0 = y0 + r0
+            if spread:
+                squares = add_square(squares, r0, unit)
         store(out, (*head, i, c), y0)
+    found = total(squares + more) if spread else out.dtype.type(0)
     for c in range(full, d_v):
         y = out.dtype.type(0) if fresh else out[(*head, i, c)]
         for bucket in range(count):
-            y += tables[offsets[bucket] + c]
+            r = tables[offsets[bucket] + c]
+            y += r
+            found += (r * unit) * (r * unit)
         out[(*head, i, c)] = y
+    return found
+
+
+@helper
+def add_square(squares, row, unit):
+    """``squares + (row * unit)**2``, lane by lane."""
+    scaled = row * fill(unit)
+    return multiply_add(scaled, scaled, squares)

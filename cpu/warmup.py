@@ -51,7 +51,9 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
         for code, guarded in ((types.int32, True), (types.uint8, False), (types.uint16, False), (types.int32, False)):
             kept_in = f"{code}, {'checked' if guarded else 'trusted'}"
             of_dtype[f"cumulation, scatter, {kept_in}"] = partial(cumulation._scatter_kernel, code=code, guarded=guarded)
-            of_dtype[f"cumulation, gather, {kept_in}"] = partial(cumulation._gather_kernel, code=code, guarded=guarded)
+            for spread in (False, True):
+                gather = f"cumulation, gather{' with errors' if spread else ''}, {kept_in}"
+                of_dtype[gather] = partial(cumulation._gather_kernel, code=code, guarded=guarded, spread=spread)
         for code, by_hash in KEPT_CODES:
             of_dtype[f"hyperplane hash, {code}"] = partial(hashing._hyperplane_kernel, code=code, by_hash=by_hash)
         for kind, exact, sampled in (("lower bound", False, False), ("exact", True, False), ("sampled, exact", True, True)):

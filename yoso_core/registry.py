@@ -254,7 +254,6 @@ KERNELS: tuple[Kernel, ...] = (
         "cpu:fused",
         "yoso_core.cpu:yoso_attention",
         "hash, cumulate and normalize, head by head",
-        lacks=("return_error",),
     ),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
     *_cuda(
