@@ -715,7 +715,7 @@ for number, (label, (layout, rotations)) in enumerate(curves.items()):
         assert bias[0] < -0.1, "at a right angle"
         assert np.all(np.diff(bias[:3]) > 0), "nearer vectors suffer less"
     else:
-        bound = np.where(cosines == 0, 0.04, 0.015) if rotations == 4 else 0
+        bound = np.where(cosines < 0.5, 0.04, 0.015) if rotations == 4 else 0
         assert np.all(np.abs(bias) < bound + 5 * error)
 axes.set(
     title="Relative bias of a weight: D = 64, $\\tau$ = 8, m = 32",

@@ -64,9 +64,9 @@ def sample_signs(
     applied; in the paper's layout ``(*batch_shape, 3, parts, D)``, where ``[..., 0, :, :]`` is D1.
 
     With the rotations of this table, the mean collision weight is within 1.5% of
-    ``(1 - theta / pi)**tau`` at cosines of 0.5 to 0.9, and within 4% at a right angle. That was
-    measured for every ``num_hash`` from 8 on (`yoso bench bias`; one-hot pairs near cosine 0.7 are
-    the exception).
+    ``(1 - theta / pi)**tau`` at cosines of 0.5 to 0.9, and within 4% at a right angle, for every
+    ``num_hash`` from 8 on; measured for 8 and for as many as there is room for (`yoso bench bias`).
+    One-hot pairs near cosine 0.7 are the exception.
 
     ========  ===  ===  ===  ===  ===
     tau         8    9   10   11   12
