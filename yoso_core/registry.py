@@ -123,13 +123,13 @@ KERNELS: tuple[Kernel, ...] = (
         "lsh_cumulation",
         "sorted_buckets",
         "keys sorted by code, buckets are runs: any capacity, no float atomics",
-        "transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
+        "transpose_codes sort_codes sum_buckets join_stretches gather_buckets gather_neighbors",
     ),
     *_cuda(
         "lsh_cumulation",
         "global_table",
         "tables in global memory, 32 value dims at a time, as in the paper",
-        "global_table_scatter global_table_gather",
+        "global_table_scatter smooth_spheres global_table_gather",
         deterministic=False,
     ),
     *_numba_cuda(
@@ -145,6 +145,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel("smooth_table", "numpy:spheres", "yoso_core.reference:smooth_table", "neighbors by distance, bit by bit"),
     Kernel("smooth_table", "numpy:pairs", "yoso_core.reference:smooth_table_pairs", "every pair of codes"),
+    *_cuda("smooth_table", "spheres", "neighbors by distance, rows in registers and shared memory", "smooth_spheres"),
     Kernel(
         "lsh_weighted_cumulation",
         "cpu:buckets",
@@ -238,7 +239,7 @@ KERNELS: tuple[Kernel, ...] = (
         "outer_products",
         "lower bound: cumulations by outer products; exact: all pairs, blocked",
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
-        "scan_nonfinite_heads gradient_rows l2_normalize_backward",
+        "gather_neighbors scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
     Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize tile by tile, codes never stored"),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
@@ -252,7 +253,7 @@ KERNELS: tuple[Kernel, ...] = (
         "yoso_attention",
         "sorted_buckets",
         "warp_per_vector, sorted_buckets, normalize: any hash_code_len",
-        f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
+        f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets gather_neighbors",
     ),
 )
 
