@@ -244,13 +244,17 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
-    """The case, and another where the variant has kernels that this one does not launch: a backward
-    operation has a second gradient, a hash a second layout.
+    """The case, and others where the variant has kernels that this one does not launch, or launches
+    otherwise: a backward operation has a second gradient, a hash a second layout, and what reads
+    buckets may smooth them.
     """
     if "warp_per_chain" in kernel.kernels:
         few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
         return [case, replace(case, layout="chained", rotations=few)]
-    return [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
+    cases = [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
+    if {"shared_table", "gather_neighbors", "smooth_spheres"} & set(kernel.kernels):
+        cases.append(replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2))
+    return cases
 
 
 def check_variant(op: str, name: str, case: Case) -> None:
