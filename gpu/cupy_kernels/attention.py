@@ -38,8 +38,8 @@ def _attend(
     key_mask: Array | None,
     normalize_output: bool,
     layout: Layout = "paper",
-    oversample: int = 0,
     return_length: bool = False,
+    oversample: int = 0,
 ) -> Array | tuple[Array, Array]:
     masks = {"query_mask": query_mask, "key_mask": key_mask}
     accumulator = gpu_layout.accumulator(value)
