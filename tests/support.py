@@ -244,13 +244,17 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
-    """The case, and another where the variant has kernels that this one does not launch: a backward
-    operation has a second gradient, a hash a second layout.
+    """The case, and others where the variant has kernels that this one does not launch, or launches
+    otherwise: a backward operation has a second gradient, a hash a second layout, and what reads
+    buckets may smooth them.
     """
     if "warp_per_chain" in kernel.kernels:
         few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
         return [case, replace(case, layout="chained", rotations=few)]
-    return [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
+    cases = [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
+    if kernel.op in ("lsh_cumulation", "smooth_table") and case.dtype == "float32":
+        cases.append(replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2))
+    return cases
 
 
 def check_variant(op: str, name: str, case: Case) -> None:
@@ -322,7 +326,7 @@ def check_sides(operation: Operation, codes: Array, case: Case) -> None:
     """
     assert operation.projections is not None
     projection, terms = operation.projections(build(operation.name, case))
-    bits = (codes[..., None] >> np.arange(case.hash_code_len) & 1).reshape(projection.shape)
+    bits = (codes[..., None] >> np.arange(case.hash_code_len + case.oversample) & 1).reshape(projection.shape)
     eps = np.finfo(np.float64 if case.dtype == "float64" else np.float32).eps
     clear = np.abs(projection) > case.d * eps * terms
     np.testing.assert_array_equal(bits[clear], projection[clear] > 0)

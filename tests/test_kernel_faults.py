@@ -19,6 +19,7 @@ from yoso_core.gpu.cupy_kernels import source
 from yoso_core.operations import OPERATIONS
 
 SMALL = Case(9, 11, 20, 12, 5, 3, mask="masked")
+SMOOTHED = replace(SMALL, oversample=2)
 TIES = Case(3, 9, 8, 4, 5, 3, kind="quantized")
 
 
@@ -63,6 +64,16 @@ CUDA = (
     ),
     Fault("thread_per_code", "hyperplane_hash", "emulated:thread_per_code", "projection[bit] > ACC(0)", "projection[bit] >= ACC(0)", TIES),
     Fault("shared_table", "lsh_cumulation", "emulated:shared_table", "code[earlier] == code[b] ? sum[earlier] : sum[b]", "sum[b]"),
+    Fault(
+        "shared_table",
+        "lsh_cumulation",
+        "emulated:shared_table",
+        "if (ends) at(0, row) = smoothing.of(sphere);",
+        "at(0, row) = smoothing.of(sphere);",
+        SMOOTHED,
+    ),
+    Fault("smooth_spheres", "smooth_table", "emulated:spheres", "if (first_bit + bit < done) continue;", "", SMOOTHED),
+    Fault("smooth_spheres", "lsh_cumulation", "emulated:global_table", "ACC(bits - r + 1)", "ACC(bits - r)", SMOOTHED),
     Fault("global_table_scatter", "lsh_cumulation", "emulated:global_table", "|| !kept(key_mask, row)", ""),
     Fault("global_table_gather", "lsh_cumulation", "emulated:global_table", "if (kept(query_mask, row)) {", "{"),
     Fault(
@@ -102,6 +113,7 @@ CUDA = (
         "if (found < n_k && codes[found] == code) start = found;",
         "if (found < n_k) start = found;",
     ),
+    Fault("gather_neighbors", "lsh_cumulation", "emulated:sorted_buckets", "ACC(bits - distance)", "ACC(bits)", SMOOTHED),
     Fault(
         "mark_nonfinite_heads", "yoso_attention", "emulated:shared_table", "row_nonfinite[first + i] && kept", "row_nonfinite[i] && kept"
     ),
@@ -193,6 +205,15 @@ NUMBA = (
         "table[code * columns + column] += value",
         "table[code * columns + column] = value",
     ),
+    Fault(
+        "cross_bit",
+        "smooth_table",
+        "smoothing:smooth_table_spheres",
+        "range(spheres.shape[0] - 1, 0, -1)",
+        "range(1, spheres.shape[0])",
+        SMOOTHED,
+    ),
+    Fault("weigh_spheres", "smooth_table", "smoothing:smooth_table_spheres", "number(bits - r + 1)", "number(bits - r)", SMOOTHED),
     Fault("hash_vectors", "fast_hash", "hashing:fast_hash_shared_memory", "entry[i] = -entry[i]", "entry[i] = entry[i]"),
     Fault(
         "hash_by_chain",
@@ -299,7 +320,9 @@ def test_the_kernel_named_is_the_kernel_that_ran(kernel: registry.Kernel) -> Non
     if "layout" in OPERATIONS[kernel.op].keywords and not kernel.name.endswith(":block_per_part"):
         modes.append(replace(SMALL, layout="chained"))
     if kernel.op == "lsh_attention_backward":  # a code of 16 bits has no table in shared memory
-        modes += [replace(SMALL, grad="exact"), Case(70, 3, 4, 3, 1, 16)]
+        modes += [replace(SMALL, grad="exact"), *(Case(70, 3, 4, 3, 1, 16 - s, oversample=s) for s in (0, 2))]
+    elif {"gather_neighbors", "smooth_spheres", "cross_bit"} & set(kernel.kernels):
+        modes.append(SMOOTHED)
     with gpu.launches() as made:
         for case in (*modes, Case(3, 137, 4, 3, 1, 1)):
             given = {name: support.as_dtype(x, "float32") for name, x in build(kernel.op, case).items()}

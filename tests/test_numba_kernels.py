@@ -24,9 +24,10 @@ from yoso_core.gpu import emulator
 from yoso_core.gpu.device import DoesNotFit, launches
 from yoso_core.gpu.emulator import stepper
 from yoso_core.gpu.emulator.stepper import Stepper
-from yoso_core.gpu.numba_kernels import arrays, cumulation, hashing, weighted
+from yoso_core.gpu.numba_kernels import arrays, cumulation, hashing, smoothing, weighted
 from yoso_core.gpu.numba_kernels.cumulation import lsh_cumulation_global_table, lsh_cumulation_shared_table
 from yoso_core.gpu.numba_kernels.hashing import fast_hash_shared_memory
+from yoso_core.gpu.numba_kernels.smoothing import smooth_table_spheres
 from yoso_core.gpu.numba_kernels.weighted import lsh_weighted_cumulation_weight_by_weight
 from yoso_core.reference.arrays import Array
 
@@ -423,6 +424,8 @@ def check(launcher: Callable[..., Array], op: str, case: Case, device: Stepper |
         np.testing.assert_array_equal(given[name], x, f"{name} was changed")
     if op == "fast_hash":
         assert (got.dtype, got.shape) == (np.int32, (*given["vectors"].shape[:-1], case.num_hash))
+    elif op == "smooth_table":
+        assert (got.dtype, got.shape) == (given["table"].dtype, given["table"].shape)
     else:
         assert (got.dtype, got.shape) == (given["value"].dtype, (*given["query_hash_code"].shape[:-1], case.d_v))
     widened = (got.astype(np.uint32) << 16).view(np.float32) if got.dtype == np.uint16 else got
@@ -461,11 +464,19 @@ SUMS = (
     Case(63, 63, 8, 7, 7, 9, kind="repeated", leading=()),
 )
 UNWEIGHTED = (*SUMS, Case(63, 137, 64, 128, 7, 8), Case(7, 7, 1, 1024, 7, 9, mask="masked"))
+TABLES = (
+    Case(1, 0, 1, 7, 1, 3),
+    Case(1, 0, 1, 1, 1, 1, oversample=1, leading=()),
+    Case(1, 0, 1, 40, 1, 1, "bfloat16", oversample=3, leading=()),
+    Case(1, 0, 1, 3, 1, 3, "float16", oversample=2, leading=(1, 3)),
+    Case(1, 0, 1, 3, 1, 3, "float64", oversample=1, leading=(0, 2)),
+)
 LAUNCHERS: dict[Callable[..., Array], tuple[str, tuple[Case, ...]]] = {
     fast_hash_shared_memory: ("fast_hash", HASHES),
     lsh_cumulation_global_table: ("lsh_cumulation", UNWEIGHTED),
     lsh_cumulation_shared_table: ("lsh_cumulation", UNWEIGHTED),
     lsh_weighted_cumulation_weight_by_weight: ("lsh_weighted_cumulation", SUMS),
+    smooth_table_spheres: ("smooth_table", TABLES),
 }
 
 
@@ -482,6 +493,7 @@ IN_EVERY_ORDER = {
     lsh_cumulation_global_table: Case(20, 33, 8, 40, 7, 4, mask="masked"),
     lsh_cumulation_shared_table: Case(20, 33, 8, 11, 7, 4, mask="masked"),
     lsh_weighted_cumulation_weight_by_weight: Case(20, 33, 5, 7, 3, 4, mask="masked"),
+    smooth_table_spheres: Case(1, 0, 1, 7, 1, 2, oversample=2, leading=(2, 3)),
 }
 
 
@@ -509,7 +521,7 @@ def test_any_strides(launcher: Callable[..., Array]) -> None:
     np.testing.assert_array_equal(launcher(Stepper(), **strided), launcher(Stepper(), **given))
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS)[1:], ids=lambda launcher: launcher.__name__)
+@pytest.mark.parametrize("launcher", list(LAUNCHERS)[1:4], ids=lambda launcher: launcher.__name__)
 def test_codes_out_of_range_meet_nobody(launcher: Callable[..., Array]) -> None:
     given = build(LAUNCHERS[launcher][0], Case(20, 33, 5, 7, 3, 4))
     wild = {name: given[name].copy() for name in ("query_hash_code", "key_hash_code")}
@@ -555,6 +567,12 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     given = build("lsh_weighted_cumulation", Case(7, 7, 8, 7, 7, 14))
     with pytest.raises(DoesNotFit, match="hashtable_capacity: 7 hashes of 16384 buckets"):
         lsh_weighted_cumulation_weight_by_weight(Stepper(max_table=1000), **given)
+    given = build("lsh_cumulation", Case(7, 7, 8, 7, 7, 4, oversample=1))
+    with pytest.raises(DoesNotFit, match=r"oversample: got 1, but this kernel .*; use the variant global_table"):
+        lsh_cumulation_shared_table(Stepper(), **given)
+    given = build("smooth_table", Case(1, 0, 1, 7, 1, 4, oversample=1))
+    with pytest.raises(DoesNotFit, match=r"table: 2 of shape \(32, 7\), one for each distance, take 3,584 bytes, more than the 1,000"):
+        smooth_table_spheres(Stepper(max_table=1000), **given)
     given = build("fast_hash", Case(7, 7, 48, 7, 7, 9))
     with pytest.raises(DoesNotFit, match=r"vectors: d = 48, padded to 64, takes 512 bytes of shared memory, a block here has 256"):
         fast_hash_shared_memory(Stepper(max_shared=256), **given)
@@ -606,6 +624,9 @@ FAULTY = [
     (cumulation, "cumulate_in_shared_table", f"first_dim + offset] = total\n        {BARRIER}", "first_dim + offset] = total\n"),
     (cumulation, "cumulate_in_shared_table", "keep_key[head, key] != 0 and", ""),
     (cumulation, "cumulate_in_shared_table", "table[i] = 0", "pass"),
+    (smoothing, "cross_bit", "range(spheres.shape[0] - 1, 0, -1)", "range(1, spheres.shape[0])"),
+    (smoothing, "cross_bit", "low = 2 * pair - pair % (1 << bit)", "low = pair"),
+    (smoothing, "weigh_spheres", "number(bits - r + 1)", "number(bits - r)"),
     (weighted, "add_weighted_keys_to_table", "key_weight[head, key, coordinate]", "key_weight[head, key, 0]"),
     (weighted, "read_weighted_table", "query_weight[head, query, coordinate]", "query_weight[head, query, 0]"),
 ]
@@ -617,6 +638,8 @@ LAUNCHER_OF = {
     "cumulate_in_shared_table": lsh_cumulation_shared_table,
     "add_weighted_keys_to_table": lsh_weighted_cumulation_weight_by_weight,
     "read_weighted_table": lsh_weighted_cumulation_weight_by_weight,
+    "cross_bit": smooth_table_spheres,
+    "weigh_spheres": smooth_table_spheres,
 }
 
 
@@ -668,7 +691,7 @@ def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
 EVERY_LAUNCH = """
     import numpy as np
     from yoso_core import reference
-    from yoso_core.gpu.numba_kernels import cumulation, hashing, weighted
+    from yoso_core.gpu.numba_kernels import cumulation, hashing, smoothing, weighted
 
     rng = np.random.default_rng(0)
     query_code, key_code = (rng.integers(0, 4, size=(2, 3, 2)).astype(np.int32) for _ in range(2))
@@ -686,6 +709,10 @@ EVERY_LAUNCH = """
         yield cumulation.lsh_cumulation_global_table(device, query_code, key_code, v, 4), exact
         exact = reference.lsh_weighted_cumulation_pairs(query_code, w[0], key_code, w[1], v, 4)
         yield weighted.lsh_weighted_cumulation_weight_by_weight(device, query_code, w[0], key_code, w[1], v, 4), exact
+        exact = reference.smooth_table_pairs(x.swapaxes(1, 2), 2)
+        yield smoothing.smooth_table_spheres(device, x.swapaxes(1, 2), 2), exact
+        exact = reference.lsh_cumulation_pairs(query_code, key_code, v, 4, oversample=1)
+        yield cumulation.lsh_cumulation_global_table(device, query_code, key_code, v, 4, oversample=1), exact
 """
 
 SIMULATED = """
@@ -700,7 +727,7 @@ SIMULATED = """
             kernel[tuple(grid), tuple(block), 0, shared](*writable)
 
     assert config.ENABLE_CUDASIM
-    for device, count in ((Simulator(), 3), (Stepper(), 5)):  # the simulator is slow
+    for device, count in ((Simulator(), 3), (Stepper(), 7)):  # the simulator is slow
         for found, exact in itertools.islice(every_launch(device, np.float32), count):
             np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
             print(type(device).__name__)
@@ -711,7 +738,7 @@ SIMULATED = """
 def test_numbas_own_simulator_agrees_and_the_stepper_works_beside_it() -> None:
     done = python(textwrap.dedent(EVERY_LAUNCH) + textwrap.dedent(SIMULATED), NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["Simulator"] * 3 + ["Stepper"] * 5
+    assert done.stdout.split() == ["Simulator"] * 3 + ["Stepper"] * 7
 
 
 COMPILED = """
@@ -755,7 +782,7 @@ def test_every_kernel_compiles_to_ptx() -> None:
 def test_importing_the_kernels_needs_no_gpu() -> None:
     done = python("""
         import sys
-        from yoso_core.gpu.numba_kernels import cuda, cumulation, hashing, weighted
+        from yoso_core.gpu.numba_kernels import cuda, cumulation, hashing, smoothing, weighted
         from yoso_core.gpu.emulator import stepper
         print([name for name in ("cupy", "torch", "greenlet") if name in sys.modules])
     """)
@@ -763,7 +790,7 @@ def test_importing_the_kernels_needs_no_gpu() -> None:
 
 
 def test_importing_the_kernels_loads_no_launcher_of_cuda_cpp() -> None:
-    for kernels in ("cumulation", "hashing", "weighted"):
+    for kernels in ("cumulation", "hashing", "smoothing", "weighted"):
         done = python(f"""
             import sys
             import yoso_core.gpu.numba_kernels.{kernels}

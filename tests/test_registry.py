@@ -69,6 +69,25 @@ CHAINED = tuple(
     )
 )
 
+# Tables have 2**(tau + s) rows; only those variants that visit neighbors take 30 bits.
+SMOOTHED = (
+    Case(7, 0, 20, 7, 3, 3, oversample=2),
+    Case(1, 1, 1, 1, 1, 1, oversample=1),
+    Case(63, 137, 20, 7, 33, 3, mask="fully", oversample=1),
+    *(Case(63, 63, 20, 33, 3, 4, dtype, mask="masked", oversample=2) for dtype in ("float32", "float64", "float16", "bfloat16")),
+    Case(137, 63, 20, 7, 2, 4, mask="broadcast", oversample=4, leading=(2, 1)),
+    Case(7, 63, 20, 40, 2, 28, oversample=2, leading=()),
+)
+
+SMOOTHED_TABLES = (
+    Case(1, 0, 1, 7, 1, 3),
+    Case(1, 0, 1, 1, 1, 1, oversample=1, leading=()),
+    *(Case(1, 0, 1, 40, 1, 4, dtype, oversample=2) for dtype in ("float32", "float64", "float16", "bfloat16")),
+    Case(1, 0, 1, 7, 1, 5, oversample=4, leading=(1, 2)),
+    Case(1, 0, 1, 3, 1, 1, oversample=7),
+    Case(1, 0, 1, 7, 1, 3, oversample=2, leading=(0, 2)),
+)
+
 MAGNITUDES = ("1e-15", "1e-8", "1e8", "1e15", "1e35")
 HASHES = (
     *SIZES,
@@ -98,11 +117,13 @@ GRADIENTS = (
 
 CASES = {
     "expectation_attention_backward": GRADIENTS,
-    "lsh_attention_backward": GRADIENTS,
+    "lsh_attention_backward": (*GRADIENTS, *SMOOTHED, replace(SMOOTHED[3], grad="exact")),
     "hadamard_transform": HASHES,
     "fast_hash": HASHES + CHAINED,
     "hyperplane_hash": HASHES,
-    "yoso_attention": ATTENTIONS + CHAINED,
+    "lsh_cumulation": SIZES + SMOOTHED,
+    "smooth_table": SMOOTHED_TABLES,
+    "yoso_attention": ATTENTIONS + CHAINED + SMOOTHED,
     "expectation_attention": (*SIZES, Case(63, 63, 48, 7, 7, 9, kind="1e15"), Case(63, 63, 48, 7, 7, 9, "float64", kind="1e35")),
 }
 
@@ -127,6 +148,8 @@ STEPPED = (
     Case(1, 7, 48, 1, 7, 9, kind="1e15", leading=()),
 )
 
+STEPPED_AND_SMOOTHED = (Case(7, 20, 8, 7, 3, 2, mask="masked", oversample=2), Case(7, 7, 8, 5, 2, 2, "bfloat16", oversample=1, leading=()))
+
 ORDERS: tuple[Any, ...] = ("forward", "reverse", 3)
 IN_EVERY_ORDER = {Case(63, 63, 48, 48, 7, 9, mask="masked"), Case(7, 7, 48, 48, 7, 9, "float64", mask="masked")}
 """The other cases take turns."""
@@ -139,6 +162,10 @@ def cases_for(kernel: registry.Kernel) -> tuple[Case, ...]:
         if kernel.op == "fast_hash":
             chained = (replace(case, layout="chained") for case in STEPPED[2:])
             return *STEPPED, *chained, Case(1, 7, 20, 7, 7, 9, layout="chained", rotations=2)
+        if kernel.op == "smooth_table":
+            return tuple(replace(case, d_v=min(case.d_v, 5)) for case in SMOOTHED_TABLES if case.hash_code_len + case.oversample <= 6)
+        if kernel.op == "lsh_cumulation":
+            return STEPPED + STEPPED_AND_SMOOTHED
         return tuple(replace(case, d=min(case.d, 7)) for case in STEPPED) if kernel.op == "lsh_weighted_cumulation" else STEPPED
     cases = CASES.get(kernel.op, SIZES)
     if kernel.name.endswith(":block_per_part"):  # a chain has no parts
@@ -193,11 +220,12 @@ def expecting_room(kernel: registry.Kernel, case: Case) -> AbstractContextManage
     """
     if not kernel.kernels or case.mode == "expectation" or min(case.n_q, case.n_k, *case.leading) == 0:
         return nullcontext()
+    if case.oversample and kernel.name.endswith(":shared_table") and kernel.where in ("numba_cuda", "stepped"):
+        return pytest.raises(DoesNotFit, match=r"^oversample: .* the variant global_table")
     shared = kernel.name.endswith(":shared_table")
-    column = (1 << case.hash_code_len) * (8 if case.dtype == "float64" else 4)
-    if (kernel.name.endswith((":global_table", ":weight_by_weight")) and case.hash_code_len == 30) or (
-        shared and column >= max_shared(kernel.where)
-    ):
+    bits = case.hash_code_len + case.oversample
+    column = (1 << bits) * (8 if case.dtype == "float64" else 4)
+    if (kernel.name.endswith((":global_table", ":weight_by_weight")) and bits == 30) or (shared and column >= max_shared(kernel.where)):
         return pytest.raises(DoesNotFit, match=r"^hashtable_capacity: .* bytes.* the variants? \w+")
     return nullcontext()
 
@@ -319,6 +347,46 @@ def uses_arccos(run: Callable[..., Any], call: dict[str, Any]) -> Any:
     return (weight @ v).astype(call["value"].dtype)
 
 
+def forgets_to_smooth(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return run(**{**call, "oversample": 0})
+
+
+def leaves_out_the_farthest(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """A smaller ``s`` over the same bits."""
+    return run(**{**call, "oversample": call["oversample"] - 1})
+
+
+def weighs_as_if_there_were_a_bit_less(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The sums by distance are right, each ``a_r`` is that of ``tau - 1``."""
+    return averaged(call["table"], call["oversample"], reference.smoothing_weights(tau_of(call) - 1, call["oversample"]))
+
+
+def forgets_a_bit(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """Neighbors across the highest bit are not there."""
+    weights = reference.smoothing_weights(tau_of(call), call["oversample"])
+    halves = np.split(call["table"], 2, axis=-2)
+    return np.concatenate([averaged(half, call["oversample"], weights) for half in halves], axis=-2)
+
+
+def crosses_a_bit_twice(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The distances in rising order: a row comes back to where it was."""
+    return averaged(call["table"], call["oversample"], reference.smoothing_weights(tau_of(call), call["oversample"]), rising=True)
+
+
+def tau_of(call: dict[str, Any]) -> int:
+    return int(call["table"].shape[-2]).bit_length() - 1 - int(call["oversample"])
+
+
+def averaged(table: Array, oversample: int, weights: tuple[float, ...], rising: bool = False) -> Array:
+    """`smooth_table` by spheres, with any weights; or with its inner loop the wrong way round."""
+    codes = np.arange(table.shape[-2])
+    spheres = [table, *(np.zeros_like(table) for _ in range(oversample))]
+    for bit in range(len(codes).bit_length() - 1):
+        for r in range(1, oversample + 1) if rising else range(oversample, 0, -1):
+            spheres[r] = spheres[r] + spheres[r - 1][..., codes ^ (1 << bit), :]
+    return sum(table.dtype.type(weight) * sphere for weight, sphere in zip(weights, spheres, strict=True))
+
+
 ON_SUMS = (drops_the_last_keys, leaves_the_last_row_unwritten, reads_the_row_before, ignores_the_key_mask, multiplies_by_the_mask)
 ON_GRADIENTS = (ignores_the_key_mask, ignores_the_query_mask, forgets_the_chain_through_the_key, takes_the_other_gradient)
 ON_HASHES = (
@@ -338,21 +406,34 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "fast_hash": (*ON_HASHES, applies_the_diagonals_in_reverse, uses_one_part_throughout, forgets_a_head),
     "hyperplane_hash": ON_HASHES,
-    "lsh_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes),
+    "lsh_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes, forgets_to_smooth, leaves_out_the_farthest),
+    "smooth_table": (
+        leaves_the_last_row_unwritten,
+        reads_the_row_before,
+        forgets_to_smooth,
+        leaves_out_the_farthest,
+        weighs_as_if_there_were_a_bit_less,
+        forgets_a_bit,
+        crosses_a_bit_twice,
+    ),
     "lsh_weighted_cumulation": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, shifts_the_codes),
     "expectation_attention": (*ON_SUMS, ignores_the_query_mask, takes_one_bit_more, uses_arccos),
     "expectation_attention_backward": (*ON_GRADIENTS, takes_one_bit_more),
-    "lsh_attention_backward": (*ON_GRADIENTS, shifts_the_codes),
+    "lsh_attention_backward": (*ON_GRADIENTS, shifts_the_codes, forgets_to_smooth),
     "yoso_attention": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, forgets_to_normalize, applies_the_diagonals_in_reverse),
 }
 
 # The case that a fault is tried on: small, and of the sort that the fault is about.
 PLAIN = Case(63, 63, 48, 48, 7, 9, mask="masked")
-TRIED_ON = {
+TRIED_ON: dict[Fault, Case] = {
     counts_zero_as_positive: Case(1, 63, 48, 1, 33, 9, kind="quantized"),
     uses_one_part_throughout: Case(1, 63, 48, 1, 33, 9),
     forgets_one_over_m: replace(PLAIN, normalize_output=False),
     uses_arccos: Case(63, 63, 48, 48, 7, 9, kind="repeated"),
+    **dict.fromkeys(
+        (forgets_to_smooth, leaves_out_the_farthest, weighs_as_if_there_were_a_bit_less, forgets_a_bit, crosses_a_bit_twice),
+        Case(63, 63, 20, 20, 7, 4, mask="masked", oversample=2),
+    ),
 }
 EVERY_FAULT = [pytest.param(op, fault, id=f"{op}-{fault.__name__}") for op, faults in FAULTS.items() for fault in faults]
 
@@ -378,7 +459,7 @@ def test_the_check_catches(op: str, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("op", FAULTS)
-@pytest.mark.parametrize("case", [PLAIN, *TRIED_ON.values()], ids=str)
+@pytest.mark.parametrize("case", dict.fromkeys((PLAIN, *TRIED_ON.values())), ids=str)
 def test_the_check_passes_a_definition_without_fault(op: str, case: Case) -> None:
     with spoiled(op, None) as name:
         check_variant(op, name, case)

@@ -131,13 +131,13 @@ KERNELS: tuple[Kernel, ...] = (
         "lsh_cumulation",
         "sorted_buckets",
         "keys sorted by code, buckets are runs: any capacity, no float atomics",
-        "transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
+        "transpose_codes sort_codes sum_buckets join_stretches gather_buckets gather_neighbors",
     ),
     *_cuda(
         "lsh_cumulation",
         "global_table",
         "tables in global memory, 32 value dims at a time, as in the paper",
-        "global_table_scatter global_table_gather",
+        "global_table_scatter smooth_spheres global_table_gather",
         deterministic=False,
     ),
     *_numba_cuda(
@@ -148,12 +148,14 @@ KERNELS: tuple[Kernel, ...] = (
         "lsh_cumulation",
         "global_table",
         "tables in global memory, as in the paper",
-        "add_keys_to_table read_table",
+        "add_keys_to_table cross_bit weigh_spheres read_table",
         deterministic=False,
     ),
     Kernel("smooth_table", "cpu:spheres", "yoso_core.cpu:smooth_table", "16 columns at a time, in cache"),
     Kernel("smooth_table", "numpy:spheres", "yoso_core.reference:smooth_table", "neighbors by distance, bit by bit"),
     Kernel("smooth_table", "numpy:pairs", "yoso_core.reference:smooth_table_pairs", "every pair of codes"),
+    *_cuda("smooth_table", "spheres", "neighbors by distance, rows in registers and shared memory", "smooth_spheres"),
+    *_numba_cuda("smoothing", "smooth_table", "spheres", "neighbors by distance, bit by bit in global memory", "cross_bit weigh_spheres"),
     Kernel(
         "lsh_weighted_cumulation",
         "cpu:buckets",
@@ -247,7 +249,7 @@ KERNELS: tuple[Kernel, ...] = (
         "outer_products",
         "lower bound: cumulations by outer products; exact: all pairs, blocked",
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
-        "scan_nonfinite_heads gradient_rows l2_normalize_backward",
+        "gather_neighbors scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
     Kernel(
         "yoso_attention",
@@ -267,7 +269,7 @@ KERNELS: tuple[Kernel, ...] = (
         "yoso_attention",
         "sorted_buckets",
         "warp_per_vector, sorted_buckets, normalize: any hash_code_len",
-        f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets",
+        f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets gather_neighbors",
         lacks=("return_error",),
     ),
 )

@@ -39,6 +39,7 @@ def _attend(
     normalize_output: bool,
     layout: Layout = "chained",
     return_length: bool = False,
+    oversample: int = 0,
 ) -> Array | tuple[Array, Array]:
     masks = {"query_mask": query_mask, "key_mask": key_mask}
     accumulator = gpu_layout.accumulator(value)
@@ -47,11 +48,12 @@ def _attend(
         sums = expectation_attention_blocked(device, query, key, value, hash_code_len, **masks, out_dtype=accumulator)
     else:
         query_nonfinite, key_nonfinite = (device.empty(x.shape[:-1], np.uint8) for x in (query, key))
+        bits = hash_code_len + oversample
         query_code, key_code = (
-            _hash(device, x, signs, planes, num_hash, hash_code_len, layout, nonfinite)
+            _hash(device, x, signs, planes, num_hash, bits, layout, nonfinite)
             for x, nonfinite in ((query, query_nonfinite), (key, key_nonfinite))
         )
-        sums = cumulate(device, query_code, key_code, value, 1 << hash_code_len, **masks, out_dtype=accumulator)
+        sums = cumulate(device, query_code, key_code, value, 1 << bits, **masks, oversample=oversample, out_dtype=accumulator)
         head_nonfinite = _nonfinite_heads(device, key_nonfinite, key_mask, value)
     out = device.empty(sums.shape, value.dtype)
     lengths = device.empty((*sums.shape[:-1], 1), accumulator) if return_length else None
@@ -122,6 +124,6 @@ def yoso_attention_shared_table(device: Device, query: Array, key: Array, value:
 
 def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `sorted_buckets`, normalize. Any
-    ``hash_code_len``.
+    ``hash_code_len + oversample``.
     """
     return _attend(device, lsh_cumulation_sorted_buckets, query, key, value, **options)  # type: ignore[arg-type]

@@ -1,18 +1,21 @@
-// Bernoulli cumulation in three ways: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j.
+// Bernoulli cumulation in three ways: out_i = 1/m sum_h sum_j [code_h(q_i) = code_h(k_j)] v_j. With
+// oversampling the bracket is a_r for codes that differ in r bits: smoothing.cuh.
 //
 // Compiled for VALUE, and for OUT, the type in which the result is stored. shared_table is also
-// compiled for LANES, the number of threads in a group.
+// compiled for LANES, the number of threads in a group, and for OVERSAMPLE and HELD_BITS if its
+// tables are smoothed.
 //
 // Arrays are contiguous: codes (heads, n, m), value (heads, n_k, d_v), out (heads, n_q, d_v), masks
 // (heads, n).
 #include "common.cuh"
+#include "smoothing.cuh"
 #include "sort.cuh"
 
 __device__ inline OUT mean(ACC sum, int num_hash) { return narrow<OUT>(nan_unless_finite(sum / ACC(num_hash))); }
 
 // ------------------------------------------------------------------------------------------------
 // global_table: the paper's algorithm. Global memory holds a table of every hash, for 32 value dims
-// at a time: (heads, m, capacity, 32).
+// at a time: (heads, m, capacity, 32). With oversampling, smooth_spheres smooths it in between.
 
 // global_table_scatter
 //   A warp takes one key. Lane l adds value dim first_dim + l to the key's bucket of every hash. A
@@ -55,6 +58,33 @@ extern "C" __global__ void global_table_gather(const int* __restrict__ query_has
 #ifdef LANES
 constexpr int BATCH = 8;
 
+#ifdef OVERSAMPLE
+// Smooths a thread's own column: `capacity` rows that are `stride` numbers apart. T_1 ... T_s follow
+// the row for masked keys.
+__device__ inline void smooth_column(ACC* column, int stride, int capacity) {
+  const int bits = __ffs(capacity) - 1;
+  const Smoothing smoothing(bits);
+  const auto at = [&](int r, int row) -> ACC& { return column[(r * capacity + (r > 0) + row) * stride]; };
+  cross_bits(
+      bits, 0, 1,
+      [&](int row, Spheres& sphere, bool begins) {
+        sphere[0] = at(0, row);
+#pragma unroll
+        for (int r = 1; r < SPHERES; ++r) {
+          if (!begins) sphere[r] = at(r, row);
+        }
+      },
+      [&](int row, const Spheres& sphere, bool begins, bool ends) {
+        if (ends) at(0, row) = smoothing.of(sphere);
+#pragma unroll
+        for (int r = 1; r < SPHERES; ++r) {
+          if (!ends) at(r, row) = sphere[r];
+        }
+      },
+      [] {});
+}
+#endif
+
 // shared_table
 //   A block takes a few value dims of one head and does the whole cumulation for them: it adds all
 //   keys to its tables, then all queries read. The tables are one array in shared memory, with
@@ -72,6 +102,9 @@ constexpr int BATCH = 8;
 //   queries cost LANES - 1 shuffles, and thread i ends with the whole sum of query i. If m is
 //   greater than `side_by_side`, the number of hashes done at a time, the block works in rounds and
 //   keeps the sums in `unfinished`.
+//
+//   With OVERSAMPLE, each thread smooths its column between the two: s log2(capacity) additions a
+//   row. If the bits are more than HELD_BITS, T_1 ... T_s take capacity rows each behind the table.
 //
 //   Grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
 //   cache, except for the first block), its slice of the values, and its slice of the result.
@@ -126,6 +159,9 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) column[code[b] * columns] = sum[b];
       }
+#ifdef OVERSAMPLE
+      smooth_column(column, columns, capacity);
+#endif
     }
 
     // The thread that reads a column has written it: no barrier is needed.
@@ -247,5 +283,69 @@ extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_cod
     if (dim >= value_dim) continue;
     if (first_hash + group < num_hash) unfinished[at] = sum;
     else out[at] = mean(sum, num_hash);
+  }
+}
+
+constexpr int MY_DIMS = 4;
+
+// The next larger number with as many set bits as this one has, at least one.
+__device__ inline int next_with_as_many_bits(int x) {
+  const int ripple = x + (x & -x);
+  return ripple | (x ^ ripple) >> 2 >> (__ffs(x) - 1);
+}
+
+// gather_neighbors
+//   gather_buckets with oversampling: a query also reads the buckets whose codes differ from its own
+//   in r = 1 ... s bits, each times a_r. A warp takes one query. It goes through the distances from s
+//   down to 0, and at each of them through all codes at that distance. Its lanes look up 32 buckets
+//   at once, one hash each, by bisection of the sorted codes. Then they add up those that are there
+//   together, with up to 4 value dims for each lane. A block has 8 queries. Moves, for each query and
+//   hash, 4 bytes of code, about log2(n_k) sorted codes for each of sum_r C(bits, r) neighbors, and
+//   one row of sums for each occupied one in; for each query one row of results out. Deterministic.
+extern "C" __global__ void gather_neighbors(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
+                                            const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
+                                            ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,
+                                            int first_hash, int group, int capacity, int value_dim, int oversample) {
+  const int query = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
+  const long long head = blockIdx.y, query_row = head * n_q + query;
+  if (query >= n_q) return;  // the whole warp
+  const int bits = __ffs(capacity) - 1, farthest = kept(query_mask, query_row) ? oversample : -1;
+
+  for (int first_dim = lane; first_dim - lane < value_dim; first_dim += 32 * MY_DIMS) {
+    ACC sum[MY_DIMS] = {};
+    for (int distance = farthest; distance >= 0; --distance) {
+      // sum_r a_r T_r, where a_(r+1) / a_r = (s - r) / (bits - r) and T_s comes first
+      const ACC ratio = ACC(oversample - distance) / ACC(bits - distance);
+      for (int d = 0; d < MY_DIMS; ++d) sum[d] *= ratio;
+      for (int base_hash = 0; base_hash < group; base_hash += 32) {
+        const int in_group = base_hash + lane;
+        const bool live = in_group < group;
+        const int code = live ? query_hash_code[query_row * num_hash + first_hash + in_group] : -1;
+        const int* codes = sorted_code + (head * num_hash + first_hash + (live ? in_group : 0)) * n_k;
+        int across = (1 << distance) - 1;
+        do {
+          const int neighbor = code ^ across;
+          const int start = in_range(code, capacity) ? lower_bound(codes, n_k, neighbor) : n_k;
+          unsigned found = __ballot_sync(FULL_WARP, start < n_k && codes[start] == neighbor);
+          for (; found != 0; found &= found - 1) {
+            const int hash = __ffs(found) - 1;
+            const long long position = __shfl_sync(FULL_WARP, start, hash);
+            const ACC* bucket = bucket_sum + ((head * group + base_hash + hash) * n_k + position) * value_dim;
+            for (int d = 0; d < MY_DIMS; ++d) {
+              if (first_dim + 32 * d < value_dim) sum[d] += bucket[first_dim + 32 * d];
+            }
+          }
+          if (distance > 0) across = next_with_as_many_bits(across);
+        } while (distance > 0 && across < capacity);
+      }
+    }
+    for (int d = 0; d < MY_DIMS; ++d) {
+      const int dim = first_dim + 32 * d;
+      if (dim >= value_dim) break;
+      const long long at = query_row * value_dim + dim;
+      const ACC total = first_hash > 0 ? unfinished[at] + sum[d] : sum[d];
+      if (first_hash + group < num_hash) unfinished[at] = total;
+      else out[at] = mean(total, num_hash);
+    }
   }
 }

@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from yoso_core.gpu import layout
+from yoso_core.gpu.cupy_kernels.smoothing import held_bits, smooth
 from yoso_core.gpu.cupy_kernels.sorting import SortedCodes, sort_codes
 from yoso_core.gpu.device import Array, CudaKernel, Device, DoesNotFit
 
 _WARP = 32
 _ROWS = 8
 _STRETCH = 64
+_MOST_THREADS, _MOST_THREADS_SMOOTHING = 512, 384
+"""In a block of `shared_table`: a multiprocessor has 65,536 registers, and a thread takes up to 96,
+with oversampling up to 160.
+"""
+_REGISTERS = 48
+"""For the rows that a thread of `shared_table` holds while it smooths."""
 _GROUP_BYTES = 256 << 20
 """Limit for the bucket sums that are in memory at a time: those of all hashes for some heads, or of
 some hashes if one head has more.
@@ -32,6 +39,7 @@ class _Call:
     key_mask: Array | None
     out: Array
     capacity: int
+    oversample: int
 
     @property
     def heads(self) -> int:
@@ -75,6 +83,7 @@ def _call(
     hashtable_capacity: int,
     query_mask: Array | None,
     key_mask: Array | None,
+    oversample: int,
     out_dtype: Any,
 ) -> tuple[Array, _Call]:
     """The result, not yet filled unless the call is trivial, and the call that fills it."""
@@ -91,6 +100,7 @@ def _call(
         key_mask=layout.mask_bytes(device, key_mask, key_hash_code.shape[:-1]),
         out=out.reshape(*query_code.shape[:2], value.shape[-1]),
         capacity=hashtable_capacity,
+        oversample=oversample,
     )
     return out, call
 
@@ -104,12 +114,13 @@ def lsh_cumulation_global_table(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
     out_dtype: Any = None,
 ) -> Array:
-    """The paper's algorithm: tables in global memory, 32 value dims at a time. Raises `DoesNotFit`
-    if they need more memory than the device allows.
+    """The paper's algorithm: tables in global memory, 32 value dims at a time; with oversampling
+    they are smoothed there. Raises `DoesNotFit` if they need more memory than the device allows.
     """
-    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
+    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype)
     if call.is_trivial:
         return out
     shape = (call.heads, call.num_hash, call.capacity, _WARP)
@@ -132,6 +143,9 @@ def lsh_cumulation_global_table(
                     **sizes,
                 },
             )
+            if oversample:
+                tables = table[part].reshape(-1, call.capacity, _WARP)
+                smooth(device, tables, tables, oversample, min(_WARP, call.value_dim - first_dim))
             device.launch(
                 call.kernel("global_table_gather"),
                 grid=(layout.ceil_div(call.n_q, _ROWS), heads),
@@ -159,26 +173,46 @@ class SharedTable(NamedTuple):
     """Value dims of a block."""
 
 
-def shared_table_layout(num_hash: int, value_dim: int, hashtable_capacity: int, max_shared: int, itemsize: int) -> SharedTable:
+def shared_table_layout(
+    num_hash: int, value_dim: int, hashtable_capacity: int, max_shared: int, itemsize: int, oversample: int = 0
+) -> SharedTable:
     """The division of work for tables that fit into ``max_shared`` bytes.
 
-    A column takes ``(hashtable_capacity + 1) * itemsize`` bytes, and a block has ``lanes * width``
-    columns. Raises `DoesNotFit` if not even one column fits.
+    A column takes ``(hashtable_capacity + 1) * itemsize`` bytes, and with oversampling those of
+    ``T_1 ... T_s`` too (`column_rows`). A block has ``lanes * width`` columns, at most as many as
+    registers allow threads. Raises `DoesNotFit` if not even one column fits.
 
     >>> shared_table_layout(32, 64, 256, 227 * 1024, 4)
     SharedTable(lanes=32, side_by_side=32, width=7)
+    >>> shared_table_layout(32, 64, 1024, 227 * 1024, 4, oversample=2)
+    SharedTable(lanes=16, side_by_side=16, width=1)
     """
-    columns = max_shared // ((hashtable_capacity + 1) * itemsize)
+    column = column_rows(hashtable_capacity, oversample, itemsize) * itemsize
+    columns = min(max_shared // column, _MOST_THREADS_SMOOTHING if oversample else _MOST_THREADS)
     if columns < 1:
+        smoothed = f", smoothed with oversample={oversample}," if oversample else ""
         raise DoesNotFit(
-            f"hashtable_capacity: one column of {hashtable_capacity} buckets takes {(hashtable_capacity + 1) * itemsize:,} bytes of shared "
+            f"hashtable_capacity: one column of {hashtable_capacity} buckets{smoothed} takes {column:,} bytes of shared "
             f"memory, a block here has {max_shared:,}; use the variant sorted_buckets, which takes any capacity"
         )
     most = min(_WARP, 1 << (columns.bit_length() - 1))
     side_by_side = layout.ceil_div(num_hash, layout.ceil_div(num_hash, most))
     lanes = layout.pow2_at_least(side_by_side)
-    width = min(value_dim, columns // lanes, 1024 // lanes)
+    width = min(value_dim, columns // lanes)
     return SharedTable(lanes, side_by_side, layout.ceil_div(value_dim, layout.ceil_div(value_dim, width)))
+
+
+def column_rows(hashtable_capacity: int, oversample: int, itemsize: int) -> int:
+    """Numbers in a column of `shared_table`: a row for each bucket and one for masked keys. The
+    sums ``T_1 ... T_s`` of the smoothing have a row for each bucket too, unless all rows are in
+    registers while they are smoothed.
+
+    >>> column_rows(256, 0, 4), column_rows(1024, 2, 4), column_rows(16, 2, 4)
+    (257, 3073, 17)
+    """
+    bits = hashtable_capacity.bit_length() - 1
+    spheres = oversample if bits > held_bits(oversample, itemsize, _REGISTERS) else 0
+    return (1 + spheres) * hashtable_capacity + 1
 
 
 def lsh_cumulation_shared_table(
@@ -190,20 +224,22 @@ def lsh_cumulation_shared_table(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
     out_dtype: Any = None,
 ) -> Array:
-    """Tables in shared memory, one column to a thread, scatter and gather in one kernel. Raises
-    `DoesNotFit` if not even one column fits.
+    """Tables in shared memory, one column to a thread: scatter, smoothing and gather in one kernel.
+    Raises `DoesNotFit` if not even one column fits.
     """
-    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
+    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype)
     if call.is_trivial:
         return out
     item = np.dtype(call.accumulator).itemsize
-    lanes, side_by_side, width = shared_table_layout(call.num_hash, call.value_dim, call.capacity, device.max_shared, item)
+    lanes, side_by_side, width = shared_table_layout(call.num_hash, call.value_dim, call.capacity, device.max_shared, item, oversample)
+    smoothing = {"OVERSAMPLE": oversample, "HELD_BITS": held_bits(oversample, item, _REGISTERS)} if oversample else {}
     unfinished = None if side_by_side >= call.num_hash else device.empty(call.out.shape, call.accumulator)
     for part in layout.grid_slices(call.heads):
         device.launch(
-            call.kernel("shared_table", LANES=lanes),
+            call.kernel("shared_table", LANES=lanes, **smoothing),
             grid=(layout.ceil_div(call.value_dim, width), part.stop - part.start),
             block=(_WARP * layout.ceil_div(lanes * width, _WARP),),
             args={
@@ -224,7 +260,7 @@ def lsh_cumulation_shared_table(
                     side_by_side=side_by_side,
                 ),
             },
-            shared=(call.capacity + 1) * lanes * width * item,
+            shared=column_rows(call.capacity, oversample, item) * lanes * width * item,
         )
     return out
 
@@ -238,15 +274,17 @@ def lsh_cumulation_sorted_buckets(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
     out_dtype: Any = None,
     sorted_codes: SortedCodes | None = None,
 ) -> Array:
     """Keys are sorted by code, buckets are summed as runs of neighbors, and queries find them by
-    bisection. Any capacity, no float atomics.
+    bisection; with oversampling also those of up to ``s`` other bits. Any capacity, no float
+    atomics.
 
     ``sorted_codes`` : the sorted codes of the keys from `sort_codes`, if the caller has them.
     """
-    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, out_dtype)
+    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype)
     if call.is_trivial:
         return out
     sorted_keys = sorted_codes or sort_codes(device, call.key_hash_code, call.capacity, call.key_mask)
@@ -296,8 +334,9 @@ def _gather_buckets(
     """Let the queries of some heads read ``bucket_sum``, which holds ``group`` hashes from
     ``first_hash`` on.
     """
+    smoothing = layout.int32s(oversample=call.oversample) if call.oversample else {}
     call.device.launch(
-        call.kernel("gather_buckets"),
+        call.kernel("gather_neighbors" if call.oversample else "gather_buckets"),
         grid=(layout.ceil_div(call.n_q, _ROWS), heads.stop - heads.start),
         block=(_WARP, _ROWS),
         args={
@@ -316,5 +355,6 @@ def _gather_buckets(
                 capacity=call.capacity,
                 value_dim=call.value_dim,
             ),
+            **smoothing,
         },
     )

@@ -5,13 +5,14 @@ The equations are in `yoso_core.reference.expectation_attention_backward` and
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from yoso_core.gpu import layout
 from yoso_core.gpu.cupy_kernels.cumulation import lsh_cumulation_shared_table, lsh_cumulation_sorted_buckets
 from yoso_core.gpu.cupy_kernels.expectation import unit_rows
-from yoso_core.gpu.cupy_kernels.sorting import sort_codes
+from yoso_core.gpu.cupy_kernels.sorting import SortedCodes, sort_codes
 from yoso_core.gpu.cupy_kernels.weighted import lsh_weighted_cumulation_outer_products
 from yoso_core.gpu.device import Array, CudaKernel, Device, DoesNotFit
 from yoso_core.reference.expectation import Grad
@@ -140,14 +141,25 @@ def _l2_normalize_backward(
 
 
 def _by_pairs(
-    device: Device, queries: _Side, keys: _Side, query: Array, key: Array, value: Array, hash_code_len: int, grad: Grad
+    device: Device,
+    queries: _Side,
+    keys: _Side,
+    query: Array,
+    key: Array,
+    value: Array,
+    hash_code_len: int,
+    grad: Grad,
+    grad_value: Array | None = None,
 ) -> Gradients:
     """All three gradients from all pairs. The weights are the collisions of the codes if there are
-    codes, else the expectation.
+    codes, else the expectation. ``grad_value`` : that by the values, if it has other weights.
     """
-    grad_value = device.empty(value.shape, value.dtype)
+    grad_companion = None
+    if grad_value is None:
+        grad_value = device.empty(value.shape, value.dtype)
+        grad_companion = grad_value.reshape(keys.companion.shape)
     grad_unit_query = _grad_unit(device, queries, keys, None, hash_code_len, grad)
-    grad_unit_key = _grad_unit(device, keys, queries, grad_value.reshape(keys.companion.shape), hash_code_len, grad)
+    grad_unit_key = _grad_unit(device, keys, queries, grad_companion, hash_code_len, grad)
     return (
         _l2_normalize_backward(device, queries, grad_unit_query, query),
         _l2_normalize_backward(device, keys, grad_unit_key, key),
@@ -189,6 +201,8 @@ def lsh_attention_backward_outer_products(
     grad: Grad = "lower_bound",
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
+    backward_num_hash: int | None = None,
 ) -> Gradients:
     """``grad="lower_bound"``: three cumulations, linear in ``n_q + n_k``. ``grad="exact"``: all
     pairs in blocks, with their collisions counted. Repeatable bit by bit.
@@ -196,19 +210,28 @@ def lsh_attention_backward_outer_products(
     With the lower bound, the gradient by the unit queries is a cumulation of the unit keys with the
     weights ``grad_out`` and ``value``. The gradient by the unit keys is the same with the sides
     exchanged. The gradient by the values is a cumulation of ``grad_out`` without weights.
+
+    With oversampling, or with fewer hashes for the vectors, only the last one takes the codes as
+    they are: it is then such a cumulation for both kinds of gradient.
     """
-    queries = _side(device, query, grad_out, query_mask, query_hash_code)
-    keys = _side(device, key, value, key_mask, key_hash_code)
+    given = query_hash_code, key_hash_code
+    few = query_hash_code.shape[-1] if backward_num_hash is None else backward_num_hash
+    query_code, key_code = (_plain_codes(device, code, hash_code_len, oversample, few) for code in given)
+    as_given = oversample == 0 and few == query_hash_code.shape[-1]
+    queries = _side(device, query, grad_out, query_mask, query_code)
+    keys = _side(device, key, value, key_mask, key_code)
+    masks = query_mask, key_mask
     if grad == "exact":
-        return _by_pairs(device, queries, keys, query, key, value, hash_code_len, grad)
+        grad_value = None if as_given else _grad_value(device, *given, grad_out, *masks, hash_code_len, oversample, None)
+        return _by_pairs(device, queries, keys, query, key, value, hash_code_len, grad, grad_value)
     capacity = 1 << hash_code_len
     sorted_query, sorted_key = (sort_codes(device, side.code, capacity, side.mask) for side in (queries, keys))
     g, v = (layout.widened(x) for x in (grad_out, value))  # the kernel takes them in the dtype of the unit rows
     grad_unit_query = lsh_weighted_cumulation_outer_products(
         device,
-        query_hash_code=query_hash_code,
+        query_hash_code=query_code,
         query_weight=g,
-        key_hash_code=key_hash_code,
+        key_hash_code=key_code,
         key_weight=v,
         value=keys.unit.reshape(key.shape),
         hashtable_capacity=capacity,
@@ -218,9 +241,9 @@ def lsh_attention_backward_outer_products(
     )
     grad_unit_key = lsh_weighted_cumulation_outer_products(
         device,
-        query_hash_code=key_hash_code,
+        query_hash_code=key_code,
         query_weight=v,
-        key_hash_code=query_hash_code,
+        key_hash_code=query_code,
         key_weight=g,
         value=queries.unit.reshape(query.shape),
         hashtable_capacity=capacity,
@@ -228,14 +251,42 @@ def lsh_attention_backward_outer_products(
         key_mask=query_mask,
         sorted_codes=(sorted_key, sorted_query),
     )
-    plain = (device, key_hash_code, query_hash_code, grad_out, capacity)
-    try:
-        grad_value = lsh_cumulation_shared_table(*plain, query_mask=key_mask, key_mask=query_mask)
-    except DoesNotFit:
-        grad_value = lsh_cumulation_sorted_buckets(*plain, query_mask=key_mask, key_mask=query_mask, sorted_codes=sorted_query)
+    grad_value = _grad_value(device, *given, grad_out, *masks, hash_code_len, oversample, sorted_query if as_given else None)
     half = hash_code_len / 2
     return (
         _l2_normalize_backward(device, queries, grad_unit_query, query, half, _nonfinite_heads(device, keys)),
         _l2_normalize_backward(device, keys, grad_unit_key, key, half, _nonfinite_heads(device, queries)),
         grad_value,
     )
+
+
+def _plain_codes(device: Device, hash_code: Array, hash_code_len: int, oversample: int, num_hash: int) -> Array:
+    """The lowest ``hash_code_len`` bits of the first ``num_hash`` codes. A code that is out of
+    range stays so.
+    """
+    code = hash_code if num_hash == hash_code.shape[-1] else hash_code[..., :num_hash]
+    if oversample == 0:
+        return code
+    in_range = code >> (hash_code_len + oversample) == 0
+    return device.xp.where(in_range, code & np.int32((1 << hash_code_len) - 1), code)
+
+
+def _grad_value(
+    device: Device,
+    query_hash_code: Array,
+    key_hash_code: Array,
+    grad_out: Array,
+    query_mask: Array | None,
+    key_mask: Array | None,
+    hash_code_len: int,
+    oversample: int,
+    sorted_query: SortedCodes | None,
+) -> Array:
+    """The gradient by the values: the cumulation with the sides exchanged."""
+    capacity = 1 << (hash_code_len + oversample)
+    given = (device, key_hash_code, query_hash_code, grad_out, capacity)
+    options: dict[str, Any] = {"query_mask": key_mask, "key_mask": query_mask, "oversample": oversample}
+    try:
+        return lsh_cumulation_shared_table(*given, **options)
+    except DoesNotFit:
+        return lsh_cumulation_sorted_buckets(*given, **options, sorted_codes=sorted_query)

@@ -14,6 +14,7 @@ from numba import cuda
 from yoso_core.gpu import layout
 from yoso_core.gpu.device import Array, Device, DoesNotFit
 from yoso_core.gpu.numba_kernels import arrays
+from yoso_core.gpu.numba_kernels.smoothing import smooth
 
 THREADS = 256
 _DIMS = 32
@@ -138,8 +139,9 @@ class TableCut(NamedTuple):
     """Value dims of each of these heads."""
 
 
-def table_cut(device: Device, heads: int, num_hash: int, capacity: int, value_dim: int, dtype: Any) -> TableCut:
-    """How many heads and value dims have their tables in global memory at a time.
+def table_cut(device: Device, heads: int, num_hash: int, capacity: int, value_dim: int, dtype: Any, oversample: int = 0) -> TableCut:
+    """How many heads and value dims have their tables in global memory at a time; with
+    oversampling, ``oversample + 1`` tables for each hash.
 
     There are 32 dims, as in the paper, or fewer if the tables of one head do not fit with 32.
     Raises `DoesNotFit` if they do not fit with one dim.
@@ -148,7 +150,7 @@ def table_cut(device: Device, heads: int, num_hash: int, capacity: int, value_di
     >>> table_cut(Stepper(), heads=16, num_hash=32, capacity=256, value_dim=64, dtype=np.float32)
     TableCut(heads=16, dims=32)
     """
-    column = num_hash * capacity * np.dtype(dtype).itemsize
+    column = (oversample + 1) * num_hash * capacity * np.dtype(dtype).itemsize
     if column > device.max_table:
         raise DoesNotFit(
             f"hashtable_capacity: {num_hash} hashes of {capacity} buckets take {column:,} bytes for one value dim of one head, more than "
@@ -167,9 +169,11 @@ def lsh_cumulation_global_table(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
 ) -> Array:
-    """The paper's algorithm: tables of all hashes in global memory, 32 value dims at a time. Raises
-    `DoesNotFit` if they need more memory than the device allows.
+    """The paper's algorithm: tables of all hashes in global memory, 32 value dims at a time; with
+    oversampling they are smoothed there. Raises `DoesNotFit` if they need more memory than the
+    device allows.
     """
     query_code, key_code = layout.heads(device, query_hash_code), layout.heads(device, key_hash_code)
     v = arrays.computed(device, value)
@@ -179,15 +183,17 @@ def lsh_cumulation_global_table(
     n_k, d_v = v.shape[1:]
     out = device.zeros((heads, n_q, d_v), v.dtype)
     if out.size and n_k:
-        heads_at_once, dims = table_cut(device, heads, num_hash, hashtable_capacity, d_v, v.dtype)
+        heads_at_once, dims = table_cut(device, heads, num_hash, hashtable_capacity, d_v, v.dtype, oversample)
         rows = THREADS // dims
-        tables = device.empty((heads_at_once, num_hash, hashtable_capacity, dims), v.dtype)
+        tables = device.empty(((oversample + 1) * heads_at_once * num_hash, hashtable_capacity, dims), v.dtype)
         one_over_m = v.dtype.type(1 / num_hash)
         for first_head in range(0, heads, heads_at_once):
             part = slice(first_head, min(first_head + heads_at_once, heads))
-            table = tables[: part.stop - part.start]
+            count = (part.stop - part.start) * num_hash
+            spheres = tables[: (oversample + 1) * count].reshape(oversample + 1, count, hashtable_capacity, dims)
+            table = spheres[0].reshape(-1, num_hash, hashtable_capacity, dims)
             for first_dim in range(0, d_v, dims):
-                table[...] = 0
+                spheres[...] = 0
                 device.launch(
                     add_keys_to_table,
                     grid=(layout.ceil_div(n_k, rows), table.shape[0]),
@@ -200,6 +206,8 @@ def lsh_cumulation_global_table(
                         "first_dim": np.int64(first_dim),
                     },
                 )
+                if oversample:
+                    smooth(device, spheres, spheres[0])
                 device.launch(
                     read_table,
                     grid=(layout.ceil_div(n_q, rows), table.shape[0]),
@@ -225,9 +233,10 @@ def lsh_cumulation_shared_table(
     *,
     query_mask: Array | None = None,
     key_mask: Array | None = None,
+    oversample: int = 0,
 ) -> Array:
     """Tables in shared memory, one column to a thread: the kernel `cumulate_in_shared_table`.
-    Raises `DoesNotFit` if not even one column fits.
+    Raises `DoesNotFit` if not even one column fits, and with oversampling, which it lacks.
     """
     query_code, key_code = layout.heads(device, query_hash_code), layout.heads(device, key_hash_code)
     v = arrays.computed(device, value)
@@ -235,6 +244,10 @@ def lsh_cumulation_shared_table(
     n_k, d_v = v.shape[1:]
     out = device.zeros((heads, n_q, d_v), v.dtype)
     if out.size and n_k:
+        if oversample:
+            raise DoesNotFit(
+                f"oversample: got {oversample}, but this kernel does not smooth its tables in shared memory; use the variant global_table"
+            )
         column = hashtable_capacity * v.dtype.itemsize
         columns = device.max_shared // column
         if columns == 0:
