@@ -123,7 +123,7 @@ CASES = {
     "hyperplane_hash": HASHES,
     "lsh_cumulation": SIZES + SMOOTHED,
     "smooth_table": SMOOTHED_TABLES,
-    "yoso_attention": ATTENTIONS + CHAINED + SMOOTHED,
+    "yoso_attention": (*ATTENTIONS, *CHAINED, *(replace(case, layout="chained") for case in SMOOTHED)),
     "expectation_attention": (*SIZES, Case(63, 63, 48, 7, 7, 9, kind="1e15"), Case(63, 63, 48, 7, 7, 9, "float64", kind="1e35")),
 }
 

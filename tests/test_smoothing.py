@@ -161,7 +161,7 @@ def pair_variance(p: float, tau: int, s: int) -> float:
     return float(second - p ** (2 * tau))
 
 
-def counted(tau: int, s: int, cosine: float, hashed_bits: int | None = None, draws: int = 40_000) -> Array:
+def counted(tau: int, s: int, cosine: float, hashed_bits: int | None = None, draws: int = 400_000) -> Array:
     """What a key at this cosine counts in each of many draws of one hash by planes, whose codes are
     read as if they had ``hashed_bits - s`` bits and ``s`` more.
     """
@@ -185,7 +185,7 @@ def test_the_mean_stays_and_the_variance_falls(tau: int, s: int) -> None:
     mean, variance = spread(found)
     error = np.sqrt(variance / len(found))
     assert abs(mean - p**tau) < 4 * error
-    assert variance == pytest.approx(pair_variance(p, tau, s), rel=0.06)
+    assert variance == pytest.approx(pair_variance(p, tau, s), rel=0.03)
     if s:
         assert variance < 0.85 * pair_variance(p, tau, 0)
         off = counted(tau, s, cosine, hashed_bits=tau + s + 1)
@@ -264,6 +264,7 @@ def test_gradients_have_the_mean_of_the_expectations(variant: str) -> None:
         assert distance(samples, other) > 1.8
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # in torch's own forward mode
 def test_torch_knows_all_of_it() -> None:
     """The weights that are returned, forward mode against backward, and compiled shapes."""
     q, k, v, _ = inputs()
