@@ -15,7 +15,8 @@ from yoso_core import reference
 from yoso_core.gpu.cupy_kernels.cumulation import lsh_cumulation_shared_table, lsh_cumulation_sorted_buckets
 from yoso_core.gpu.cupy_kernels.smoothing import smooth_table_spheres
 from yoso_core.gpu.device import CudaKernel, DoesNotFit, launches
-from yoso_core.gpu.emulator import Emulator
+from yoso_core.gpu.emulator import Emulator, count_traffic
+from yoso_core.gpu.emulator import build as building
 from yoso_core.reference.arrays import Array
 from yoso_core.reference.smoothing import count_bits
 
@@ -51,6 +52,19 @@ def test_tables_are_smoothed_with_any_memory(
         out = smooth_table_spheres(Emulator(max_shared, max_table), table, oversample)
     assert [launch.block[0] for launch in made] == threads_of_launches
     np.testing.assert_allclose(out, exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(building.missing_for_counting() is not None, reason=building.missing_for_counting() or "")
+@pytest.mark.parametrize(("max_shared", "moved"), [(227 << 10, 2), (14_000, 2 * 2 + 3)])
+def test_a_table_moves_what_the_note_of_the_kernel_says(max_shared: int, moved: int) -> None:
+    """In whole sectors, without bank conflicts: ``2 N`` numbers in one launch, ``(2 s + 3) N`` in
+    two.
+    """
+    table = np.ones((1, 512, 16), np.float32)
+    with count_traffic() as counted:
+        smooth_table_spheres(Emulator(max_shared), table, 2)
+    total = counted.total
+    assert (total.global_bytes, total.global_sectors, total.bank_conflicts) == (moved * table.nbytes, moved * table.nbytes // 32, 0)
 
 
 def test_a_column_that_does_not_fit_is_refused_by_name() -> None:

@@ -298,10 +298,11 @@ __device__ inline int next_with_as_many_bits(int x) {
 //   gather_buckets with oversampling: a query also reads the buckets whose codes differ from its own
 //   in r = 1 ... s bits, each times a_r. A warp takes one query. It goes through the distances from s
 //   down to 0, and at each of them through all codes at that distance. Its lanes look up 32 buckets
-//   at once, one hash each, by bisection of the sorted codes. Then they add up those that are there
+//   at once, one hash each, by bisection of the sorted codes. Then they go through those that exist
 //   together, with up to 4 value dims for each lane. A block has 8 queries. Moves, for each query and
 //   hash, 4 bytes of code, about log2(n_k) sorted codes for each of sum_r C(bits, r) neighbors, and
-//   one row of sums for each occupied one in; for each query one row of results out. Deterministic.
+//   one row of sums for each of these that is occupied in; for each query one row of results out.
+//   Deterministic.
 extern "C" __global__ void gather_neighbors(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                             const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
                                             ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,
