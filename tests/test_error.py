@@ -719,6 +719,7 @@ def page() -> str:
     return (ROOT / "docs" / "error.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_page_run() -> None:
     names: dict[str, Any] = {}
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", page())
