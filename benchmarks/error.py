@@ -33,7 +33,7 @@ DRAWS = 30
 """Of the hashes, independent of each other, for every number about whole rows."""
 NUM_VECTORS, DIM = 1024, 64
 ROWS = 128
-"""Rows of a head that are looked at, spread over it; of all heads together."""
+"""Of a head, spread over it, are looked at."""
 
 
 # Six kinds of input: query, key and value, float32 (heads, n, d)
@@ -194,8 +194,7 @@ class Rows:
 
     def __init__(self, kind: str, tau: int) -> None:
         self.query, self.key, self.value = inputs(kind)
-        heads, length = self.query.shape[:2]
-        self.at = np.linspace(0, length - 1, ROWS // heads).astype(int)
+        self.at = np.linspace(0, self.query.shape[1] - 1, ROWS).astype(int)
         chosen = self.query[:, self.at].astype(np.float64)
         self.mean = expectation_attention(chosen, self.key.astype(np.float64), self.value.astype(np.float64), tau)
         self.unit = l2_normalize(self.mean)

@@ -29,10 +29,10 @@ LAYERS = (
     {"reference"},
     {"cpu", "gpu"},
     {"arrays", "checks", "files", "memory", "backends", "operations", "own_kernel", "registry", "ops"},
-    {"truth", "inputs"},
+    {"truth", "inputs", "adaptive"},
     {"model"},
     {"attend"},
-    {"comparison", "comparison_view", "warming", "draw", "__init__", "cli", "__main__", "demo", "benchmarks", "tutorials"},
+    {"comparison", "comparison_view", "planning", "warming", "draw", "__init__", "cli", "__main__", "demo", "benchmarks", "tutorials"},
 )
 """Names below ``yoso_core``, from the bottom up: each may use its own layer and those before it."""
 

@@ -84,12 +84,13 @@ class _Groups:
         """
         rows, error = _as(self.xp, rows, "float64") / self.scale, _as(self.xp, error, "float64")
         length = (rows**2).sum(-1)
-        within = error**2 * length * (self.size * (self.size - 1))
+        none = length == 0
+        within = self.xp.where(none, self.xp.zeros_like(error), error) ** 2 * length * (self.size * (self.size - 1))
         self.number += 1
         moved = rows - self.mean
         self.mean = self.mean + moved / self.number
         between = (moved**2).sum(-1) * (self.size * (self.number - 1) / self.number)
-        self.squares = self.squares + self.xp.where(length == 0, self.xp.zeros_like(length), within) + between
+        self.squares = self.squares + within + between
 
     def error(self) -> Array:
         """As `yoso_core.reference.attention.standard_error`, over all hashes so far."""

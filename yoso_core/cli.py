@@ -551,7 +551,7 @@ def plan(
     with _one_line_errors(context):
         arrays = _arrays_of(file)
         given = {"hash_code_len": hash_code_len, "num_hash": num_hash, "oversample": oversample}
-        found = planning.plan(**arrays, cosine=cosine, rng=seed, **{name: x for name, x in given.items() if x})  # type: ignore[arg-type]
+        found = planning.plan(**arrays, cosine=cosine, rng=seed, **{name: x for name, x in given.items() if x})
     if json_output:
         typer.echo(found.to_json())
     else:

@@ -11,8 +11,8 @@ derivations are in ``docs/error.md``.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from math import comb, log2
 from statistics import median
 from typing import Any, NamedTuple
@@ -33,14 +33,21 @@ NUM_HASHES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 OVERSAMPLES = (0, 1, 2, 3, 4)
 """The choices where the caller names none."""
 
-MOST_ROWS, LEAST_ROWS = 64, 16
-MOST_ROW_KEYS = 1 << 20
+MOST_ROWS, LEAST_ROWS = 512, 16
+MOST_ROW_KEYS = 1 << 19
 """Rows that are looked at: so many that rows times keys stay below this, within the two limits."""
+MOST_MOMENT_ROWS = 64
+"""Of those, rows whose two moments are computed; the pilot looks at all."""
 MOST_PAIR_KEYS = 256
 """Keys of a row whose pairs are all taken; of more keys, so many are drawn."""
 MOST_HEADS = 4
 """Heads, of all batches, that rows are taken from."""
-PILOT_HASHES, PILOT_DRAWS = 64, 2
+PILOT_HASHES = 64
+LEAST_DRAWS, MOST_DRAWS = 2, 8
+MOST_DRAWN = 1 << 21
+"""Draws of the pilot: so many that draws times rows times keys stay below this, within the two
+limits.
+"""
 TIMED_ROWS = 4096
 
 
@@ -165,8 +172,8 @@ def plan(
     cosines carry their standard error. Times are those of hashing and cumulation as three short
     calls measure them here and now; one that fuses the two is faster.
 
-    At most 64 rows, from 4 heads, are looked at, and 256 keys of each in pairs, whatever the size;
-    what grows with the number of keys is one pass for each of at most 64 rows.
+    At most 512 rows, from 4 heads, are looked at, fewer where there are many keys; and of 64 rows,
+    256 keys in pairs. What grows with the number of keys is one pass for each of 16 rows.
 
     Raises
     ------
@@ -190,12 +197,12 @@ def plan(
     seconds = _clock(caller, query, key, value)
     choices = []
     for tau, s in kinds:
-        moments = [row.moments(tau, s) for row in rows]
-        known = [i for i, one in enumerate(moments) if one is not None]
-        if not known:
+        known = [row for row in rows if row.expectation(tau).any()]
+        moments = np.array([row.moments(tau, s) for row in known if row.pairs is not None])
+        if not len(moments):
             raise ValueError("value: no row that is kept has an expectation other than zero")
-        variance, along = (np.array([moments[i][part] for i in known]) for part in (0, 1))  # type: ignore[index]
-        pilot = _pilot([rows[i] for i in known], tau, s, draw)
+        variance, along = moments.T
+        pilot = _pilot(known, tau, s, draw)
         for m in numbers:
             near, standard_error = _predicted(m, variance, along, pilot)
             relative = variance / m
@@ -214,6 +221,16 @@ def _several(name: str, given: int | Sequence[int], low: int, high: int | None) 
 # The rows that are looked at
 
 
+class _Pairs(NamedTuple):
+    """Pairs of the keys of one query."""
+
+    keys: NDArray[np.intp]
+    weight: Floats
+    """What each pair counts in a sum over all pairs of two keys; zero for a key with itself."""
+    together: Floats
+    """``A_jk``, the probability that a bit of the query and of both keys is the same."""
+
+
 @dataclass
 class _Row:
     """A query, and the keys and values that it may meet."""
@@ -224,35 +241,31 @@ class _Row:
     key: Floats
     """``(n_k, d)``, of unit length."""
     value: Floats
-    agree: Floats
-    """``p_j``, the probability that a bit of the query and of key ``j`` are the same."""
-    drawn: NDArray[np.intp]
-    """Keys whose pairs are taken."""
-    pair_weight: Floats
-    """What each of those pairs counts in a sum over all pairs of two keys; zero for a key with
-    itself.
-    """
-    together: Floats
-    """``A_jk`` of those pairs."""
+    pairs: _Pairs | None = None
+
+    @cached_property
+    def agree(self) -> Floats:
+        """``p_j``, the probability that a bit of the query and of key ``j`` are the same."""
+        found: Floats = 1 - np.arccos(np.clip(self.key @ self.query, -1, 1)) / np.pi
+        return found
 
     def expectation(self, tau: int) -> Floats:
         found: Floats = self.agree**tau @ self.value
         return found
 
-    def moments(self, tau: int, s: int) -> Shortfall | None:
-        """``None`` where the expectation is zero."""
+    def moments(self, tau: int, s: int) -> Shortfall:
+        """For a row with pairs whose expectation is not zero."""
+        assert self.pairs is not None
         mean = self.expectation(tau)
         squared = float(mean @ mean)
-        if squared == 0:
-            return None
         p, along = self.agree, self.value @ mean / squared
         shares = overlap_shares(tau, s)
         own = sum(share * p ** (tau + left) for left, share in enumerate(shares)) - p ** (2 * tau)
         variance, part = float(np.sum(self.value**2, axis=1) @ own) / squared, float(along**2 @ own)
-        some, q = self.value[self.drawn], p[self.drawn]
-        covariance = (mean_product(self.together, np.outer(q, q), tau, s) - np.outer(q**tau, q**tau)) * self.pair_weight
+        some, q = self.value[self.pairs.keys], p[self.pairs.keys]
+        covariance = (mean_product(self.pairs.together, np.outer(q, q), tau, s) - np.outer(q**tau, q**tau)) * self.pairs.weight
         variance += float(np.sum(covariance * (some @ some.T))) / squared
-        part += float(along[self.drawn] @ covariance @ along[self.drawn])
+        part += float(along[self.pairs.keys] @ covariance @ along[self.pairs.keys])
         part = max(part, 0.0)  # sampled keys may leave less than nothing
         return Shortfall(max(variance, part), part)
 
@@ -301,8 +314,9 @@ def _sampled_rows(
             if not np.isfinite(x).all():
                 raise ValueError(f"{name}: a row that is kept holds a number that is not finite")
         unit_key = l2_normalize(k)
-        for i in rng.permutation(len(q))[: max(1, most // len(heads))]:
-            yield sampled_row(head, l2_normalize(q[i : i + 1])[0], unit_key, v, rng)
+        for number, i in enumerate(rng.permutation(len(q))[: max(1, most // len(heads))]):
+            row = _Row(head, l2_normalize(q[i : i + 1])[0], unit_key, v)
+            yield with_pairs(row, rng) if number < MOST_MOMENT_ROWS // len(heads) else row
 
 
 def _kept(
@@ -311,13 +325,13 @@ def _kept(
     return [(query, keep_query[head]), (key, keep_key[head]), (value, keep_key[head])]
 
 
-def sampled_row(head: tuple[int, ...], query: Floats, key: Floats, value: Floats, rng: np.random.Generator) -> _Row:
-    agree = 1 - np.arccos(np.clip(key @ query, -1, 1)) / np.pi
-    drawn, weight = _drawn_keys(agree, value, rng)
-    some, angle = key[drawn], np.pi * (1 - agree[drawn])
+def with_pairs(row: _Row, rng: np.random.Generator) -> _Row:
+    """The row with pairs of its keys: all of them, or some that are drawn."""
+    keys, weight = _drawn_keys(row.agree, row.value, rng)
+    some, angle = row.key[keys], np.pi * (1 - row.agree[keys])
     between = np.arccos(np.clip(some @ some.T, -1, 1))
     together = np.clip(1 - (angle[:, None] + angle + between) / (2 * np.pi), 0, None)
-    return _Row(head, query, key, value, agree, drawn, np.outer(weight, weight) * (drawn[:, None] != drawn), together)
+    return replace(row, pairs=_Pairs(keys, np.outer(weight, weight) * (keys[:, None] != keys), together))
 
 
 def _drawn_keys(agree: Floats, value: Floats, rng: np.random.Generator) -> tuple[NDArray[np.intp], Floats]:
@@ -363,9 +377,13 @@ def _predicted(num_hash: int, variance: Floats, along: Floats, pilot: dict[int, 
     nearest = max((m for m in pilot if m <= num_hash), default=min(pilot))
     seen, noise = pilot[nearest]
     fades = min(1.0, nearest / num_hash)
-    each = cosine_of(variance / num_hash, along / num_hash) + fades * (seen - cosine_of(variance / nearest, along / nearest))
-    error = np.hypot(np.std(each, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else 0.0, fades * noise)
-    return float(np.clip(np.mean(each), 0, 1)), float(error)
+    by_moments = cosine_of(variance / num_hash, along / num_hash) - fades * cosine_of(variance / nearest, along / nearest)
+    errors = [fades * noise, _error_of_mean(by_moments), fades * _error_of_mean(seen)]
+    return float(np.clip(np.mean(by_moments) + fades * np.mean(seen), 0, 1)), float(np.linalg.norm(errors))
+
+
+def _error_of_mean(each: Floats) -> float:
+    return float(np.std(each, ddof=1) / np.sqrt(len(each))) if len(each) > 1 else 0.0
 
 
 def _pilot(rows: list[_Row], tau: int, s: int, rng: np.random.Generator) -> dict[int, tuple[Floats, float]]:
@@ -374,7 +392,8 @@ def _pilot(rows: list[_Row], tau: int, s: int, rng: np.random.Generator) -> dict
     groups. A group is of one draw: hashes of one chain differ from each other a little more than
     independent ones, and so their mean is nearer.
     """
-    draws = [np.concatenate([_hashed(alike, tau, s, rng) for alike in _by_head(rows)]) for _ in range(PILOT_DRAWS)]
+    number = max(LEAST_DRAWS, min(MOST_DRAWS, MOST_DRAWN // sum(len(row.key) for row in rows)))
+    draws = [np.concatenate([_hashed(alike, tau, s, rng) for alike in _by_head(rows)]) for _ in range(number)]
     sampled = np.concatenate(draws, axis=1)  # (rows, draws * hashes, d_v)
     means = np.stack([row.expectation(tau) for row in rows])
     unit_means = l2_normalize(means)
