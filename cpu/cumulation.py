@@ -265,9 +265,9 @@ def lsh_cumulation(
 ) -> Array:
     """See `yoso_core.reference.lsh_cumulation_tables`.
 
-    Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`), or the table of one hash,
-    ``c d_v`` numbers with ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and labels
-    the size of the codes where ``hashtable_capacity > 4 n_k``.
+    Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`), or the tables of four
+    hashes, ``4 c d_v`` numbers with ``c = min(hashtable_capacity, 4 n_k)``, where that is more; and
+    labels the size of the codes where ``hashtable_capacity > 4 n_k``.
     """
     query_code, key_code = heads(query_hash_code), heads(key_hash_code)
     batch, num_heads, n_q, _ = query_code.shape

@@ -28,8 +28,10 @@ One part of one head is always held.
 """
 
 PART_BYTES = 256 << 10
-"""Tables that a vector is added to, or read from, in one go: half of a small second-level cache.
-Eight hashes at most.
+HASHES_AT_LEAST, HASHES_AT_MOST = 4, 8
+"""Hashes that a vector is added to, or read from, in one go: as many as have tables in half of a
+small second-level cache, within these limits. Fewer than four would fetch values and outputs too
+often, which costs more than tables that do not fit.
 """
 
 KEY_BLOCK = QUERY_BLOCK = 2048
@@ -109,7 +111,8 @@ class Plan:
 def make_plan(out: Array, n_k: int, *, num_hash: int, table_size: int, num_threads: int | None) -> Plan:
     """``out (batch, heads, n_q, d_v)`` is where the result goes."""
     num_heads, threads = out.shape[0] * out.shape[1], num_threads or default_threads()
-    per = max(1, min(8, num_hash, PART_BYTES // max(table_size * out.itemsize, 1)))
+    fitting = PART_BYTES // max(table_size * out.itemsize, 1)
+    per = min(num_hash, max(HASHES_AT_LEAST, min(HASHES_AT_MOST, fitting)))
     parts = -(-num_hash // per)
     part_bytes = max(per * table_size * out.itemsize, 1)
     affordable = max(1, TABLE_BYTES // part_bytes)

@@ -68,8 +68,8 @@ def load_columns(spheres, size, oversample, count, tables, start, d_v, column):
 def add_across(spheres, size, oversample, row, other):
     """Two rows that differ in one bit: each gets in ``T_r`` what the other has in ``T_(r-1)``."""
     here, there = place(row), place(other)
-    for at in range(oversample * size, 0, -size):
-        below = at - size
+    for r in range(oversample, 0, -1):
+        at, below = r * size, (r - 1) * size
         x, y = load(spheres, below + here), load(spheres, below + there)
         store(spheres, at + here, load(spheres, at + here) + y)
         store(spheres, at + there, load(spheres, at + there) + x)
@@ -113,7 +113,7 @@ def store_columns(spheres, size, weights, count, tables, start, d_v, column):
 
 
 @cache
-def _smooth_kernel(dtype: Any) -> Any:
+def _smooth_kernel(dtype: Any, oversample: int) -> Any:
     """A task is 16 columns of the table of a hash: ``s bits`` additions an entry, in cache.
 
     The tables of ``parts`` parts of some heads, ``per`` to a part, begin ``part_size`` entries
@@ -132,7 +132,7 @@ def _smooth_kernel(dtype: Any) -> Any:
         d_v=types.intp,
     )
     def smooth(first, last, tables, weights, part0, parts, per, num_hash, part_size, count, d_v):
-        oversample, columns = len(weights) - 1, (d_v + LANES - 1) // LANES
+        columns = (d_v + LANES - 1) // LANES
         size = place(count - 1) + LANES
         spheres = aligned((oversample + 1) * size, tables.dtype)
         for task in range(first, last):
@@ -156,7 +156,7 @@ class Smoothing:
         self.cost = 3.0 * oversample * (bits + 1) * count * d_v
         """Of the table of a hash."""
         weights = np.array(smoothing_weights(bits - oversample, oversample), dtype)
-        self.work = partial(_smooth_kernel(from_dtype(np.dtype(dtype))), weights=weights, count=count, d_v=d_v)
+        self.work = partial(_smooth_kernel(from_dtype(np.dtype(dtype)), oversample), weights=weights, count=count, d_v=d_v)
 
     def _call(self, cut: Cut, part0: int, parts: int, tables: Array) -> dict[str, Any]:
         part_size = cut.splits * cut.per * cut.table_size
