@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 import yoso_core
-from yoso_core.benchmarks.bias import pairs_at_cosine
 from yoso_core.demo import words
 from yoso_core.files import written
 from yoso_core.planning import overlap_shares, plan, weigher
@@ -136,6 +135,15 @@ def pair_variance(tau: int, s: int, cosine: float) -> float:
     return float(sum(share * p ** (tau + left) for left, share in enumerate(overlap_shares(tau, s))) - p ** (2 * tau))
 
 
+def pairs_at(cosine: float, count: int, rng: np.random.Generator) -> Array:
+    """Unit vectors ``(2, count, DIM)`` in random directions, float32: pairs at one angle."""
+    first, across = rng.standard_normal((2, count, DIM))
+    first /= np.linalg.norm(first, axis=-1, keepdims=True)
+    across -= np.sum(across * first, axis=-1, keepdims=True) * first
+    across /= np.linalg.norm(across, axis=-1, keepdims=True)
+    return np.stack([first, cosine * first + np.sqrt(1 - cosine**2) * across]).astype(np.float32)
+
+
 def measured_pair_variance(
     hash: str, tau: int, s: int, cosine: float, *, draws: int = PAIR_DRAWS, pairs: int = PAIRS
 ) -> tuple[float, float]:
@@ -146,7 +154,7 @@ def measured_pair_variance(
     mean, weigh = expected_weight(np.arccos(cosine), tau), weigher(tau, s)
     found = []
     for _ in range(draws):
-        vectors = pairs_at_cosine("Gaussian", cosine, pairs, DIM, rng)
+        vectors = pairs_at(cosine, pairs, rng)
         if hash == "planes":
             codes = yoso_core.hyperplane_hash(vectors, yoso_core.sample_planes(PAIR_HASHES, tau + s, DIM, rng=rng), PAIR_HASHES, tau + s)
         else:

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import yoso_core
-from yoso_core import planning, reference
+from yoso_core import own_kernel, planning, reference
 from yoso_core.benchmarks import error as bench
 from yoso_core.cli import app
 from yoso_core.gpu.device import DoesNotFit
@@ -84,8 +84,9 @@ def test_the_error_is_what_its_formula_says(dtype: str, s: int, masked: bool) ->
     rng = np.random.default_rng(2)
     masks = {name: rng.random((2, 40)) > 0.3 for name in ("query_mask", "key_mask")} if masked else {}
     options: dict[str, Any] = {"num_hash": 5, "hash_code_len": tau, "oversample": s, "signs": signs, **masks}
+    options["variant"] = REFERENCE
     out, error = attend(query, key, value, return_error=True, **options)
-    np.testing.assert_array_equal(out, attend(query, key, value, variant=REFERENCE, **options))
+    np.testing.assert_array_equal(out, attend(query, key, value, **options))
     expected = slow_error(query, key, value, signs, 5, tau, s, masks)
     assert (expected == np.inf).any() or s
     np.testing.assert_allclose(error, expected, rtol=1e-4 if dtype != "float64" else 1e-6)
@@ -205,7 +206,7 @@ def test_a_comparison_takes_the_error_and_rejects_wrong_ones() -> None:
 
 
 def test_kernels_of_readers() -> None:
-    arrays = draw()
+    arrays, usual = draw(), own_kernel.PLAIN["layout"]
 
     def knows_nothing_of_it(query: Array, key: Array, value: Array, *, num_hash: int = 32, hash_code_len: int = 8, **signs: Any) -> Array:
         raise AssertionError("was called")
@@ -213,16 +214,16 @@ def test_kernels_of_readers() -> None:
     def plain(query: Array, key: Array, value: Array, *, num_hash: int, hash_code_len: int, signs: Array, use_expectation: bool,
               normalize_output: bool) -> Any:  # fmt: skip
         options = {"num_hash": num_hash, "hash_code_len": hash_code_len, "signs": signs, "normalize_output": normalize_output}
-        return reference.yoso_attention(query, key, value, layout="paper", **options)  # type: ignore[arg-type]
+        return reference.yoso_attention(query, key, value, layout=usual, **options)  # type: ignore[arg-type]
 
     def of_wrong_shape(query: Array, key: Array, value: Array, **options: Any) -> Any:
         out, error = reference.yoso_attention(query, key, value, **options)
         return out, error[..., None]
 
     with yoso_core.register("yoso_attention", "mine", plain):
-        assert yoso_core.yoso_attention(*arrays, layout="paper", variant="mine", rng=0).shape == (2, 40, 8)
+        assert yoso_core.yoso_attention(*arrays, layout=usual, variant="mine", rng=0).shape == (2, 40, 8)
         with pytest.raises(ValueError, match=r"^return_error: this kernel does not take it"):
-            yoso_core.yoso_attention(*arrays, layout="paper", variant="mine", rng=0, return_error=True)
+            yoso_core.yoso_attention(*arrays, layout=usual, variant="mine", rng=0, return_error=True)
     with yoso_core.register("yoso_attention", "mine", of_wrong_shape), pytest.raises(ValueError, match=r"returned shape \(2, 40, 1\)"):
         attend(*arrays, variant="mine", rng=0, return_error=True)
     with yoso_core.register("yoso_attention", "mine", TWINS["divisor m"]):
