@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 import yoso_core
+from yoso_core.benchmarks.equal_error import equal_error_cells, equal_error_table
+from yoso_core.benchmarks.machines import where
 from yoso_core.demo import words
 from yoso_core.files import written
 from yoso_core.planning import overlap_shares, plan, weigher
@@ -299,12 +301,14 @@ def run_error(output: Path, *, progress: bool = True) -> Path:
         "settings": {**settings, "python": platform.python_version(), "numpy": np.__version__, "encoder": encoder_missing() or ENCODER},
         "variance": variance_cells(partial(tracked, description="variance of pairs")),
         "rows": row_cells(partial(tracked, description="whole rows")),
+        "equal_error": equal_error_cells(partial(tracked, description="equal error")),
+        "environment": where("cpu"),
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / "error.json"
     with written(path) as part:
         part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    Console().print(*(Markdown(table(results)) for table in (variance_table, coverage_table, cosine_table)))
+    Console().print(*(Markdown(table(results)) for table in (variance_table, coverage_table, cosine_table, equal_error_table)))
     return path
 
 

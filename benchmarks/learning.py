@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from yoso_core.benchmarks.machines import where
 from yoso_core.files import written
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class Task:
         model = YosoForMaskedLM(config)
         with torch.no_grad():
             model.yoso.embeddings.position_embeddings.weight.mul_(2)
-            for block in model.yoso.encoder.layer:
+            layers: Any = model.yoso.encoder.layer
+            for block in layers:
                 block.attention.self.key.weight.copy_(block.attention.self.query.weight)
                 block.attention.output.dense.weight.mul_(3)
         return model
@@ -122,7 +124,8 @@ class Task:
         for _ in range(steps):
             starts = torch.randint(len(self.data) - LENGTH + 1, (BATCH,), generator=generator)
             optimizer.zero_grad()
-            self.loss(model, self.copies(self.data, starts, generator)).backward()
+            loss = self.loss(model, self.copies(self.data, starts, generator))
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -174,8 +177,6 @@ def run_learning(output: Path, *, progress: bool = True) -> Path:
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import track
-
-    from yoso_core.benchmarks.runner import where
 
     output.mkdir(parents=True, exist_ok=True)
     path = output / "learning.json"

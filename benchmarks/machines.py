@@ -2,8 +2,10 @@
 benchmarks tells CPU and GPU apart.
 """
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,3 +129,17 @@ def results_name(suite: str, environment: Result) -> str:
     """
     gpu = environment.get("gpu")
     return suite if gpu is None else f"{suite}-{re.sub('[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}"
+
+
+def where(device: str) -> Result:
+    """The machine and the versions of the packages."""
+    import torch
+
+    from yoso_core.comparison import environment
+
+    found = environment()
+    found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
+    if "transformers" in sys.modules:
+        found["versions"]["transformers"] = sys.modules["transformers"].__version__
+    memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return {**found, "memory_gb": memory_gb, **MACHINES[device].about()}

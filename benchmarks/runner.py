@@ -20,10 +20,9 @@ from yoso_core.benchmarks import bias, error, learning, memory
 from yoso_core.benchmarks.cases import SUITES, Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
 from yoso_core.benchmarks.floor import floor, measured_rates
-from yoso_core.benchmarks.machines import MACHINES, Machine, results_name
+from yoso_core.benchmarks.machines import MACHINES, Machine, results_name, where
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
 from yoso_core.benchmarks.traffic import traffic
-from yoso_core.comparison import environment
 from yoso_core.files import written
 from yoso_core.gpu.device import DoesNotFit
 
@@ -351,18 +350,6 @@ def _verdict(case: Case, value: float) -> str:
     if case.limit is None:
         return "no target"
     return "reached" if (value >= case.limit if case.measure in ("speedup", "bandwidth") else value <= case.limit) else "missed"
-
-
-def where(device: str) -> Result:
-    """The machine and the versions of the packages."""
-    import torch
-
-    found = environment()
-    found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
-    if "transformers" in sys.modules:
-        found["versions"]["transformers"] = sys.modules["transformers"].__version__
-    memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    return {**found, "memory_gb": memory_gb, **MACHINES[device].about()}
 
 
 def settings(suite: Suite, repeats: int) -> Result:
