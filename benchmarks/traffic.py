@@ -58,7 +58,7 @@ class _Sizes:
         numbers = workload.num_hash, workload.hash_code_len, workload.dim
         self.parts = hash_layout(*numbers).parts
         """Of the paper's layout."""
-        self.signs_of_head = prod(signs_shape(*numbers, workload.layout))
+        self.signs_of_parts, self.signs_of_head = (prod(signs_shape(*numbers, layout)) for layout in ("paper", "chained"))
         self.sign_sets = workload.heads
         self.item = ITEM_SIZE[workload.dtype]
         self.acc = max(4, self.item)
@@ -91,8 +91,8 @@ def _warp_per_chain(s: _Sizes) -> list[Traffic]:
 def _block_per_part(s: _Sizes) -> list[Traffic]:
     # One part of all vectors is hashed before the next part of any, so the vectors come from memory
     # once for each part.
-    signs = s.sign_sets * s.signs_of_head
-    return [Traffic("block_per_part", 1, s.parts * s.vectors_bytes + signs, s.codes_bytes, s.rows * s.signs_of_head - signs)]
+    signs = s.sign_sets * s.signs_of_parts
+    return [Traffic("block_per_part", 1, s.parts * s.vectors_bytes + signs, s.codes_bytes, s.rows * s.signs_of_parts - signs)]
 
 
 def _widened(s: _Sizes, arrays: int) -> list[Traffic]:

@@ -298,9 +298,9 @@ def test_a_memory_share_is_of_what_the_peer_takes() -> None:
 
 
 def test_the_floor_counts_the_additions_of_the_transforms() -> None:
-    # D = 64, tau = 8: 8 codes a part, so 4 parts for 32 hashes, each of 3 transforms of 64 * 6
-    # additions; then 32 table rows of 64.
-    assert operations(Workload("yoso", n=1, heads=1)) == 2 * (4 * 3 * 64 * 6 + 32 * 64)
+    # D = 64, tau = 8, m = 32: 4 rotations, so 7 rounds of 64 * 6 additions; then 32 table rows of
+    # 64.
+    assert operations(Workload("yoso", n=1, heads=1)) == 2 * (7 * 64 * 6 + 32 * 64)
 
 
 def test_memory_is_what_a_call_takes_beyond_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,7 +573,7 @@ def test_the_tables_of_bias_have_every_cell() -> None:
         for cosine in promise.NEAR
     ]
     assert promise.near_table({"near": near}).splitlines()[2:] == [
-        "| 4, 2, 3 | 2 | +35.0 ± 0.1% | +35.5 ± 0.1% | 7 | +10.0 ± 0.1% | +10.1 ± 0.1% |"
+        "| 4, 2, 3 | 7 | +10.0 ± 0.1% | +10.1 ± 0.1% | 2 | +35.0 ± 0.1% | +35.5 ± 0.1% |"
     ]
 
 
@@ -1014,10 +1014,10 @@ def test_the_least_bytes_by_hand() -> None:
 
 
 def test_the_operations_by_hand() -> None:
-    # D = 2, one code of two bits to a part: three parts, each 3 transforms of 2 * 1 additions.
-    assert operations(replace(FEW, run="hash")) == 4 * 3 * 3 * 2
+    # D = 2, and 3 codes of 2 bits: 3 rotations, so 6 rounds of 2 * 1 additions.
+    assert operations(replace(FEW, run="hash")) == 4 * 6 * 2
     assert operations(FEW) == 4 * 2 * 3 * 2
-    assert operations(replace(FEW, run="yoso")) == 2 * 4 * 3 * 3 * 2 + 4 * 2 * 3 * 2
+    assert operations(replace(FEW, run="yoso")) == 2 * 4 * 6 * 2 + 4 * 2 * 3 * 2
     # 3 hashes, each with 4 * 4 / 4 pairs that meet: 12 pairs of 4 multiply-adds; by outer products
     # it would be 2 * 12 * 4.
     assert operations(replace(FEW, run="weighted")) == 12 * 4
@@ -1033,12 +1033,13 @@ def moved(op: str, variant: str, workload: Workload, limits: Limits = H100) -> d
 
 
 def test_the_bytes_of_the_hashes_by_hand() -> None:
-    # Three parts of D = 2: 18 signs for a head, asked for by each of four vectors.
-    assert moved("fast_hash", "cupy:warp_per_vector", FEW) == {"warp_per_vector": (32 + 18, 48, 3 * 18)}
+    # Six rounds of D = 2: 12 signs for a head, asked for by each of four vectors; in the paper's
+    # layout three parts, 18 signs.
+    assert moved("fast_hash", "cupy:warp_per_vector", FEW) == {"warp_per_chain": (32 + 12, 48, 3 * 12)}
     assert moved("fast_hash", "cupy:block_per_part", FEW) == {"block_per_part": (3 * 32 + 18, 48, 3 * 18)}
-    assert moved("fast_hash", "numba_cuda:shared_memory", FEW) == {"hash_vectors": (32 + 18, 48, 2 * 32 + 3 * 18)}
+    assert moved("fast_hash", "numba_cuda:shared_memory", FEW) == {"hash_by_chain": (32 + 12, 48, 3 * 12)}
     half = replace(FEW, dtype="float16")
-    assert moved("fast_hash", "cupy:warp_per_vector", half)["warp_per_vector"] == (16 + 18, 48, 3 * 18)
+    assert moved("fast_hash", "cupy:warp_per_vector", half)["warp_per_chain"] == (16 + 12, 48, 3 * 12)
     assert moved("fast_hash", "numba_cuda:shared_memory", half)["(widen)"] == (16, 32, 0)
 
 
@@ -1123,7 +1124,7 @@ def test_the_bytes_of_attention_by_hand() -> None:
     assert moved("expectation_attention", "cupy:blocked", replace(FEW, n=65))["expectation"][2] == 2 * 65 * 8
     half = moved("yoso_attention", "cupy:shared_table", replace(FEW, dtype="float16"))
     assert half == {
-        "warp_per_vector": (2 * (16 + 18), 2 * (48 + 4), 2 * 3 * 18),  # and one byte for each vector: whether it is finite
+        "warp_per_chain": (2 * (16 + 12), 2 * (48 + 4), 2 * 3 * 12),  # and one byte for each vector: whether it is finite
         "shared_table": (2 * 48 + 16, 32, 0),  # sums leave it as float32
         "mark_nonfinite_heads": (4, 0, 0),
         "finish_attention": (32 + 4, 16, 0),
@@ -1155,7 +1156,7 @@ class Recorder:
         self.bytes[name] += sum(x.nbytes for x in args.values() if isinstance(x, np.ndarray))
 
 
-STREAMED = {"warp_per_vector", "hash_vectors", "shared_table", "transpose_codes", "sort_codes", "normalize_rows", "expectation"}
+STREAMED = {"warp_per_chain", "shared_table", "transpose_codes", "sort_codes", "normalize_rows", "expectation"}
 """Kernels that move each of their arrays once, where the work needs one round."""
 
 
@@ -1170,11 +1171,14 @@ def test_the_formulas_know_every_launch(
     """
     n, dim, dtype = sizes
     name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, FaceFunction) and found.op == op)
-    workload = Workload(name, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
+    run = "paper" if variant == "cupy:block_per_part" else name
+    workload = Workload(run, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
     monkeypatch.setattr(yoso_core, "fast_hash", lambda x, signs, m, tau: torch.zeros(*x.shape[:-1], m, dtype=torch.int32))
     given = ours.arguments(workload, contenders.tensors(workload))
     arguments = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     arguments.pop("validate", None)
+    if op == "fast_hash":
+        arguments["layout"] = workload.layout
     if op == "yoso_attention":
         arguments |= {"use_expectation": False, "planes": None, "query_mask": None, "key_mask": None, "normalize_output": True}
     (kernel,) = (kernel for kernel in registry.KERNELS if (kernel.op, kernel.name) == (op, variant))
