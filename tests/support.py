@@ -259,7 +259,13 @@ def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
     """
     if "warp_per_chain" in kernel.kernels:
         few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
-        return [case, replace(case, layout="chained", rotations=few)]
+        cases = [case, replace(case, layout="chained", rotations=few)]
+        if kernel.op == "yoso_attention":
+            cases += [
+                replace(case, return_error=True),
+                replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2, return_error=True),
+            ]
+        return cases
     cases = [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
     if kernel.op in ("lsh_cumulation", "smooth_table") and case.dtype == "float32":
         cases.append(replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2))
@@ -323,7 +329,7 @@ def check_values(op: str, got: list[Array], case: Case) -> None:
     else:
         for x, (exact, allowed) in zip(got, right_sums(op, case), strict=True):
             np.testing.assert_array_equal(np.isnan(x), np.isnan(exact))
-            error = np.nan_to_num(np.abs(x - exact))
+            error = truth.errors_of(x, exact)
             over = error > allowed
             worst = np.max((error - allowed)[over], initial=0)
             assert not over.any(), f"{over.sum()} of {over.size} off, the worst by {worst:.3g} beyond its tolerance"
