@@ -50,14 +50,15 @@ def whole_table_pays(bits: int, oversample: int, reads: int) -> bool:
 
 
 def count_bits(codes: Array) -> Array:
-    """The number of set bits of each nonnegative integer.
+    """The number of set bits of each integer; of negative ones, in two's complement.
 
-    >>> count_bits(np.array([0, 5, 255]))
-    array([0, 2, 8])
+    >>> count_bits(np.array([0, 5, 255, -1], np.int32))
+    array([ 0,  2,  8, 32])
     """
     found = np.zeros(codes.shape, np.intp)
+    codes = codes.view(f"u{codes.dtype.itemsize}")  # a negative number shifted to the right never ends
     while np.any(codes):
-        found += codes & 1
+        found += (codes & 1).astype(np.intp)
         codes = codes >> 1
     return found
 

@@ -52,6 +52,9 @@ class Case:
     """Of a chain; with fewer than ``hash_code_len`` a rotation gives several bits of one code."""
     oversample: int = 0
     """Bits of a code beyond ``hash_code_len``."""
+    size: float = 1.0
+    """Of the values, about."""
+    return_error: bool = False
 
     def __str__(self) -> str:
         n = f"n{self.n_q}" if self.n_q == self.n_k else f"q{self.n_q}-k{self.n_k}"
@@ -60,6 +63,7 @@ class Case:
         parts += ["raw"] * (not self.normalize_output) + [self.grad] * (self.grad != "lower_bound")
         parts += [self.layout] * (self.layout != "paper") + [f"P{self.rotations}"] * (self.rotations is not None)
         parts += [f"s{self.oversample}"] * (self.oversample > 0)
+        parts += [f"size{self.size:g}"] * (self.size != 1) + ["error"] * self.return_error
         parts += ["lead" + "x".join(map(str, self.leading))] * (self.leading != (2,))
         return "-".join(parts)
 
@@ -139,7 +143,7 @@ def ingredients(case: Case, dim: int) -> Hostile:
     keep_query, keep_key = draw_mask(rng, case.mask, query_rows), draw_mask(rng, case.mask, key_rows)
     query = hide(draw_vectors(rng, (*query_rows, dim), case.kind), keep_query, case.mask, np.inf)
     key = hide(draw_vectors(rng, (*key_rows, dim), case.kind), keep_key, case.mask, np.nan)
-    value = hide(rng.standard_normal((*key_rows, case.d_v)), keep_key, case.mask, np.nan)
+    value = hide(case.size * rng.standard_normal((*key_rows, case.d_v)), keep_key, case.mask, np.nan)
     query_hash_code, key_hash_code = (draw_codes(rng, (*rows, m), capacity) for rows in (query_rows, key_rows))
     signs = reference.sample_signs(m, bits, dim, batch_shape=case.leading[-1:], layout=case.layout, rotations=case.rotations, rng=1)
     # Whole numbers against whole numbers: every product and sum is exact, so a plane's side does
@@ -171,7 +175,12 @@ def build(op: str, case: Case) -> dict[str, Any]:
     """
     operation = OPERATIONS[op]
     dim = 1 << (case.d - 1).bit_length() if operation.power_of_two else case.d
-    options = {"grad": case.grad, "normalize_output": case.normalize_output, "layout": case.layout}
+    options = {
+        "grad": case.grad,
+        "normalize_output": case.normalize_output,
+        "layout": case.layout,
+        "return_error": case.return_error,
+    }
     made = operation.example_inputs(ingredients(case, dim))
     made |= {name: x for name, x in options.items() if name in operation.keywords}
 
@@ -250,7 +259,13 @@ def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
     """
     if "warp_per_chain" in kernel.kernels:
         few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
-        return [case, replace(case, layout="chained", rotations=few)]
+        cases = [case, replace(case, layout="chained", rotations=few)]
+        if kernel.op == "yoso_attention":
+            cases += [
+                replace(case, return_error=True),
+                replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2, return_error=True),
+            ]
+        return cases
     cases = [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
     if kernel.op in ("lsh_cumulation", "smooth_table") and case.dtype == "float32":
         cases.append(replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2))
@@ -314,7 +329,7 @@ def check_values(op: str, got: list[Array], case: Case) -> None:
     else:
         for x, (exact, allowed) in zip(got, right_sums(op, case), strict=True):
             np.testing.assert_array_equal(np.isnan(x), np.isnan(exact))
-            error = np.nan_to_num(np.abs(x - exact))
+            error = truth.errors_of(x, exact)
             over = error > allowed
             worst = np.max((error - allowed)[over], initial=0)
             assert not over.any(), f"{over.sum()} of {over.size} off, the worst by {worst:.3g} beyond its tolerance"

@@ -268,12 +268,15 @@ op, capacity = sys.argv[1], 1 << 8
 query_code = np.full((2, 50, 2), [-(2**31), 2**31 - 1], np.int32)
 key_code = np.full((2, 80, 2), [capacity, -1], np.int32)
 value, weight = np.ones((2, 80, 8), np.float32), np.ones((2, 50, 3), np.float32)
-args = (query_code, key_code, value) if op == "lsh_cumulation" else (query_code, weight, key_code, np.ones((2, 80, 3), np.float32), value)
+plain = op == "lsh_cumulation"
+args = (query_code, key_code, value) if plain else (query_code, weight, key_code, np.ones((2, 80, 3), np.float32), value)
 for variant in yoso_core.variants(op):
-    if variant.available and variant.kernel.backend.device == "cpu":
-        print(variant.name, flush=True)
+    if not variant.available or variant.kernel.backend.device != "cpu":
+        continue
+    for options in ({}, {"oversample": 2}) if plain else ({},):
+        print(variant.name, options, flush=True)
         try:
-            assert getattr(yoso_core, op)(*args, capacity, validate=False, variant=variant.name).shape == (2, 50, 8)
+            assert getattr(yoso_core, op)(*args, capacity, validate=False, variant=variant.name, **options).shape == (2, 50, 8)
         except (ValueError, IndexError) as error:
             print(error)
 """

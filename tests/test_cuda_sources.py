@@ -18,7 +18,13 @@ VALUES = ("float", "double", "float16", "bfloat16")
 Defines = tuple[tuple[str, str | int], ...]
 MORE: dict[str, tuple[Defines, ...]] = {
     "hashing.cu": tuple((("D", size),) for size in (1, 32, 64, 1024)),
-    "cumulation.cu": ((("LANES", 1), ("OUT", "float")), (("LANES", 32),), (("LANES", 16), ("OVERSAMPLE", 2), ("HELD_BITS", 3))),
+    "attention.cu": ((), (("SPREAD", 1),)),
+    "cumulation.cu": (
+        (("LANES", 1), ("OUT", "float")),
+        (("LANES", 32),),
+        (("LANES", 16), ("OVERSAMPLE", 2), ("HELD_BITS", 3), ("SPREAD", 1)),
+        (("SPREAD", 1), ("MY_DIMS", 1)),
+    ),
     "smoothing.cu": ((("OVERSAMPLE", 1), ("HELD_BITS", 4)), (("OVERSAMPLE", 29), ("HELD_BITS", 1))),
 }
 """What a file is compiled with besides VALUE; the sizes at the ends."""

@@ -21,7 +21,6 @@ import yoso_core
 from yoso_core import own_kernel, planning, reference
 from yoso_core.benchmarks import error as bench
 from yoso_core.cli import app
-from yoso_core.gpu.device import DoesNotFit
 from yoso_core.reference.arrays import Array
 from yoso_core.truth import tolerance, truth
 
@@ -158,17 +157,12 @@ def test_what_has_no_spread_is_refused() -> None:
 @pytest.mark.parametrize("variant", [v.name for v in support.on_the_cpu("yoso_attention")])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("s", [0, 1])
-def test_a_kernel_has_the_definitions_error_or_says_that_it_has_none(variant: str, dtype: str, s: int) -> None:
+def test_a_kernel_has_the_definitions_error(variant: str, dtype: str, s: int) -> None:
     query, key, value = draw(dtype=dtype, n=33)
     signs = yoso_core.sample_signs(6, 5 + s, 16, layout="chained", rng=1)
     call = {"query": query, "key": key, "value": value, "num_hash": 6, "hash_code_len": 5, "oversample": s, "signs": signs}
     call |= {"layout": "chained", "return_error": True, "key_mask": np.arange(33)[None] < 20}
-    try:
-        found = yoso_core.yoso_attention(**call, variant=variant)
-    except DoesNotFit as error:
-        assert variant != REFERENCE
-        assert re.match(rf"(return_error|oversample): {variant} does not have it; use numpy:formula$", str(error))  # noqa: PT017
-        return
+    found = yoso_core.yoso_attention(**call, variant=variant)
     for got, right, allowed in zip(found, truth("yoso_attention", (), call), tolerance("yoso_attention", (), call), strict=True):
         finite = np.isfinite(right)
         np.testing.assert_array_equal(np.isinf(got), np.isinf(right))

@@ -20,6 +20,8 @@ from yoso_core.operations import OPERATIONS
 
 SMALL = Case(9, 11, 20, 12, 5, 3, mask="masked")
 SMOOTHED = replace(SMALL, oversample=2)
+ERRORS = replace(SMALL, return_error=True)
+SMOOTHED_ERRORS = replace(SMOOTHED, return_error=True)
 TIES = Case(3, 9, 8, 4, 5, 3, kind="quantized")
 
 
@@ -118,6 +120,27 @@ CUDA = (
         "mark_nonfinite_heads", "yoso_attention", "emulated:shared_table", "row_nonfinite[first + i] && kept", "row_nonfinite[i] && kept"
     ),
     Fault("finish_attention", "yoso_attention", "emulated:shared_table", "x[i] / largest / length", "x[i] / length"),
+    Fault("finish_attention", "yoso_attention", "emulated:shared_table", "slice < slices;", "slice < 1;", replace(ERRORS, d_v=70)),
+    Fault("finish_attention", "yoso_attention", "emulated:sorted_buckets", "ACC(num_hash - 1)", "ACC(num_hash)", ERRORS),
+    Fault(
+        "scan_exponents",
+        "yoso_attention",
+        "emulated:shared_table",
+        "if (is_finite(size)) largest = larger(largest, size);",
+        "largest = smaller(largest, size);",
+        replace(ERRORS, size=1e25),
+    ),
+    Fault("shared_table", "yoso_attention", "emulated:shared_table", "d = 0; d < dims; ++d", "d = 0; d < 1; ++d", ERRORS),
+    Fault(
+        "shared_table",
+        "yoso_attention",
+        "emulated:shared_table",
+        "? lane < side_by_side && hash < num_hash : live",
+        "? lane < side_by_side : live",
+        replace(ERRORS, n_k=137, num_hash=33),  # in two turns, of 17 and 16 hashes
+    ),
+    Fault("gather_buckets", "yoso_attention", "emulated:sorted_buckets", "(bucket * unit) * (bucket * unit)", "bucket * unit", ERRORS),
+    Fault("gather_neighbors", "yoso_attention", "emulated:sorted_buckets", "own * ratio", "own", SMOOTHED_ERRORS),
     Fault("normalize_rows", "expectation_attention", "emulated:blocked", "/ scale / length", "/ scale"),
     Fault(
         "expectation",
@@ -316,7 +339,9 @@ LAUNCHED = [kernel for kernel in registry.KERNELS if kernel.where in ("emulated"
 @pytest.mark.parametrize("kernel", LAUNCHED, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
 def test_the_kernel_named_is_the_kernel_that_ran(kernel: registry.Kernel) -> None:
     """Over small cases, a variant launches every kernel that its row names, and no other."""
-    modes = [replace(SMALL, mode=mode) for mode in ("signs", "planes", "expectation")] if kernel.op == "yoso_attention" else [SMALL]
+    modes = [SMALL]
+    if kernel.op == "yoso_attention":
+        modes += [ERRORS, *(replace(SMALL, mode=mode) for mode in ("planes", "expectation"))]
     if "layout" in OPERATIONS[kernel.op].keywords and not kernel.name.endswith(":block_per_part"):
         modes.append(replace(SMALL, layout="chained"))
     if kernel.op == "lsh_attention_backward":  # a code of 16 bits has no table in shared memory

@@ -108,6 +108,22 @@ ATTENTIONS = (
     Case(63, 137, 64, 20, 7, 8, kind="1e-15", mode="expectation"),
 )
 
+ERRORS = tuple(
+    replace(case, layout="chained", return_error=True)
+    for case in (
+        Case(0, 7, 20, 7, 7, 3),
+        Case(7, 0, 20, 7, 7, 3),
+        Case(1, 63, 20, 1, 2, 3, leading=()),
+        Case(63, 63, 20, 40, 7, 4, mask="masked"),
+        *(Case(20, 63, 20, 7, 7, 4, dtype, mask="masked", oversample=2) for dtype in ("float32", "float64", "float16", "bfloat16")),
+        *(Case(20, 63, 20, 7, 7, 4, dtype, mask="fully", normalize_output=False) for dtype in ("float64", "float16")),
+        Case(20, 20, 20, 7, 33, 30, kind="repeated"),  # one hash is like another: no error, but for rounding
+        Case(7, 63, 20, 40, 2, 28, oversample=2, leading=()),
+        *(Case(20, 63, 20, 7, 7, 4, oversample=s, size=size) for s in (0, 2) for size in (1e-25, 1e25)),
+        Case(20, 63, 20, 7, 7, 4, mode="planes", mask="broadcast"),
+    )
+)
+
 GRADIENTS = (
     *SIZES,
     *(Case(63, 137, 48, 20, 7, 9, dtype, mask="masked", grad="exact") for dtype in ("float32", "float64", "float16", "bfloat16")),
@@ -123,7 +139,7 @@ CASES = {
     "hyperplane_hash": HASHES,
     "lsh_cumulation": SIZES + SMOOTHED,
     "smooth_table": SMOOTHED_TABLES,
-    "yoso_attention": (*ATTENTIONS, *CHAINED, *(replace(case, layout="chained") for case in SMOOTHED)),
+    "yoso_attention": (*ATTENTIONS, *CHAINED, *(replace(case, layout="chained") for case in SMOOTHED), *ERRORS),
     "expectation_attention": (*SIZES, Case(63, 63, 48, 7, 7, 9, kind="1e15"), Case(63, 63, 48, 7, 7, 9, "float64", kind="1e35")),
 }
 
@@ -171,6 +187,8 @@ def cases_for(kernel: registry.Kernel) -> tuple[Case, ...]:
     if kernel.name.endswith(":block_per_part"):  # a chain has no parts
         cases = HASHES
     if kernel.where == "emulated":  # where every CUDA thread is a fiber
+        if kernel.op in ("yoso_attention", "lsh_attention_backward"):  # which smooth as lsh_cumulation does
+            cases = tuple(case for case in cases if case.return_error or not (case.oversample and case.dtype in ("float64", "bfloat16")))
         return tuple(case for case in cases if max(case.n_q, case.n_k) <= 137 and max(case.d, case.d_v) <= 128)
     return cases
 
@@ -347,6 +365,29 @@ def uses_arccos(run: Callable[..., Any], call: dict[str, Any]) -> Any:
     return (weight @ v).astype(call["value"].dtype)
 
 
+def divides_the_error_by_m(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The divisor of a variance, where m - 1 is meant."""
+    out, error = run(**call)
+    return out, error * np.float32(np.sqrt(1 - 1 / call["num_hash"]))
+
+
+def forgets_one_over_m_of_the_error(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The spread of a single hash."""
+    out, error = run(**call)
+    return out, error * np.float32(np.sqrt(call["num_hash"]))
+
+
+def doubts_masked_rows(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """They are zeros, but known to be."""
+    out, error = run(**call)
+    return out, np.where(full_mask(call["query_mask"], error.shape), error, np.float32(np.inf))
+
+
+def trusts_rows_without_a_key(run: Callable[..., Any], call: dict[str, Any]) -> Any:
+    out, error = run(**call)
+    return out, np.where(np.isinf(error), np.float32(0), error)
+
+
 def forgets_to_smooth(run: Callable[..., Any], call: dict[str, Any]) -> Any:
     return run(**{**call, "oversample": 0})
 
@@ -389,6 +430,7 @@ def averaged(table: Array, oversample: int, weights: tuple[float, ...], rising: 
 
 ON_SUMS = (drops_the_last_keys, leaves_the_last_row_unwritten, reads_the_row_before, ignores_the_key_mask, multiplies_by_the_mask)
 ON_GRADIENTS = (ignores_the_key_mask, ignores_the_query_mask, forgets_the_chain_through_the_key, takes_the_other_gradient)
+ON_ERRORS = (divides_the_error_by_m, forgets_one_over_m_of_the_error, doubts_masked_rows, trusts_rows_without_a_key)
 ON_HASHES = (
     drops_the_last_vectors,
     leaves_the_last_row_unwritten,
@@ -420,7 +462,14 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "expectation_attention": (*ON_SUMS, ignores_the_query_mask, takes_one_bit_more, uses_arccos),
     "expectation_attention_backward": (*ON_GRADIENTS, takes_one_bit_more),
     "lsh_attention_backward": (*ON_GRADIENTS, shifts_the_codes, forgets_to_smooth),
-    "yoso_attention": (*ON_SUMS, ignores_the_query_mask, forgets_one_over_m, forgets_to_normalize, applies_the_diagonals_in_reverse),
+    "yoso_attention": (
+        *ON_SUMS,
+        ignores_the_query_mask,
+        forgets_one_over_m,
+        forgets_to_normalize,
+        applies_the_diagonals_in_reverse,
+        *ON_ERRORS,
+    ),
 }
 
 # The case that a fault is tried on: small, and of the sort that the fault is about.
@@ -430,6 +479,8 @@ TRIED_ON: dict[Fault, Case] = {
     uses_one_part_throughout: Case(1, 63, 48, 1, 33, 9),
     forgets_one_over_m: replace(PLAIN, normalize_output=False),
     uses_arccos: Case(63, 63, 48, 48, 7, 9, kind="repeated"),
+    **dict.fromkeys(ON_ERRORS, replace(PLAIN, return_error=True)),
+    trusts_rows_without_a_key: replace(PLAIN, mask="fully", return_error=True),
     **dict.fromkeys(
         (forgets_to_smooth, leaves_out_the_farthest, weighs_as_if_there_were_a_bit_less, forgets_a_bit, crosses_a_bit_twice),
         Case(63, 63, 20, 20, 7, 4, mask="masked", oversample=2),

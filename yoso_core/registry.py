@@ -35,10 +35,6 @@ class Kernel:
     deterministic: bool = True
     kernels: tuple[str, ...] = ()
     """The CUDA kernels that it launches, by name."""
-    lacks: tuple[str, ...] = ()
-    """Options of `own_kernel.PLAIN` that it does not take: it is called without them, and does not
-    fit where they are asked for.
-    """
     registered_on: str | None = None
     """The backend of a reader's own kernel; ``None`` for the library's."""
 
@@ -71,10 +67,6 @@ class Kernel:
         """Call it with the caller's arrays, by name; each output in its dtype and as the caller's
         kind of array, in a tuple where there are several.
         """
-        for name in self.lacks:
-            if arguments.get(name, own_kernel.PLAIN[name]) != own_kernel.PLAIN[name]:
-                raise DoesNotFit(f"{name}: {self.name} does not have it; use {OPERATIONS[self.op].definition}")
-        arguments = {name: x for name, x in arguments.items() if name not in self.lacks}
         function = self.load()
         if self.registered_on is not None:
             function = own_kernel.adapted(OPERATIONS[self.op], function)
@@ -86,11 +78,11 @@ class Kernel:
         return tuple(self.backend.back(caller, x, like) for x, like in zip(found, likes, strict=True))
 
 
-def _cuda(op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True, lacks: tuple[str, ...] = ()) -> list[Kernel]:
+def _cuda(op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True) -> list[Kernel]:
     """CUDA C++: one launcher, on a GPU and in the emulator."""
     target = f"yoso_core.gpu.cupy_kernels:{op}_{algorithm}"
     names = tuple(kernels.split())
-    return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names, lacks) for where in ("cupy", "emulated")]
+    return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("cupy", "emulated")]
 
 
 def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True) -> list[Kernel]:
@@ -100,7 +92,7 @@ def _numba_cuda(module: str, op: str, algorithm: str, summary: str, kernels: str
     return [Kernel(op, f"{where}:{algorithm}", target, summary, deterministic, names) for where in ("numba_cuda", "stepped")]
 
 
-_AROUND = "warp_per_vector warp_per_chain thread_per_code normalize_rows expectation mark_nonfinite_heads finish_attention"
+_AROUND = "warp_per_vector warp_per_chain thread_per_code normalize_rows expectation mark_nonfinite_heads scan_exponents finish_attention"
 """Kernels of every attention: both hashes, the expectation, and what comes before and after."""
 
 # In order of preference on each device: the first that can run on the caller's device, and has
@@ -263,14 +255,12 @@ KERNELS: tuple[Kernel, ...] = (
         "shared_table",
         "warp_per_vector, shared_table, normalize",
         f"{_AROUND} shared_table",
-        lacks=("return_error",),
     ),
     *_cuda(
         "yoso_attention",
         "sorted_buckets",
         "warp_per_vector, sorted_buckets, normalize: any hash_code_len",
         f"{_AROUND} transpose_codes sort_codes sum_buckets join_stretches gather_buckets gather_neighbors",
-        lacks=("return_error",),
     ),
 )
 

@@ -4,6 +4,7 @@ The equation is in `yoso_core.reference.yoso_attention`.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -16,10 +17,12 @@ from yoso_core.reference.hashing import Layout
 
 _WARPS = 8
 _THREADS = 256
+_SCANNED_ROWS = 256
+"""In a block of `scan_exponents`."""
 
 
-def _kernel(name: str, value: Array) -> CudaKernel:
-    return CudaKernel("attention.cu", name, gpu_layout.value_define(value))
+def _kernel(name: str, value: Array, **defines: int) -> CudaKernel:
+    return CudaKernel("attention.cu", name, (*gpu_layout.value_define(value), *defines.items()))
 
 
 def _attend(
@@ -40,10 +43,11 @@ def _attend(
     layout: Layout = "chained",
     return_length: bool = False,
     oversample: int = 0,
-) -> Array | tuple[Array, Array]:
+    return_error: bool = False,
+) -> Array | tuple[Array, ...]:
     masks = {"query_mask": query_mask, "key_mask": key_mask}
     accumulator = gpu_layout.accumulator(value)
-    query_nonfinite = head_nonfinite = None
+    query_nonfinite = head_nonfinite = exponent = squares = errors = None
     if use_expectation:
         sums = expectation_attention_blocked(device, query, key, value, hash_code_len, **masks, out_dtype=accumulator)
     else:
@@ -53,14 +57,19 @@ def _attend(
             _hash(device, x, signs, planes, num_hash, bits, layout, nonfinite)
             for x, nonfinite in ((query, query_nonfinite), (key, key_nonfinite))
         )
-        sums = cumulate(device, query_code, key_code, value, 1 << bits, **masks, oversample=oversample, out_dtype=accumulator)
+        cumulate = partial(cumulate, device, query_code, key_code, value, 1 << bits, **masks, oversample=oversample, out_dtype=accumulator)
+        if return_error:
+            exponent, errors = _exponents(device, value, key_mask), device.empty(query.shape[:-1], np.float32)
+            sums, squares = cumulate(exponent=exponent)
+        else:
+            sums = cumulate()
         head_nonfinite = _nonfinite_heads(device, key_nonfinite, key_mask, value)
     out = device.empty(sums.shape, value.dtype)
     lengths = device.empty((*sums.shape[:-1], 1), accumulator) if return_length else None
-    if out.size:
-        rows, value_dim = gpu_layout.count(out.shape[:-1]), out.shape[-1]
+    rows, value_dim = gpu_layout.count(out.shape[:-1]), out.shape[-1]
+    if out.size or (rows and return_error):
         device.launch(
-            _kernel("finish_attention", value),
+            _kernel("finish_attention", value, **({"SPREAD": 1} if return_error else {})),
             grid=(gpu_layout.ceil_div(rows, _WARPS),),
             block=(32 * _WARPS,),
             args={
@@ -74,9 +83,15 @@ def _attend(
                 "rows_per_head": np.int64(out.shape[-2]),
                 "value_dim": np.int32(value_dim),
                 "normalize": np.int32(normalize_output),
+                "own_squares": squares,
+                "exponent": exponent,
+                "errors": errors,
+                "slices": np.int32(0 if squares is None else squares.shape[1]),
+                "num_hash": np.int32(num_hash),
             },
         )
-    return out if lengths is None else (out, lengths)
+    asked = [x for x in (lengths, errors) if x is not None]
+    return (out, *asked) if asked else out
 
 
 def _hash(
@@ -115,14 +130,33 @@ def _nonfinite_heads(device: Device, key_nonfinite: Array, key_mask: Array | Non
     return head_nonfinite
 
 
-def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
+def _exponents(device: Device, value: Array, key_mask: Array | None) -> Array:
+    """int32 ``(heads,)``: of the largest kept value of each head, as `scan_exponents` stores it."""
+    rows, value_dim = value.shape[-2:]
+    exponent = device.zeros((gpu_layout.count(value.shape[:-2]),), np.int32)
+    if value.size:
+        device.launch(
+            _kernel("scan_exponents", value),
+            grid=(gpu_layout.ceil_div(rows, _SCANNED_ROWS) * exponent.size,),
+            block=(_THREADS,),
+            args={
+                "value": gpu_layout.heads(device, value),
+                "key_mask": gpu_layout.mask_bytes(device, key_mask, value.shape[:-1]),
+                "exponent": exponent,
+                **gpu_layout.int32s(rows_per_head=rows, value_dim=value_dim),
+            },
+        )
+    return exponent
+
+
+def yoso_attention_shared_table(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, ...]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `shared_table`, normalize. Raises
     `DoesNotFit` if not even one column of the table fits into shared memory.
     """
     return _attend(device, lsh_cumulation_shared_table, query, key, value, **options)  # type: ignore[arg-type]
 
 
-def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, Array]:
+def yoso_attention_sorted_buckets(device: Device, query: Array, key: Array, value: Array, **options: object) -> Array | tuple[Array, ...]:
     """Hash by `warp_per_vector` or `thread_per_code`, cumulate by `sorted_buckets`, normalize. Any
     ``hash_code_len + oversample``.
     """

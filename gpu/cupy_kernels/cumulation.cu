@@ -3,13 +3,17 @@
 //
 // Compiled for VALUE, and for OUT, the type in which the result is stored. shared_table is also
 // compiled for LANES, the number of threads in a group, and for OVERSAMPLE and HELD_BITS if its
-// tables are smoothed.
+// tables are smoothed. With SPREAD=1 the gathers of shared_table and sorted_buckets also sum the
+// squares of each hash's own row (spread.cuh), from `exponent` (heads) into `squares`. Without it
+// these two parameters are null, and nobody reads them.
 //
 // Arrays are contiguous: codes (heads, n, m), value (heads, n_k, d_v), out (heads, n_q, d_v), masks
 // (heads, n).
 #include "common.cuh"
 #include "smoothing.cuh"
 #include "sort.cuh"
+#include "spread.cuh"
+#include "tiles.cuh"
 
 __device__ inline OUT mean(ACC sum, int num_hash) { return narrow<OUT>(nan_unless_finite(sum / ACC(num_hash))); }
 
@@ -85,6 +89,19 @@ __device__ inline void smooth_column(ACC* column, int stride, int capacity) {
 }
 #endif
 
+// Squares a table in place. For each bucket, the first of `dims` neighboring entries gets the sum of
+// their squares. This thread takes share number `share` of `shares` of the buckets of one hash.
+__device__ inline void square_table(ACC* entries, int columns, int capacity, int dims, int share, int shares, ACC unit) {
+  for (int code = share; code < capacity; code += shares) {
+    ACC sum = 0;
+    for (int d = 0; d < dims; ++d) {
+      const ACC x = entries[code * columns + d * LANES] * unit;
+      sum += x * x;
+    }
+    entries[code * columns] = sum;
+  }
+}
+
 // shared_table
 //   A block takes a few value dims of one head and does the whole cumulation for them: it adds all
 //   keys to its tables, then all queries read. The tables are one array in shared memory, with
@@ -106,13 +123,21 @@ __device__ inline void smooth_column(ACC* column, int stride, int capacity) {
 //   With OVERSAMPLE, each thread smooths its column between the two: s log2(capacity) additions a
 //   row. If the bits are more than HELD_BITS, T_1 ... T_s take capacity rows each behind the table.
 //
+//   With SPREAD, the block then squares its tables in place: for each bucket and hash, the column of
+//   the first dim gets the squares of all `width` dims. So the queries read one column for each hash,
+//   and the groups of threads share them out. Shared memory is the same as without. It adds 1 / width
+//   of the gather, a multiply-add and a read for every entry of the tables, one more read of the
+//   query codes, and 4 bytes (float64: 8) out for each query, in `squares` (heads, slices, n_q).
+//   Barriers part it from what is before and after.
+//
 //   Grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
 //   cache, except for the first block), its slice of the values, and its slice of the result.
 //   Deterministic.
 extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code,
                                         const VALUE* __restrict__ value, const unsigned char* __restrict__ query_mask,
                                         const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished, OUT* __restrict__ out,
-                                        int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side) {
+                                        int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side,
+                                        const int* __restrict__ exponent, ACC* __restrict__ squares) {
   extern __shared__ double shared[];  // double, so that it is aligned for both types of ACC
   ACC* table = reinterpret_cast<ACC*>(shared);
 
@@ -120,6 +145,7 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
   const int dim = blockIdx.x * width + threadIdx.x / LANES;
   const bool has_dim = threadIdx.x < columns && dim < value_dim;
   const long long head = blockIdx.y;
+  const ACC unit = SPREAD ? unit_of(exponent[head]) : ACC(0);
   ACC* column = table + threadIdx.x;
 
   for (int first_hash = 0; first_hash < num_hash; first_hash += side_by_side) {
@@ -164,31 +190,50 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
 #endif
     }
 
-    // The thread that reads a column has written it: no barrier is needed.
-    for (int first_query = 0; first_query < n_q; first_query += LANES) {
-      ACC sum[LANES];
-#pragma unroll
-      for (int i = 0; i < LANES; ++i) {
-        const long long row = head * n_q + first_query + i;
-        const int code = live && first_query + i < n_q ? query_hash_code[row * num_hash + hash] : capacity;
-        sum[i] = in_range(code, capacity) ? column[code * columns] : ACC(0);
+    // The thread that reads a column has written it: no barrier is needed. With SPREAD, all read
+    // again when the squares are there: as if these were one more value dim.
+    for (int pass = 0; pass <= SPREAD; ++pass) {
+      const bool of_squares = SPREAD && pass > 0;
+      const int group = of_squares ? threadIdx.x / LANES : 0, groups = of_squares ? blockDim.x / LANES : 1;
+      const bool reads = of_squares ? lane < side_by_side && hash < num_hash : live;
+      const ACC* entries = of_squares ? table + lane : column;
+      if (of_squares) {
+        __syncthreads();
+        square_table(table + lane, columns, reads ? capacity : 0, smaller(width, value_dim - int(blockIdx.x) * width), group, groups, unit);
+        __syncthreads();
       }
+      for (int first_of_all = 0; first_of_all < n_q; first_of_all += groups * LANES) {
+        const int first_query = first_of_all + group * LANES;
+        ACC sum[LANES];
 #pragma unroll
-      for (int half = LANES / 2; half > 0; half /= 2) {
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-          const bool upper = lane & half;
-          const ACC given = upper ? sum[i] : sum[i + half], own = upper ? sum[i + half] : sum[i];
-          sum[i] = own + __shfl_xor_sync(FULL_WARP, given, half);
+        for (int i = 0; i < LANES; ++i) {
+          const long long row = head * n_q + first_query + i;
+          const int code = reads && first_query + i < n_q ? query_hash_code[row * num_hash + hash] : capacity;
+          sum[i] = in_range(code, capacity) ? entries[code * columns] : ACC(0);
         }
+#pragma unroll
+        for (int half = LANES / 2; half > 0; half /= 2) {
+#pragma unroll
+          for (int i = 0; i < half; ++i) {
+            const bool upper = lane & half;
+            const ACC given = upper ? sum[i] : sum[i + half], own = upper ? sum[i + half] : sum[i];
+            sum[i] = own + __shfl_xor_sync(FULL_WARP, given, half);
+          }
+        }
+        const int query = first_query + lane;
+        if (!(has_dim || of_squares) || query >= n_q) continue;
+        const long long row = head * n_q + query, at = row * value_dim + dim;
+        if (of_squares) {
+          ACC& total = squares[(head * gridDim.x + blockIdx.x) * n_q + query];
+          total = first_hash == 0 ? sum[0] : total + sum[0];
+          continue;
+        }
+        const ACC total = first_hash == 0 ? sum[0] : unfinished[at] + sum[0];
+        if (first_hash + side_by_side < num_hash) unfinished[at] = total;
+        else out[at] = kept(query_mask, row) ? mean(total, num_hash) : narrow<OUT>(ACC(0));
       }
-      const int query = first_query + lane;
-      if (!has_dim || query >= n_q) continue;
-      const long long row = head * n_q + query, at = row * value_dim + dim;
-      const ACC total = first_hash == 0 ? sum[0] : unfinished[at] + sum[0];
-      if (first_hash + side_by_side < num_hash) unfinished[at] = total;
-      else out[at] = kept(query_mask, row) ? mean(total, num_hash) : narrow<OUT>(ACC(0));
     }
+    if constexpr (SPREAD) __syncthreads();  // before the next hashes clear the table
   }
 }
 #endif
@@ -245,20 +290,30 @@ extern "C" __global__ void join_stretches(const int* __restrict__ sorted_code, A
   }
 }
 
+// The whole warp: adds its sum to a query's squares, or begins them.
+__device__ inline void add_squares(ACC& squares, ACC own_squares, int lane, bool begins) {
+  const ACC sum = warp_sum(own_squares);
+  if (lane == 0) squares = begins ? sum : squares + sum;
+}
+
 // gather_buckets
 //   A warp takes one query. Its lanes look up the starts of 32 buckets at once, one hash each, by
 //   bisection of the sorted codes. Then they go through these buckets together, with one lane for
 //   each value dim. A block has 8 queries. Moves, for each query and hash, 4 bytes of code, about
-//   log2(n_k) sorted codes and one row of sums in, and for each query one row of results out.
-//   Deterministic.
+//   log2(n_k) sorted codes and one row of sums in, and for each query one row of results out. With
+//   SPREAD, every lane also squares what it adds, 2 multiply-adds for an entry, and a query has 4
+//   bytes more (float64: 8) of `squares` (heads, n_q) out. Deterministic.
 extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                           const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
                                           ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,
-                                          int first_hash, int group, int capacity, int value_dim) {
+                                          int first_hash, int group, int capacity, int value_dim,
+                                          const int* __restrict__ exponent, ACC* __restrict__ squares) {
   const int query = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
   const long long head = blockIdx.y, query_row = head * n_q + query;
   if (query >= n_q) return;  // the whole warp
   const bool keep = kept(query_mask, query_row);
+  const ACC unit = SPREAD ? unit_of(exponent[head]) : ACC(0);
+  ACC own_squares = 0;
 
   for (int base_dim = 0; base_dim < value_dim; base_dim += 32) {
     const int dim = base_dim + lane;
@@ -276,7 +331,9 @@ extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_cod
       for (int hash = 0; hash < 32 && base_hash + hash < group; ++hash) {
         const int position = __shfl_sync(FULL_WARP, start, hash);
         if (position >= 0 && dim < value_dim) {
-          sum += bucket_sum[((head * group + base_hash + hash) * n_k + position) * value_dim + dim];
+          const ACC bucket = bucket_sum[((head * group + base_hash + hash) * n_k + position) * value_dim + dim];
+          sum += bucket;
+          if constexpr (SPREAD) own_squares += (bucket * unit) * (bucket * unit);
         }
       }
     }
@@ -284,9 +341,12 @@ extern "C" __global__ void gather_buckets(const int* __restrict__ query_hash_cod
     if (first_hash + group < num_hash) unfinished[at] = sum;
     else out[at] = mean(sum, num_hash);
   }
+  if constexpr (SPREAD) add_squares(squares[query_row], own_squares, lane, first_hash == 0);
 }
 
-constexpr int MY_DIMS = 4;
+#ifndef MY_DIMS
+#define MY_DIMS 4
+#endif
 
 // The next larger number with as many set bits as this one has, at least one.
 __device__ inline int next_with_as_many_bits(int x) {
@@ -303,21 +363,43 @@ __device__ inline int next_with_as_many_bits(int x) {
 //   hash, 4 bytes of code, about log2(n_k) sorted codes for each of sum_r C(bits, r) neighbors, and
 //   one row of sums for each of these that is occupied in; for each query one row of results out.
 //   Deterministic.
+//
+//   With SPREAD, a warp has the rows of all hashes of the group in shared memory, for the dims at
+//   hand: `group` rows of at most 32 MY_DIMS numbers. Whatever it adds to the sum it also adds there,
+//   in the same order, so no bucket is looked up twice. Every lane keeps to its own dims, so no
+//   barrier is needed and no banks conflict. It adds a read and a write in shared memory for each
+//   number that is added, s + 2 passes over the rows for each query, and 4 bytes (float64: 8) of
+//   `squares` (heads, n_q) out for each query.
 extern "C" __global__ void gather_neighbors(const int* __restrict__ query_hash_code, const unsigned char* __restrict__ query_mask,
                                             const int* __restrict__ sorted_code, const ACC* __restrict__ bucket_sum,
                                             ACC* __restrict__ unfinished, OUT* __restrict__ out, int n_q, int n_k, int num_hash,
-                                            int first_hash, int group, int capacity, int value_dim, int oversample) {
+                                            int first_hash, int group, int capacity, int value_dim, int oversample,
+                                            const int* __restrict__ exponent, ACC* __restrict__ squares) {
+  extern __shared__ double shared[];  // double, so that it is aligned for both types of ACC
+  const int width = smaller(value_dim, 32 * MY_DIMS);
+  ACC* own_rows = reinterpret_cast<ACC*>(shared) + (threadIdx.y * group * width + threadIdx.x);  // (hash, dim)
+
   const int query = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
   const long long head = blockIdx.y, query_row = head * n_q + query;
   if (query >= n_q) return;  // the whole warp
   const int bits = __ffs(capacity) - 1, farthest = kept(query_mask, query_row) ? oversample : -1;
+  const ACC unit = SPREAD ? unit_of(exponent[head]) : ACC(0);
+  ACC own_squares = 0;
 
   for (int first_dim = lane; first_dim - lane < value_dim; first_dim += 32 * MY_DIMS) {
     ACC sum[MY_DIMS] = {};
+    const auto each_own = [&](auto change) {  // of the numbers of this lane
+      for (int hash = 0; hash < group; ++hash) {
+        for (int d = 0; d < MY_DIMS && first_dim + 32 * d < value_dim; ++d) change(own_rows[hash * width + 32 * d]);
+      }
+    };
     for (int distance = farthest; distance >= 0; --distance) {
       // sum_r a_r T_r, where a_(r+1) / a_r = (s - r) / (bits - r) and T_s comes first
       const ACC ratio = ACC(oversample - distance) / ACC(bits - distance);
       for (int d = 0; d < MY_DIMS; ++d) sum[d] *= ratio;
+      if constexpr (SPREAD) {
+        each_own([&](ACC& own) { own = distance == oversample ? ACC(0) : own * ratio; });
+      }
       for (int base_hash = 0; base_hash < group; base_hash += 32) {
         const int in_group = base_hash + lane;
         const bool live = in_group < group;
@@ -333,7 +415,10 @@ extern "C" __global__ void gather_neighbors(const int* __restrict__ query_hash_c
             const long long position = __shfl_sync(FULL_WARP, start, hash);
             const ACC* bucket = bucket_sum + ((head * group + base_hash + hash) * n_k + position) * value_dim;
             for (int d = 0; d < MY_DIMS; ++d) {
-              if (first_dim + 32 * d < value_dim) sum[d] += bucket[first_dim + 32 * d];
+              if (first_dim + 32 * d < value_dim) {
+                sum[d] += bucket[first_dim + 32 * d];
+                if constexpr (SPREAD) own_rows[(base_hash + hash) * width + 32 * d] += bucket[first_dim + 32 * d];
+              }
             }
           }
           if (distance > 0) across = next_with_as_many_bits(across);
@@ -348,5 +433,7 @@ extern "C" __global__ void gather_neighbors(const int* __restrict__ query_hash_c
       if (first_hash + group < num_hash) unfinished[at] = total;
       else out[at] = mean(total, num_hash);
     }
+    if (SPREAD && farthest >= 0) each_own([&](ACC& own) { own_squares += (own * unit) * (own * unit); });
   }
+  if constexpr (SPREAD) add_squares(squares[query_row], own_squares, lane, first_hash == 0);
 }

@@ -40,6 +40,10 @@ class _Call:
     out: Array
     capacity: int
     oversample: int
+    exponent: Array | None
+    """int32 ``(heads,)``: of the largest value of each head, as `scan_exponents` stores it, if the
+    squares of the hashes' own rows are wanted.
+    """
 
     @property
     def heads(self) -> int:
@@ -74,6 +78,26 @@ class _Call:
         types = (("VALUE", layout.c_type(self.value)), ("OUT", layout.c_type(self.out)))
         return CudaKernel("cumulation.cu", name, (*types, *defines.items()))
 
+    def squares(self, slices: int = 1) -> Array | None:
+        """Room for the squares of the hashes' own rows, summed over each of some slices of the
+        value dims: ``(heads, slices, n_q)``. Zeros if nothing is launched; ``None`` if nobody wants
+        them.
+        """
+        make = self.device.zeros if self.is_trivial else self.device.empty
+        return None if self.exponent is None else make((self.heads, slices, self.n_q), self.accumulator)
+
+    @property
+    def spread(self) -> dict[str, int]:
+        """The macro of kernels that sum squares."""
+        return {} if self.exponent is None else {"SPREAD": 1}
+
+    @property
+    def holds_own_rows(self) -> bool:
+        """Whether the gather sums over neighbors, which mix the hashes, and must also tell their
+        rows apart.
+        """
+        return self.exponent is not None and self.oversample > 0
+
 
 def _call(
     device: Device,
@@ -85,6 +109,7 @@ def _call(
     key_mask: Array | None,
     oversample: int,
     out_dtype: Any,
+    exponent: Array | None = None,
 ) -> tuple[Array, _Call]:
     """The result, not yet filled unless the call is trivial, and the call that fills it."""
     out = device.empty((*query_hash_code.shape[:-1], value.shape[-1]), value.dtype if out_dtype is None else out_dtype)
@@ -101,8 +126,13 @@ def _call(
         out=out.reshape(*query_code.shape[:2], value.shape[-1]),
         capacity=hashtable_capacity,
         oversample=oversample,
+        exponent=exponent,
     )
     return out, call
+
+
+def _with_squares(out: Array, squares: Array | None) -> Array | tuple[Array, Array]:
+    return out if squares is None else (out, squares)
 
 
 def lsh_cumulation_global_table(
@@ -226,21 +256,29 @@ def lsh_cumulation_shared_table(
     key_mask: Array | None = None,
     oversample: int = 0,
     out_dtype: Any = None,
-) -> Array:
+    exponent: Array | None = None,
+) -> Array | tuple[Array, Array]:
     """Tables in shared memory, one column to a thread: scatter, smoothing and gather in one kernel.
     Raises `DoesNotFit` if not even one column fits.
+
+    ``exponent`` : int32 ``(heads,)`` from `scan_exponents`: also return the squares of the hashes'
+    own rows, in units squared, ``(heads, slices of the value dims, n_q)``.
     """
-    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype)
+    out, call = _call(
+        device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype, exponent
+    )
     if call.is_trivial:
-        return out
+        return _with_squares(out, call.squares())
     item = np.dtype(call.accumulator).itemsize
     lanes, side_by_side, width = shared_table_layout(call.num_hash, call.value_dim, call.capacity, device.max_shared, item, oversample)
     smoothing = {"OVERSAMPLE": oversample, "HELD_BITS": held_bits(oversample, item, _REGISTERS)} if oversample else {}
     unfinished = None if side_by_side >= call.num_hash else device.empty(call.out.shape, call.accumulator)
+    slices = layout.ceil_div(call.value_dim, width)
+    squares = call.squares(slices)
     for part in layout.grid_slices(call.heads):
         device.launch(
-            call.kernel("shared_table", LANES=lanes, **smoothing),
-            grid=(layout.ceil_div(call.value_dim, width), part.stop - part.start),
+            call.kernel("shared_table", LANES=lanes, **smoothing, **call.spread),
+            grid=(slices, part.stop - part.start),
             block=(_WARP * layout.ceil_div(lanes * width, _WARP),),
             args={
                 "query_hash_code": call.query_hash_code[part],
@@ -259,10 +297,12 @@ def lsh_cumulation_shared_table(
                     width=width,
                     side_by_side=side_by_side,
                 ),
+                "exponent": layout.part_of(call.exponent, part),
+                "squares": layout.part_of(squares, part),
             },
             shared=column_rows(call.capacity, oversample, item) * lanes * width * item,
         )
-    return out
+    return _with_squares(out, squares)
 
 
 def lsh_cumulation_sorted_buckets(
@@ -277,29 +317,37 @@ def lsh_cumulation_sorted_buckets(
     oversample: int = 0,
     out_dtype: Any = None,
     sorted_codes: SortedCodes | None = None,
-) -> Array:
+    exponent: Array | None = None,
+) -> Array | tuple[Array, Array]:
     """Keys are sorted by code, buckets are summed as runs of neighbors, and queries find them by
     bisection; with oversampling also those of up to ``s`` other bits. Any capacity, no float
     atomics.
 
     ``sorted_codes`` : the sorted codes of the keys from `sort_codes`, if the caller has them.
+    ``exponent`` : as in `lsh_cumulation_shared_table`, with one slice.
     """
-    out, call = _call(device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype)
+    out, call = _call(
+        device, query_hash_code, key_hash_code, value, hashtable_capacity, query_mask, key_mask, oversample, out_dtype, exponent
+    )
     if call.is_trivial:
-        return out
+        return _with_squares(out, call.squares())
     sorted_keys = sorted_codes or sort_codes(device, call.key_hash_code, call.capacity, call.key_mask)
-    row_bytes = call.n_k * call.value_dim * np.dtype(call.accumulator).itemsize
+    item = np.dtype(call.accumulator).itemsize
+    row_bytes = call.n_k * call.value_dim * item
     budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of pairs of a head and a hash
     together = max(1, min(call.num_hash, budget))
+    if call.holds_own_rows:
+        together = min(together, device.max_shared // (min(call.value_dim, _WARP) * item))
     head_groups = layout.grid_slices(call.heads, budget // together)
     bucket_sum = device.empty((head_groups[0].stop * together, call.n_k, call.value_dim), call.accumulator)
     unfinished = None if together == call.num_hash else device.empty(call.out.shape, call.accumulator)
+    squares = call.squares()
     for heads in head_groups:
         for first_hash in range(0, call.num_hash, together):
             group = min(together, call.num_hash - first_hash)
             _sum_buckets(call, sorted_keys, bucket_sum, heads, first_hash, group)
-            _gather_buckets(call, sorted_keys, bucket_sum, unfinished, heads, first_hash, group)
-    return out
+            _gather_buckets(call, sorted_keys, bucket_sum, unfinished, squares, heads, first_hash, group)
+    return _with_squares(out, squares)
 
 
 def _sum_buckets(call: _Call, sorted_keys: SortedCodes, bucket_sum: Array, heads: slice, first_hash: int, group: int) -> None:
@@ -329,16 +377,28 @@ def _sum_buckets(call: _Call, sorted_keys: SortedCodes, bucket_sum: Array, heads
 
 
 def _gather_buckets(
-    call: _Call, sorted_keys: SortedCodes, bucket_sum: Array, unfinished: Array | None, heads: slice, first_hash: int, group: int
+    call: _Call,
+    sorted_keys: SortedCodes,
+    bucket_sum: Array,
+    unfinished: Array | None,
+    squares: Array | None,
+    heads: slice,
+    first_hash: int,
+    group: int,
 ) -> None:
     """Let the queries of some heads read ``bucket_sum``, which holds ``group`` hashes from
     ``first_hash`` on.
     """
     smoothing = layout.int32s(oversample=call.oversample) if call.oversample else {}
+    rows, shared, macros = _ROWS, 0, dict(call.spread)
+    if call.holds_own_rows:
+        rows, macros["MY_DIMS"], shared = own_rows_layout(
+            group, call.value_dim, call.device.max_shared, np.dtype(call.accumulator).itemsize
+        )
     call.device.launch(
-        call.kernel("gather_neighbors" if call.oversample else "gather_buckets"),
-        grid=(layout.ceil_div(call.n_q, _ROWS), heads.stop - heads.start),
-        block=(_WARP, _ROWS),
+        call.kernel("gather_neighbors" if call.oversample else "gather_buckets", **macros),
+        grid=(layout.ceil_div(call.n_q, rows), heads.stop - heads.start),
+        block=(_WARP, rows),
         args={
             "query_hash_code": call.query_hash_code[heads],
             "query_mask": layout.part_of(call.query_mask, heads),
@@ -356,5 +416,34 @@ def _gather_buckets(
                 value_dim=call.value_dim,
             ),
             **smoothing,
+            "exponent": layout.part_of(call.exponent, heads),
+            "squares": layout.part_of(squares, heads),
         },
+        shared=shared,
     )
+
+
+class OwnRows(NamedTuple):
+    """How `gather_neighbors` divides its work while it holds each hash's own row."""
+
+    rows: int
+    """Queries of a block."""
+    dims: int
+    """Value dims of a lane at a time."""
+    shared: int
+    """Bytes of shared memory."""
+
+
+def own_rows_layout(group: int, value_dim: int, max_shared: int, itemsize: int) -> OwnRows:
+    """The most dims with which four queries fit into a block: fewer dims look up every bucket more
+    often. One dim if none do.
+
+    >>> own_rows_layout(32, 64, 227 * 1024, 4), own_rows_layout(256, 128, 227 * 1024, 4)
+    (OwnRows(rows=8, dims=4, shared=65536), OwnRows(rows=7, dims=1, shared=229376))
+    """
+    for dims in (4, 2, 1):
+        of_query = group * min(value_dim, _WARP * dims) * itemsize
+        rows = min(_ROWS, max_shared // of_query)
+        if rows >= 4:
+            break
+    return OwnRows(rows, dims, rows * of_query)
