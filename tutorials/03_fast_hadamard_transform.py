@@ -426,7 +426,9 @@ assert np.allclose(first, signs[0, 5] * signs[0, 6] * second[places ^ 5 ^ 6])
 # One rotation of a vector padded with zeros to $D$ numbers, a power of two, yields $D$ sign bits.
 # Each code takes $\tau$ of them, so one rotation makes $\lfloor D / \tau \rfloor$ codes, and what
 # is left over stays unused. For more codes take more rotations, each with its own signs. The
-# library calls a rotation a *part*.
+# library calls a rotation a *part*. This is how the paper's kernels do it, and `layout="paper"`
+# here. The library's default takes its bits elsewhere. That comes at the end, for it mends a fault
+# of what comes first.
 #
 # When a code is longer than a rotation ($\tau > D$), the bits of all parts form one stream, which
 # is cut every $\tau$ bits. Both cases, small enough to draw:
@@ -442,7 +444,7 @@ def bit_of(h, b, dim, tau):
 
 
 cases = {"D = 16, m = 7, $\\tau$ = 5": (16, 7, 5), "D = 4, m = 3, $\\tau$ = 6": (4, 3, 6)}
-figure, axes = draw.picture(2, width=8.6, height=2.8, width_ratios=(16, 6))
+figure, axes = draw.picture(2, width=8.6, height=2.5, width_ratios=(16, 5))
 for panel, (title, (dim, m, tau)) in zip(axes, cases.items(), strict=True):
     layout = hash_layout(m, tau, dim)
     owner = np.full((layout.parts, dim), -1)
@@ -451,8 +453,7 @@ for panel, (title, (dim, m, tau)) in zip(axes, cases.items(), strict=True):
             part, coordinate = bit_of(h, b, dim, tau)
             assert owner[part, coordinate] == -1, "no bit is used twice"
             owner[part, coordinate] = h
-            panel.text(coordinate, part + 0.2, f"bit {b}" if dim == 4 else f"{b}", ha="center", va="center", fontsize=8)
-            panel.text(coordinate, part - 0.2, f"code {h}" if dim == 4 else f"{h}", ha="center", va="center", fontsize=8, fontweight="bold")
+            panel.text(coordinate, part, f"{h}.{b}", ha="center", va="center", fontsize=9)
     for (part, coordinate), h in np.ndenumerate(owner):
         look = {"facecolor": draw.PALETTE[h], "alpha": 0.35} if h >= 0 else {"facecolor": "white", "hatch": "////"}
         panel.fill_between([coordinate - 0.5, coordinate + 0.5], part - 0.5, part + 0.5, edgecolor=draw.GRAY, linewidth=0.7, **look)
@@ -472,9 +473,9 @@ assert hash_layout(3, 6, 4).parts == 5
 figure
 
 # %% [markdown]
-# Bold is the code, below it the bit; hatched bits stay unused. Bit $b$ is worth $2^b$, and it is 1
-# where the projection is above zero. That is all there is to `yoso_core.fast_hash`. Our own, with
-# the loops in the open, gives the same codes.
+# Written 6.4 is bit 4 of code 6; hatched bits stay unused. Bit $b$ is worth $2^b$, and is 1 where
+# the projection is above zero. That is all there is to `yoso_core.fast_hash` in this layout. Our
+# own, with the loops in the open, gives the same codes.
 
 
 # %%
@@ -495,15 +496,15 @@ def slow_fast_hash(vectors, signs, m, tau):
 
 for d, m, tau in ((16, 7, 5), (4, 3, 6), (48, 9, 8)):
     vectors = rng.standard_normal((6, d)).astype(np.float32)
-    signs = yoso_core.sample_signs(m, tau, d, rng=0)
-    assert np.array_equal(slow_fast_hash(vectors, signs, m, tau), yoso_core.fast_hash(vectors, signs, m, tau))
+    signs = yoso_core.sample_signs(m, tau, d, layout="paper", rng=0)
+    assert np.array_equal(slow_fast_hash(vectors, signs, m, tau), yoso_core.fast_hash(vectors, signs, m, tau, layout="paper"))
 print("signs for d = 48, m = 9, tau = 8:", signs.shape, "is 3 diagonals, 2 parts, D = 64")
 
 # %% [markdown]
 # The scaling by $1/\sqrt{D}$ is left out, since it changes no sign. And the price, which we came
 # for: a part takes three transforms, so a vector takes $3\, \mathrm{parts} \cdot D \log_2 D$
 # additions. With 64 dimensions, $m = 32$ and $\tau = 8$ that is 4,608, in place of 16,384
-# multiplications and as many additions. On the right, the time of the library's two hashes, again
+# multiplications and as many additions. On the right, the time of this hash and of planes, again
 # drawn and not claimed.
 
 
@@ -523,8 +524,8 @@ work = {"fast_hash": [additions(int(dim), m, tau) for dim in hash_dims], "hyperp
 hash_time = {"fast_hash": [], "hyperplane_hash": []}
 for dim in hash_dims.tolist():
     vectors = rng.standard_normal((500, dim), dtype=np.float32)
-    signs, planes = yoso_core.sample_signs(m, tau, dim, rng=0), yoso_core.sample_planes(m, tau, dim, rng=0)
-    hash_time["fast_hash"].append(seconds(lambda x=vectors, signs=signs: yoso_core.fast_hash(x, signs, m, tau)) / 500)
+    signs, planes = yoso_core.sample_signs(m, tau, dim, layout="paper", rng=0), yoso_core.sample_planes(m, tau, dim, rng=0)
+    hash_time["fast_hash"].append(seconds(lambda x=vectors, signs=signs: yoso_core.fast_hash(x, signs, m, tau, layout="paper")) / 500)
     hash_time["hyperplane_hash"].append(seconds(lambda x=vectors, planes=planes: yoso_core.hyperplane_hash(x, planes, m, tau)) / 500)
 
 figure, (left, right) = draw.picture(2, height=3.5)
@@ -579,12 +580,13 @@ def pairs_at_angles(dim, draws, pairs=4):
 def collisions(dim, tau, draws, kind, m=32):
     """Angles, measured probability of equal codes at each, and its standard error."""
     theta, vectors = pairs_at_angles(dim, draws)
-    sample, hashes = {
-        "Hadamard": (yoso_core.sample_signs, yoso_core.fast_hash),
-        "Gaussian": (yoso_core.sample_planes, yoso_core.hyperplane_hash),
+    sample, hashes, layout = {
+        "Hadamard": (yoso_core.sample_signs, yoso_core.fast_hash, {"layout": "paper"}),
+        "Gaussian": (yoso_core.sample_planes, yoso_core.hyperplane_hash, {}),
     }[kind]
     flat = vectors.reshape(draws, -1, dim)
-    codes = hashes(flat, sample(m, tau, dim, batch_shape=(draws,), rng=rng), m, tau).reshape(draws, 4, 16, m)
+    drawn = sample(m, tau, dim, batch_shape=(draws,), rng=rng, **layout)
+    codes = hashes(flat, drawn, m, tau, **layout).reshape(draws, 4, 16, m)
     rate = np.mean(codes[:, :, 1:] == codes[:, :, :1], axis=(1, 3))
     return theta, rate.mean(axis=0), rate.std(axis=0, ddof=1) / np.sqrt(draws)
 
@@ -667,11 +669,59 @@ for dim, known in zip((8, 16, 32, 64, 128), (0.0420, 0.0190, 0.0086, 0.0040, 0.0
 # some bits agree, others must differ. Bits of one rotation repel each other, and codes of such bits
 # meet too seldom.
 #
-# Bits of *different* rotations do not. `layout="chained"` makes one long chain
-# $y_r = H D_r\, y_{r-1}$, uses the coordinates of every round from the fourth on, and spreads the
-# bits of a code over these rotations. With 8 rotations each of the 8 bits has one of its own. With
-# 4, which is what `sample_signs` takes here, two bits share one: a bias of that is left, within
-# what [the documentation](../docs/hashing.md) promises and derives.
+# Bits of *different* rotations do not. So the library's default, `layout="chained"`, makes one long
+# chain
+#
+# $$y_0 = x, \qquad y_r = H D_r\, y_{r-1},$$
+#
+# and uses the coordinates of *every* round from the fourth on: each of these is a rotation. $P$
+# rotations cost $P + 3$ rounds, where $P$ parts cost $3P$. Put the coordinates of all rotations in
+# one row, a stream of $PD$ numbers. With $M = \lfloor PD / \tau \rfloor$, **bit $b$ of code $h$ is
+# number $bM + h$ of the stream**. So the bits of one code lie far apart, in different rotations if
+# there are $\tau$ of them, and neighbors in the stream belong to neighboring codes. (The library
+# multiplies every round by a power of two besides, near $1/\sqrt{D}$. That changes no sign, and
+# keeps the numbers of a long chain in range.)
+
+
+# %%
+def slow_chained_hash(vectors, signs, m, tau):
+    """Codes ``(n, m)`` of vectors ``(n, d)``; signs ``(P + 3, D)``."""
+    codes = np.zeros((len(vectors), m), np.int32)
+    for i, vector in enumerate(vectors):
+        y, stream = np.zeros(signs.shape[-1], vectors.dtype), []
+        y[: len(vector)] = vector
+        for r, diagonal in enumerate(signs, 1):
+            y = transform(y * diagonal)
+            if r > 3:
+                stream.extend(y > 0)
+        apart = len(stream) // tau
+        for h in range(m):
+            for b in range(tau):
+                codes[i, h] += stream[b * apart + h] * 2**b
+    return codes
+
+
+for d, m, tau in ((16, 7, 5), (4, 3, 6), (48, 9, 8)):
+    vectors = rng.standard_normal((6, d)).astype(np.float32)
+    signs = yoso_core.sample_signs(m, tau, d, rng=0)
+    assert np.array_equal(slow_chained_hash(vectors, signs, m, tau), yoso_core.fast_hash(vectors, signs, m, tau))
+
+assert yoso_core.sample_signs(32, 8, 64).shape == (4 + 3, 64)
+assert 7 * 64 * np.log2(64) == 2688, "additions for a vector, where the paper's layout takes 4,608"
+dim, m, tau, P = 16, 7, 5, 3
+apart = P * dim // tau
+owner = {b * apart + h: f"{h}.{b}" for h in range(m) for b in range(tau)}
+print(f"D = {dim}, m = {m}, tau = {tau}: {P} rotations, M = {apart}. Code and bit of every coordinate:")
+for p in range(P):
+    print(f"rotation {p}:", *(owner.get(p * dim + coordinate, "  -") for coordinate in range(dim)))
+
+# %% [markdown]
+# Follow code 0: its bits 0 and 1 come from rotation 0, at coordinates 0 and 9, bits 2 and 3 from
+# rotation 1, bit 4 from rotation 2. In the layout of the paper all five come from one part.
+#
+# Now the bias of both layouts, relative to the weight. With 8 rotations each of the 8 bits has one
+# of its own. With 4, which is what `sample_signs` takes here, two bits share one: a bias of that is
+# left, within what [the documentation](../docs/hashing.md) promises and derives.
 
 
 # %%
@@ -696,7 +746,6 @@ curves = {
     "one chain, 4 rotations, 7 rounds": ("chained", 4),
     "one chain, 8 rotations, 11 rounds": ("chained", 8),
 }
-assert yoso_core.sample_signs(32, 8, 64, layout="chained").shape == (4 + 3, 64)
 for number, (label, (layout, rotations)) in enumerate(curves.items()):
     bias, error = np.array([relative_bias(cosine, layout, rotations) for cosine in cosines]).T
     axes.errorbar(
@@ -728,8 +777,9 @@ figure
 
 # %% [markdown]
 # The paper's layout is what the paper's kernels do, and what checkpoints trained by sampling have
-# learned with. Where the weights must be right, and where there are many hashes, take the chain.
-# Gaussian `planes=` are exact, at $D$ multiplications a bit.
+# learned with: for them there is `layout="paper"`, or `config.hash_layout` of a model. The chain is
+# the default, since its weights are right and many hashes cost fewer rounds; with 8 hashes or so it
+# takes a few rounds more. Gaussian `planes=` are exact, at $D$ multiplications a bit.
 #
 # ## What to keep
 #
@@ -738,9 +788,11 @@ figure
 #   everywhere.
 # - $H D_3 H D_2 H D_1$ is a random rotation. One round leaves sparse vectors bare, two leave them
 #   related, three are enough.
-# - One rotation serves $\lfloor D/\tau \rfloor$ codes. Its planes are at right angles, not
-#   independent, so their bits repel each other: a share of every weight is missing. Bits of
-#   different rotations, as in a chain, do not.
+# - In the paper's layout one rotation serves $\lfloor D/\tau \rfloor$ codes. Its planes are at
+#   right angles, not independent, so their bits repel each other: a share of every weight is
+#   missing.
+# - Bits of different rotations do not. In a chain, the default, $P$ rotations take $P + 3$ rounds,
+#   and bit $b$ of code $h$ is number $bM + h$ of all their coordinates.
 #
 # Next: [4. Cumulation](04_cumulation.ipynb), where the codes do their work.
 #
@@ -804,9 +856,9 @@ print("Exercise 2: right.")
 # %% [markdown]
 # ## Exercise 3: who needs this bit?
 #
-# A thread on a GPU holds coordinate `coordinate` of part `part`. It must know for which code and
-# which bit. Turn `bit_of` around, for both cases of the layout. Return `None` when nobody needs the
-# coordinate.
+# In the paper's layout, a thread on a GPU holds coordinate `coordinate` of part `part`. It must
+# know for which code and which bit. Turn `bit_of` around, for both of its cases. Return `None` when
+# nobody needs the coordinate.
 
 
 # %% tags=["exercise-3"]

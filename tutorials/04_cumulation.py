@@ -2,27 +2,30 @@
 # # 4. Cumulation
 #
 # **You will be able to** compute sampled attention with hash tables in time linear in the length of
-# the text, by hand and in ten lines of NumPy, and say what the number of hashes, the length of the
-# codes and a real text do to its error and its cost.
+# the text, by hand and in ten lines of NumPy, say what the number of hashes, the length of the
+# codes and a real text do to its error and its cost, and take noise away with a few bits more.
 #
-# **Time:** 40 minutes, and 25 for the exercises.
+# **Time:** 50 minutes, and 25 for the exercises.
 #
 # **You need:** NumPy, and tutorials 1 to 3.
 #
-# **Source:** [`yoso_core.reference.cumulation`](../reference/cumulation.py) and
+# **Source:** [`yoso_core.reference.cumulation`](../reference/cumulation.py),
+# [`yoso_core.reference.smoothing`](../reference/smoothing.py) and
 # [`yoso_core.reference.attention`](../reference/attention.py); algorithm 1 of [Zeng et al.
 # 2021](https://arxiv.org/abs/2111.09714).
 
 # %%
 import time
 from collections import Counter
+from itertools import combinations
+from math import comb
 
 import numpy as np
 
 import yoso_core
 from yoso_core import draw
 from yoso_core.demo.words import embed, read_text
-from yoso_core.reference import collision_rate, l2_normalize
+from yoso_core.reference import collision_rate, expected_weight, l2_normalize
 
 draw.use_look()
 rng = np.random.default_rng(4)
@@ -82,7 +85,7 @@ def sum_of(terms):
     return f"{total} = {'+'.join(f'{term:g}' for term in terms)}" if len(terms) > 1 else total
 
 
-figure, axes = draw.picture(rows=2, width=6.6, height=7.6)
+figure, axes = draw.picture(rows=2, width=6, height=5.8)
 for h, panel in enumerate(axes):
     draw.scatter_gather(
         panel,
@@ -177,19 +180,14 @@ for variant, shown in (("numpy:pairs", lengths), ("numpy:tables", longer), (None
             assert np.allclose(out, cumulate(*codes, values, 2**tau), atol=1e-4)
     times[variant or "the best here"] = shown, best
 
-figure, (left, right) = draw.picture(2, height=3.6)
-for number, (name, shown) in enumerate((("pairs", lengths), ("tables", longer))):
-    left.plot(shown, steps[name], marker=draw.MARKERS[number], color=draw.PALETTE[number], markersize=6, linewidth=1.2, label=name)
+figure, axes = draw.picture(width=5.4, height=3.2)
 for number, (name, (shown, best)) in enumerate(times.items()):
-    right.plot(shown, best, marker=draw.MARKERS[number], color=draw.PALETTE[number], markersize=6, linewidth=1.2, label=name)
-left.set(title="Steps, counted", ylabel=f"steps, m = {m}, $\\tau$ = {tau}")
-right.set(title="Time, on the machine that built this", ylabel="milliseconds")
-for panel in (left, right):
-    panel.set(xscale="log", yscale="log", xlabel="tokens n")
-    panel.set_xticks(longer[::2], [f"{length:,}" for length in longer[::2]])
-    panel.minorticks_off()
-    panel.grid(True)
-    draw.legend_under_title(panel)
+    axes.plot(shown, best, marker=draw.MARKERS[number], color=draw.PALETTE[number], markersize=6, linewidth=1.2, label=name)
+axes.set(title="Time, on the machine that built this", ylabel="milliseconds", xscale="log", yscale="log", xlabel="tokens n")
+axes.set_xticks(longer[::2], [f"{length:,}" for length in longer[::2]])
+axes.minorticks_off()
+axes.grid(True)
+draw.legend_under_title(axes)
 figure
 
 # %% [markdown]
@@ -236,7 +234,7 @@ assert np.isclose(sampled.sum(), collision_rate(code[mine], code).sum(axis=1).me
 top = np.argsort(-exact, kind="stable")[:9]
 figure, axes = draw.picture(width=7, height=3.4)
 axes.barh(np.arange(9) - 0.2, exact[top], height=0.38, color=draw.GRAY, label="exact")
-axes.barh(np.arange(9) + 0.2, sampled[top], height=0.38, color=draw.BLUE, hatch="///", edgecolor="white", label=f"sampled, m = {m}")
+axes.barh(np.arange(9) + 0.2, sampled[top], height=0.38, color=draw.BLUE, label=f"sampled, m = {m}")
 axes.set_yticks(range(9), [passage.words[i] for i in top])
 axes.invert_yaxis()
 axes.set(title=f'What "{passage.words[chosen]}" attends to', xlabel="weight of all tokens of the word")
@@ -261,9 +259,9 @@ def mean_square(vectors):
     return np.mean(np.sum(vectors**2, axis=-1))
 
 
-def samples(repeats, num_hash, hash_code_len, **more):
+def samples(repeats, num_hash, hash_code_len, oversample=0, **more):
     """Sampled attention of ``query`` to ``key``, with fresh planes each time:
-    ``(repeats, 512, 64)``.
+    ``(repeats, 512, 64)``. We come to ``oversample``.
     """
     return np.array(
         [
@@ -273,7 +271,8 @@ def samples(repeats, num_hash, hash_code_len, **more):
                 key,
                 num_hash=num_hash,
                 hash_code_len=hash_code_len,
-                planes=yoso_core.sample_planes(num_hash, hash_code_len, 64, rng=rng),
+                planes=yoso_core.sample_planes(num_hash, hash_code_len + oversample, 64, rng=rng),
+                oversample=oversample,
                 **more,
             )
             for _ in range(repeats)
@@ -329,7 +328,7 @@ for tau in taus.tolist():
 assert np.allclose(total, np.add(bias, noise), rtol=1e-4)
 
 best = int(np.argmin(total))
-figure, axes = draw.picture(width=6.6, height=3.6)
+figure, axes = draw.picture(width=5.6, height=3.2)
 for number, (name, line) in enumerate({"bias": bias, "noise": noise, "error, their sum": total}.items()):
     axes.plot(taus, line, marker=draw.MARKERS[number], color=draw.PALETTE[number], label=name, linewidth=1.4, markersize=6)
 axes.axvline(taus[best], color=draw.INK, linestyle=draw.DASHES, linewidth=1)
@@ -350,8 +349,8 @@ figure
 # more selective attention needs more of them.
 #
 # How many rows do the codes really use? At most $2^\tau$, at most one for each token, and in a real
-# text fewer than either. On the right, the memory of one table for 64 numbers to a row, beside that
-# of the whole $n \times n$ matrix which is not needed.
+# text fewer than either. (With 64 numbers to a row, in float32, a table takes $256 \cdot 2^\tau$
+# bytes: 17 MB at 16 bits. The whole $n \times n$ matrix, which is not needed, would take 67 MB.)
 
 # %%
 rows = {"this text": [], "random vectors": []}
@@ -363,27 +362,299 @@ for tau in taus.tolist():
         rows[name].append(np.mean([len(np.unique(codes[:, h])) for h in range(4)]))
     assert max(rows["this text"][-1], rows["random vectors"][-1]) <= min(2**tau, len(x))
 
-figure, (left, right) = draw.picture(2, height=3.4)
-left.plot(taus, np.minimum(2.0**taus, len(x)), color=draw.INK, linestyle=draw.DASHES, linewidth=1, label=r"smaller of $2^\tau$ and n")
+figure, axes = draw.picture(width=5.4, height=3)
+axes.plot(taus, np.minimum(2.0**taus, len(x)), color=draw.INK, linestyle=draw.DASHES, linewidth=1, label=r"smaller of $2^\tau$ and n")
 for number, (name, line) in enumerate(rows.items()):
-    left.plot(taus, line, draw.MARKERS[number], color=draw.PALETTE[number], label=name, markersize=6)
-left.set(title=f"Rows in use, n = {len(x):,}", xlabel=r"bits of a code, $\tau$", ylabel="rows", yscale="log")
-left.set_yticks([1, 10, 100, 1000, 4096], ["1", "10", "100", "1,000", "4,096"])
-right.plot(taus, 4 * 64 * 2.0**taus / 1e6, marker="o", color=draw.BLUE, label="one table", linewidth=1.2, markersize=6)
-right.axhline(4 * len(x) ** 2 / 1e6, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label="n by n weights")
-right.set(title="Memory in float32", xlabel=r"bits of a code, $\tau$", ylabel="megabytes", yscale="log")
-right.set_yticks([0.001, 0.01, 0.1, 1, 10, 100], ["0.001", "0.01", "0.1", "1", "10", "100"])
-for panel in (left, right):
-    panel.set_xticks(taus[1:])
-    panel.minorticks_off()
-    panel.grid(True)
-    panel.legend(loc="lower right")
-right.set_ylim(3e-4, 200)
+    axes.plot(taus, line, draw.MARKERS[number], color=draw.PALETTE[number], label=name, markersize=6)
+axes.set(title=f"Rows in use, n = {len(x):,}", xlabel=r"bits of a code, $\tau$", ylabel="rows", yscale="log")
+axes.set_yticks([1, 10, 100, 1000, 4096], ["1", "10", "100", "1,000", "4,096"])
+axes.set_xticks(taus[1:])
+axes.minorticks_off()
+axes.grid(True)
+axes.legend(loc="lower right")
 
 assert rows["this text"][-1] < rows["random vectors"][-1]
-assert 4 * 64 * 2 ** taus.max() < 4 * len(x) ** 2
+assert [round(number / 1e6) for number in (4 * 64 * 2 ** int(taus.max()), 4 * len(x) ** 2)] == [17, 67]
 figure
 
+# %% [markdown]
+# ## Less noise from the same hashes: smoothing
+#
+# The noise is what is left of luck: two codes are equal or they are not. A near miss, all bits
+# alike but one, counts as much as a stranger. Can we let it count?
+#
+# Hash with a few bits more, $\tau + s$ of them. Such a code holds many codes of $\tau$ bits, one
+# for each choice of $\tau$ of its bits: $\binom{\tau + s}{\tau}$ hashes for the price of one. Each
+# of them alone has the right expectation, so has the mean over them all, and it has less noise. Two
+# codes that differ in $r$ bits agree in those choices that leave these $r$ out. So in the mean a
+# key counts
+#
+# $$a_r = \binom{\tau + s - r}{\tau} \Big/ \binom{\tau + s}{\tau}, \qquad a_0 = 1, \qquad a_r = 0
+# \ \text{ for } r > s.$$
+#
+# With $\tau = s = 2$ this is small enough to draw. A code has four bits, there are 16 codes, and
+# those that differ in one bit are joined by a line: a hypercube. We draw it by the distance from
+# the query's code 0110. Five keys lie on it.
+
+# %%
+tau, s = 2, 2
+bits = tau + s
+query_code = 0b0110
+key_code = np.array([0b0110, 0b0111, 0b0100, 0b1010, 0b1000])
+key_value = np.array([1.0, 2, 8, 24, 100])
+a = [comb(bits - r, tau) / comb(bits, tau) for r in range(bits + 1)]
+assert a == [1, 1 / 2, 1 / 6, 0, 0]
+
+choices = list(combinations(range(bits), tau))
+masks = [sum(1 << b for b in kept) for kept in choices]
+agree = np.array([key_code & mask == query_code & mask for mask in masks])
+distance = [int(query_code ^ code).bit_count() for code in key_code.tolist()]
+assert distance == [0, 1, 1, 2, 3]
+assert np.allclose(agree.mean(axis=0), [a[r] for r in distance])
+assert np.allclose((agree @ key_value).tolist(), [25, 9, 9, 3, 3, 11]), "what each choice of bits alone would read"
+assert np.isclose(np.mean(agree @ key_value), 1 + (2 + 8) / 2 + 24 / 6), "and their mean, 10"
+
+levels = [[turned for turned in range(2**bits) if turned.bit_count() == r] for r in range(bits + 1)]
+spot = {turned: (r, (len(level) - 1) / 2 - i) for r, level in enumerate(levels) for i, turned in enumerate(level)}
+
+
+def hypercube(panel, shades, across=None, size=11):
+    """The codes by the bits in which they differ from one of them, whose shade is ``shades[0]``.
+    Lines along bit ``across`` are drawn strong.
+    """
+    for turned, start in spot.items():
+        for b in range(bits):
+            if not turned >> b & 1:
+                strong = {"color": draw.VERMILION, "linewidth": 1.6} if b == across else {"color": draw.FAINT, "linewidth": 0.9}
+                panel.plot(*zip(start, spot[turned | 1 << b], strict=True), zorder=1 + (b == across), **strong)
+    for turned, (x, y) in spot.items():
+        panel.plot(x, y, "o", color=shades[turned], markersize=size, markeredgecolor=draw.INK, markeredgewidth=0.8, zorder=3)
+    panel.axis("off")
+
+
+distances = np.array([turned.bit_count() for turned in range(2**bits)])
+blues = [draw.WEIGHTS(0.85), draw.WEIGHTS(0.6), draw.WEIGHTS(0.25), "white", "white"]
+figure, (left, right) = draw.picture(2, width=8, height=4, width_ratios=(1.7, 1))
+hypercube(left, [blues[r] for r in distances])
+for r, text in enumerate(("$a_0 = 1$", r"$a_1 = \frac{1}{2}$", r"$a_2 = \frac{1}{6}$", "$a_3 = 0$", "$a_4 = 0$")):
+    left.text(r, 3.3, text, ha="center", va="center", fontsize=11)
+for turned, (x_at, y_at) in spot.items():
+    left.text(x_at, y_at - 0.36, draw.bits_text(query_code ^ turned, bits), ha="center", va="center", fontsize=8)
+for j, code in enumerate(key_code.tolist()):
+    x_at, y_at = spot[query_code ^ code]
+    left.text(
+        x_at, y_at + 0.38, f"$k_{j}$: {key_value[j]:g}", ha="center", va="center", fontsize=9.5, fontweight="bold", color=draw.VERMILION
+    )
+left.set(xlim=(-0.4, 4.4), ylim=(-3, 3.7))
+left.set_title("What a key counts for the query 0110")
+rows = [f"bits {low}, {high}: {total:g}" for (low, high), total in zip(choices, agree @ key_value, strict=True)] + ["mean: 10"]
+draw.heat_map(right, np.vstack([agree, agree.mean(axis=0)]), rows=rows, columns=[f"$k_{j}$" for j in range(5)], numbers=".2g")
+right.set_xticks(range(5), [f"$k_{j}$" for j in range(5)], rotation=0)
+right.axhline(len(choices) - 0.5, color=draw.INK, linewidth=1.5)
+right.set(title="Six choices of two bits")
+right.set_aspect("auto")
+figure
+
+# %% [markdown]
+# On the right, the six hashes of two bits that are in these four, a row each: which keys agree with
+# the query in both bits, and the sum of their values. One reads 25 and two read 3. Their mean is
+# what smoothing reads, 10, and a column's mean is $a_r$.
+#
+# ## Smoothing a table
+#
+# Looking at every choice, or at every pair of codes, would take long. But what a query reads again
+# depends on its code alone. So scatter into a table of $2^{\tau + s}$ rows as before, then replace
+# every row by the sum of all rows, each times $a_r$ for its distance, then gather as before.
+#
+# The sum over all rows at a distance of $r$ from $c$, the *sphere* $T_r[c]$, is built bit by bit. A
+# row at distance $r$ that differs in bit $b$ is at distance $r - 1$ from the neighbor across bit
+# $b$:
+#
+# $$T_0 = \mathrm{table}, \qquad T_r[c] \mathrel{+}= T_{r-1}[c \oplus 2^b] \quad
+# \text{for } b = 0, 1, \ldots \text{ and } r = s, \ldots, 1.$$
+#
+# That is $s\,(\tau + s)$ additions for each entry of the table. Watch it with a single key in the
+# table.
+
+
+# %%
+def smooth(table, s, stages=None):
+    """``out[c] = sum_r a_r T_r[c]`` for a table ``(2**(tau + s), d)``."""
+    bits, codes = len(table).bit_length() - 1, np.arange(len(table))
+    spheres = [table] + [np.zeros_like(table)] * s
+    for b in range(bits):
+        for r in range(s, 0, -1):
+            spheres[r] = spheres[r] + spheres[r - 1][codes ^ (1 << b)]
+        if stages is not None:
+            stages.append(np.stack(spheres))
+    return sum(comb(bits - r, bits - s) / comb(bits, s) * sphere for r, sphere in enumerate(spheres))
+
+
+single = np.zeros((2**bits, 1))
+single[0] = 1
+stages = [np.stack([single, 0 * single, 0 * single])]
+smooth(single, s, stages)
+
+figure, panels = draw.picture(bits + 1, width=7.5, height=2)
+for b, (panel, spheres) in enumerate(zip(panels, stages, strict=True), -1):
+    assert np.all(spheres.sum(axis=0) <= 1), "nobody is reached twice"
+    reached = {turned: int(np.argmax(spheres[:, turned, 0])) for turned in range(2**bits) if spheres[:, turned, 0].any()}
+    assert all(r == turned.bit_count() and turned < 2 ** (b + 1) for turned, r in reached.items())
+    hypercube(panel, [blues[reached[turned]] if turned in reached else "white" for turned in range(2**bits)], across=b, size=8)
+    panel.set_title("the table" if b < 0 else f"bit {b}", loc="center")
+    panel.set(xlim=(-0.6, 4.6), ylim=(-3.1, 3.1))
+assert set(reached) == {turned for turned in range(2**bits) if turned.bit_count() <= s}
+figure
+
+# %% [markdown]
+# Each bit doubles the part of the cube that has heard of the key, but nobody hears from further
+# away than $s$ bits. In the end a code at distance $r$ has it in $T_r$. Two things are worth
+# knowing of the result. It is what all choices of $\tau$ bits say on average, exactly. And a column
+# of the table sums to $2^s$ times what it was: a table of $2^\tau$ rows, for any one choice, is
+# read through $2^{\tau + s}$ codes, so each of its rows appears $2^s$ times.
+
+
+# %%
+def mean_over_choices(query_code, key_code, value, bits, tau):
+    """What the queries read with codes of ``tau`` bits, the mean over all choices of bits."""
+    masks = [sum(1 << b for b in kept) for kept in combinations(range(bits), tau)]
+    return np.mean([(query_code[:, None] & mask == key_code & mask) @ value for mask in masks], axis=0)
+
+
+for tau, s in ((2, 2), (3, 0), (5, 1), (4, 3), (1, 3)):
+    bits, n = tau + s, 100
+    asked, stored = rng.integers(2**bits, size=(2, n))
+    values = rng.standard_normal((n, 3))
+    table = np.zeros((2**bits, 3))
+    np.add.at(table, stored, values)
+    smoothed = smooth(table, s)
+    assert np.allclose(smoothed[asked], mean_over_choices(asked, stored, values, bits, tau))
+    assert np.allclose(smoothed, yoso_core.smooth_table(table, s))
+    assert np.allclose(smoothed.sum(axis=0), 2**s * table.sum(axis=0))
+    codes = asked[:, None].astype(np.int32), stored[:, None].astype(np.int32)
+    assert np.allclose(smoothed[asked], yoso_core.lsh_cumulation(*codes, values, 2**bits, oversample=s))
+
+
+# %% [markdown]
+# ## The other way, and why it is not taken
+#
+# The sum over all rows, with weights that depend on $c \oplus c'$ alone, is a convolution over bit
+# strings, and the Hadamard transform of tutorial 3 turns it into a product, as a Fourier transform
+# would: transform the columns, multiply the row whose number has $w$ set bits by $2^s
+# \binom{\tau + s - w}{s} / \binom{\tau + s}{s}$, transform back. That takes $2\,(\tau + s)$
+# additions for each entry, whatever $s$. With real numbers it would be the same. With float32:
+
+
+# %%
+def smooth_by_transform(table, s):
+    bits = len(table).bit_length() - 1
+    factor = np.array([2**s * comb(bits - row.bit_count(), s) / comb(bits, s) for row in range(len(table))], table.dtype)
+    return yoso_core.hadamard_transform(factor * yoso_core.hadamard_transform(table.T)).T / len(table)
+
+
+tau, s, n = 8, 2, 30
+table = np.zeros((2 ** (tau + s), 4), np.float32)
+np.add.at(table, rng.integers(len(table), size=n), rng.standard_normal((n, 4), dtype=np.float32))
+ways = {"spheres": smooth(table, s), "transforms": smooth_by_transform(table, s)}
+assert np.allclose(ways["spheres"], ways["transforms"], atol=1e-5)
+
+out_of_reach = np.flatnonzero(~yoso_core.smooth_table((table != 0).astype(np.float32), s).any(axis=1))
+assert len(out_of_reach) > 20
+shown = out_of_reach[np.argmax(np.abs(ways["transforms"][out_of_reach]).sum(axis=1))]
+print(f"{n} keys in {len(table):,} rows; {len(out_of_reach)} rows are more than {s} bits from every key. One of them, row {shown}:")
+for name, smoothed in ways.items():
+    print(f"{name:>10}:", *(f"{number:9.1e}" for number in smoothed[shown]), " of length 1:", l2_normalize(smoothed)[shown].round(2))
+assert np.all(ways["spheres"][out_of_reach] == 0)
+assert 0 < np.abs(ways["transforms"][out_of_reach]).max() < 1e-6
+assert np.isclose(np.linalg.norm(l2_normalize(ways["transforms"])[shown]), 1, atol=1e-5)
+
+# %% [markdown]
+# The transform adds all keys into every row, and what cancels on the way back leaves a rounding
+# error where there should be nothing. Small as it is: attention scales its rows to length 1, and
+# makes an answer of it. Spheres never subtract. Nothing stays nothing.
+#
+# ## How much noise goes away
+#
+# Let $p = 1 - \theta/\pi$. Without smoothing a pair's weight is 1 with probability $p^\tau$, so its
+# variance is $p^\tau - p^{2\tau}$. With it, take two choices of bits: if they have all but $l$ bits
+# in common, both agree with probability $p^{\tau + l}$. Over all pairs of choices,
+#
+# $$\mathrm{Var} = \sum_{l=0}^{s} \frac{\binom{\tau}{l} \binom{s}{l}}{\binom{\tau + s}{\tau}}\,
+# p^{\tau + l} - p^{2\tau}.$$
+#
+# We measure it: pairs at five angles, fresh planes for each draw, every weight $a_r$ of every hash.
+
+
+# %%
+def pair_variance(p, tau, s):
+    shares = [comb(tau, left) * comb(s, left) / comb(tau + s, tau) for left in range(s + 1)]
+    return sum(share * p ** (tau + left) for left, share in enumerate(shares)) - p ** (2 * tau)
+
+
+def measured_variance(cosine, tau, s, m=32, draws=120, pairs=64, dim=32):
+    """Variance of the weight of a pair in one hash, and its standard error over the draws."""
+    first, other = (l2_normalize(v) for v in rng.standard_normal((2, draws, pairs, dim), dtype=np.float32))
+    other = l2_normalize(other - np.sum(first * other, axis=-1, keepdims=True) * first)
+    second = np.float32(cosine) * first + np.float32(np.sqrt(1 - cosine**2)) * other
+    planes = yoso_core.sample_planes(m, tau + s, dim, batch_shape=(draws,), rng=rng)
+    codes = [yoso_core.hyperplane_hash(v, planes, m, tau + s) for v in (first, second)]
+    a = np.array([comb(tau + s - difference.bit_count(), tau) / comb(tau + s, tau) for difference in range(2 ** (tau + s))])
+    weight = a[codes[0] ^ codes[1]]
+    square = np.mean((weight - expected_weight(np.arccos(cosine), tau)) ** 2, axis=(1, 2))
+    return square.mean(), square.std(ddof=1) / np.sqrt(draws)
+
+
+tau, oversamples, cosines = 8, (0, 1, 2, 4), np.array([0, 0.25, 0.5, 0.75, 0.9])
+fine = np.linspace(-0.03, 0.93, 100)
+planned = {s: pair_variance(0.5, tau, 0) / pair_variance(0.5, tau, s) for s in oversamples}
+assert [round(gain, 2) for gain in planned.values()] == [1, 1.81, 2.83, 5.51], "at a right angle"
+
+exact = yoso_core.expectation_attention(query, key, key, tau)
+text_error = [np.sqrt(mean_square(samples(12, 32, tau, s, normalize_output=False) - exact) / mean_square(exact)) for s in oversamples]
+
+figure, (left, right) = draw.picture(2, height=3.1, width=7.5, width_ratios=(1.35, 1))
+for number, s in enumerate(oversamples):
+    size = expected_weight(np.arccos(fine), tau)
+    left.plot(fine, pair_variance(1 - np.arccos(fine) / np.pi, tau, s) / size**2, color=draw.PALETTE[number], linewidth=1.2)
+    found, error = np.array([measured_variance(cosine, tau, s) for cosine in cosines]).T
+    wanted = pair_variance(1 - np.arccos(cosines) / np.pi, tau, s)
+    assert np.all(np.abs(found - wanted) < 5 * error)
+    scale = expected_weight(np.arccos(cosines), tau) ** 2
+    left.plot(
+        cosines, found / scale, draw.MARKERS[number], color=draw.PALETTE[number], markersize=7, markeredgecolor=draw.INK, label=f"s = {s}"
+    )
+    print(f"s = {s}: measured over formula", ", ".join(f"{f / w:.3f} ± {e / w:.3f}" for f, w, e in zip(found, wanted, error, strict=True)))
+left.set(title="Variance of one pair, one hash", xlabel="cosine of query and key", ylabel="over the squared weight", yscale="log")
+left.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+left.minorticks_off()
+left.legend(loc="lower left")
+bars = right.bar(range(4), text_error, color=draw.PALETTE[:4], edgecolor=draw.INK, width=0.65)
+right.bar_label(bars, fmt="{:.2f}")
+right.set(title="Error of attention, real text", xlabel="bits more, s", ylabel="relative RMS error, m = 32")
+right.set_xticks(range(4), [str(s) for s in oversamples])
+right.margins(y=0.12)
+for panel in (left, right):
+    panel.grid(True, axis="both" if panel is left else "y")
+assert np.all(np.diff(text_error) < 0), "each time the error falls"
+assert text_error[2] < 0.85 * text_error[0]
+print(
+    "as many hashes without smoothing:",
+    ", ".join(f"{32 * (text_error[0] / error) ** 2:.0f} for s = {s}" for s, error in zip(oversamples, text_error, strict=True)),
+)
+figure
+
+# %% [markdown]
+# At a right angle $s$ of 1, 2 and 4 are worth 1.8, 2.8 and 5.5 times as many hashes; at near pairs
+# less, for there is less luck in them. A text has both, and its neighbors fall into rows together,
+# which smoothing helps less with.
+#
+# It is not free. For each hash, scatter and gather move $n_q + n_k$ rows; smoothing adds $s\,(\tau
+# + s)\,2^{\tau + s}$, here 20,480 with $s = 2$, whatever $n$. So it pays for long texts: with
+# 65,536 queries and keys, these are a sixth more. Tutorial 11 lets the library choose;
+# [docs/smoothing.md](../docs/smoothing.md) says when a query looks up neighboring rows instead, as
+# exercise 3 does, and [docs/error.md](../docs/error.md) has the variance of whole rows.
+# `oversample` is 0 by default: that is YOSO as published.
+#
 # %% [markdown]
 # ## Skewed rows
 #
@@ -423,7 +694,7 @@ def mean_queue(code, together=32):
     return np.mean([np.bincount(group).max() for group in groups])
 
 
-figure, (left, right) = draw.picture(2, height=3.6)
+figure, (left, right) = draw.picture(2, height=3.2)
 for number, name in enumerate(("this text", "random vectors")):
     size = np.mean([np.sort(np.bincount(codes[name][:, h], minlength=2**tau))[::-1] for h in range(m)], axis=0)
     left.plot(range(1, 2**tau + 1), size, color=draw.PALETTE[2 * number], linestyle=("-", "-.")[number], linewidth=2, label=name)
@@ -447,8 +718,7 @@ for number, (name, vectors) in enumerate(inputs.items()):
         queue[name],
         width=0.25,
         color=(draw.BLUE, draw.SKY, draw.GREEN)[number],
-        hatch=("", "///", "..")[number],
-        edgecolor="white",
+        edgecolor=draw.INK,
         label=name,
     )
 right.set(title="Longest queue among 32 keys", xlabel=r"bits of a code, $\tau$", ylabel="keys that wait for one row")
@@ -476,13 +746,14 @@ figure
 #
 # A query that meets no key in any hash gets zero. In a long text that is rare. In a short one, with
 # $n$ keys in directions that have nothing to do with the query's, a key is missed by one hash with
-# probability $1 - 2^{-\tau}$, and all of them by all hashes with
+# probability $1 - 2^{-\tau}$ or so, and all of them by all hashes with
 #
 # $$(1 - 2^{-\tau})^{\,n m}.$$
 #
-# The fast hash comes very near to this. The rows of one rotation are at right angles, so for
-# vectors that point everywhere alike its bits are fair coins that know nothing of each other; only
-# different parts see the same angle.
+# That takes every key to be at a right angle. In 64 dims random vectors are at 90 degrees, give or
+# take 7, and 7 degrees nearly double a weight of 8 bits, or halve it. All hashes see the same
+# angle. So take the mean over angles, whose density is proportional to $\sin^{d-2} \theta$, of the
+# probability that all hashes miss, and then the power of $n$. It is a little less.
 
 # %%
 m, tau, repeats = 32, 8, 400
@@ -495,11 +766,16 @@ for n in few.tolist():
     share = np.mean(met == 0, axis=(1, 2))
     alone.append(share.mean())
     spread.append(share.std(ddof=1) / np.sqrt(repeats))
-formula = (1 - 2.0**-tau) ** (few * m)
-assert np.all(np.abs(np.array(alone) - formula) < 5 * np.array(spread) + 0.01)
+theta = np.linspace(0, np.pi, 2001)
+density = np.sin(theta) ** 62
+missed = np.sum(density * (1 - expected_weight(theta, tau)) ** m) / np.sum(density)
+by_angles, flat = missed**few, (1 - 2.0**-tau) ** (few * m)
+assert np.all(np.abs(np.array(alone) - by_angles) < 5 * np.array(spread) + 0.01)
+assert np.all(by_angles < flat)
 
-figure, axes = draw.picture(width=5.6)
-axes.plot(few, formula, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label=r"$(1 - 2^{-\tau})^{nm}$")
+figure, axes = draw.picture(width=5, height=2.7)
+axes.plot(few, flat, color=draw.INK, linestyle=draw.DASHES, linewidth=1, label=r"$(1 - 2^{-\tau})^{nm}$")
+axes.plot(few, by_angles, color=draw.BLUE, linewidth=1, label="mean over angles")
 axes.plot(few, alone, "o", color=draw.BLUE, markersize=7, label="measured")
 axes.set(
     title=f"Queries that meet nobody, m = {m}, $\\tau$ = {tau}", xlabel="keys n", ylabel="share of the queries", xscale="log", ylim=(0, 1)
@@ -512,7 +788,8 @@ figure
 
 # %% [markdown]
 # In self-attention a token whose query is close to its own key meets at least itself. Elsewhere,
-# and with few keys, take fewer bits or more hashes.
+# and with few keys, take fewer bits or more hashes, or smooth: then a key within $s$ bits is
+# enough.
 #
 # ## Masks
 #
@@ -585,7 +862,8 @@ assert np.array_equal(yoso_core.lsh_cumulation(*codes, 2 * values, 2**tau), 2 * 
 #
 # Everything is on the table now. Hash queries and keys with the fast hash of tutorial 3, cumulate,
 # scale the outputs to length 1. A hash sees no lengths, so normalizing queries and keys first
-# changes no code; it is what the exact weights need. That is `yoso_core.yoso_attention`.
+# changes no code; it is what the exact weights need. That is `yoso_core.yoso_attention`, which
+# takes `oversample=` as well.
 
 
 # %%
@@ -616,6 +894,8 @@ assert np.all(ours[1, :, 200:] == 0)
 #   grows with the number of tokens, not of pairs.
 # - More hashes, less noise, as $1/\sqrt{m}$. More bits, a pickier attention and more noise: there
 #   is a best $\tau$ for a given $m$.
+# - Hash with $s$ bits more, count a key at a distance of $r$ bits $a_r$: the mean over all choices
+#   of $\tau$ bits, the same expectation with a half or a third of the variance.
 # - Real text fills some rows far more than others, and neighbors crowd. It costs kernels with
 #   atomics time, and nothing else.
 # - It is a sum: any order, any portions, any leading dims, any $n$; what is masked is left out.
@@ -686,33 +966,34 @@ for n, capacity, low, high in ((8, 4, 0, 4), (100, 16, 0, 16), (20, 64, 0, 64), 
 print("Exercise 2: right.")
 
 # %% [markdown]
-# ## Exercise 3: how many bits?
+# ## Exercise 3: smooth for one query
 #
-# You are given the angles between one query and all keys, and $m$. The keys within `near` radians
-# matter. With few bits the others drown them, with many bits they are never met. Return the
-# *largest* $\tau$ with which the query meets at least `meetings` near keys on average, over all $m$
-# hashes together, counting a key once for each hash in which it is met. There is one: $\tau = 1$
-# will do at least.
+# A table of a million rows costs more to smooth than a few queries need. Read for *one* query what
+# the smoothed table would say, from the table as it was scattered: visit the rows within $s$ bits
+# of its code, and no others. The checker poisons the others with NaN, so that it sees who looks
+# there.
 
 
 # %% tags=["exercise-3"]
-def most_bits(angles, near, m, meetings):
-    """The largest tau whose expected number of meetings with keys nearer than ``near``, summed
-    over ``m`` hashes, is >= ``meetings``.
+def read_smoothed(code, table, s):
+    """``(d,)``: row ``code`` of `yoso_core.smooth_table`, for a table ``(2**(tau + s), d)`` that
+    is not smoothed.
     """
     raise NotImplementedError("exercise 3 is waiting for you")
 
 
 # %% tags=["check-3"]
 generator = np.random.default_rng(3)
-for n, near, m, meetings in ((100, 1.0, 16, 10), (1000, 0.8, 32, 30), (1000, 0.5, 8, 300), (50, 1.3, 64, 5)):
-    angles = generator.uniform(0.2, 2.8, size=n)
-    tau = most_bits(angles, near, m, meetings)
-    met = [m * np.sum((1 - angles[angles < near] / np.pi) ** bits) for bits in (tau, tau + 1)]
-    assert met[0] >= meetings, (
-        f"{n} keys, m = {m}: with {tau} bits there are {met[0]:.1f} meetings with near keys, {meetings} were asked for"
-    )
-    assert met[1] < meetings, f"{n} keys, m = {m}: {tau + 1} bits would still give {met[1]:.1f} meetings, {meetings} were asked for"
+for tau, s in ((2, 2), (3, 0), (5, 1), (4, 3), (1, 3)):
+    table = generator.standard_normal((2 ** (tau + s), 2))
+    code = int(generator.integers(len(table)))
+    distances = np.array([(code ^ row).bit_count() for row in range(len(table))])
+    wanted = yoso_core.smooth_table(table, s)[code]
+    table[distances > s] = np.nan
+    found = np.asarray(read_smoothed(code, table, s))
+    assert found.shape == (2,), f"a row of 2 numbers, please, got shape {found.shape}"
+    assert np.all(np.isfinite(found)), f"tau = {tau}, s = {s}: NaN, so you looked at rows that differ in more than {s} bits"
+    assert np.allclose(found, wanted), f"tau = {tau}, s = {s}: the row should be {wanted}, it is {found}"
 print("Exercise 3: right.")
 
 # %% [markdown]
@@ -748,17 +1029,19 @@ def table_by_sorting(code, value, hashtable_capacity):
 
 
 # %% [markdown]
-# **Exercise 3.** A key at angle $\theta$ is met $m (1 - \theta/\pi)^\tau$ times on average. The sum
-# falls with every bit, so go on while one more bit still leaves enough.
+# **Exercise 3.** Turning the bits of each choice of $r$ over leads to each code at distance $r$,
+# once. The library does this where a table would cost more.
 
 
 # %% tags=["solution-3"]
-def most_bits(angles, near, m, meetings):
-    agree = 1 - angles[angles < near] / np.pi
-    tau = 1
-    while m * np.sum(agree ** (tau + 1)) >= meetings:
-        tau += 1
-    return tau
+def read_smoothed(code, table, s):
+    bits = len(table).bit_length() - 1
+    total = np.zeros(table.shape[1])
+    for r in range(s + 1):
+        for turned in combinations(range(bits), r):
+            row = code ^ sum(1 << b for b in turned)
+            total += comb(bits - r, bits - s) / comb(bits, s) * table[row]
+    return total
 
 
 # %% tags=["wrong-1"]
@@ -792,18 +1075,18 @@ def table_by_sorting(code, value, hashtable_capacity):
 
 
 # %% tags=["wrong-3"]
-def most_bits(angles, near, m, meetings):
-    agree = 1 - angles / np.pi  # far keys are counted too
-    tau = 1
-    while m * np.sum(agree ** (tau + 1)) >= meetings:
-        tau += 1
-    return tau
+def read_smoothed(code, table, s):
+    bits = len(table).bit_length() - 1
+    distance = np.array([(code ^ row).bit_count() for row in range(len(table))])
+    weight = np.array([comb(bits - r, bits - s) / comb(bits, s) for r in distance.tolist()])
+    return weight @ table  # zero times NaN is NaN: the far rows are multiplied, not left out
 
 
 # %% tags=["wrong-3"]
-def most_bits(angles, near, m, meetings):
-    agree = 1 - angles[angles < near] / np.pi
-    tau = 1
-    while np.sum(agree ** (tau + 1)) >= meetings:  # in one hash, not in all m
-        tau += 1
-    return tau
+def read_smoothed(code, table, s):
+    bits = len(table).bit_length() - 1
+    total = np.zeros(table.shape[1])
+    for r in range(s + 1):
+        for turned in combinations(range(bits), r):
+            total += 2.0**-r * table[code ^ sum(1 << b for b in turned)]  # half for every bit, whatever the number of choices
+    return total

@@ -544,15 +544,16 @@ from yoso_core.gpu.numba_kernels import cumulation, hashing
 print(inspect.getsource(cumulation.add_keys_to_table.py_func))
 
 # %% [markdown]
-# `yoso kernel` lists all kernels of the library, and `yoso kernel hash_vectors` prints the Hadamard
-# hash: your butterflies, three times, with signs in between, then bits packed into codes. Its
-# shared memory has size 0 in the source: that means as many bytes as the launch asks for.
+# `yoso kernel` lists all kernels of the library, and `yoso kernel hash_by_chain` prints the
+# Hadamard hash: your butterflies, round after round, with signs in between, and from the fourth
+# round on bits put into codes. Its shared memory has size 0 in the source: that means as many bytes
+# as the launch asks for.
 #
 # Every kernel can be called by name as a *variant*; `stepped:` is the one that runs in the stepper.
 # All must agree with the definition.
 
 # %%
-assert "cuda.shared.array(0, vectors.dtype)" in inspect.getsource(hashing.hash_vectors.py_func)
+assert "cuda.shared.array(0, vectors.dtype)" in inspect.getsource(hashing.hash_by_chain.py_func)
 assert np.array_equal(yoso_core.fast_hash(key, signs, m, tau, variant="stepped:shared_memory"), key_hash_code)
 
 # %% [markdown]

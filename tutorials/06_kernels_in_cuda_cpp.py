@@ -315,9 +315,10 @@ assert (by_shuffles.barriers, by_shuffles.shared_accesses, by_shuffles.shuffles)
 # lanes a yes-or-no question and gives each of them the answers as one number of 32 bits: bit $l$ is
 # what lane $l$ said.
 #
-# That makes a whole hash for vectors of 32 dims: three times signs and butterflies, one ballot, and
-# the word cut into codes of 8 bits. Blocks are four warps of 32 lanes, `(32, 4)`, each warp with a
-# vector of its own. `a >> b` drops the lowest b bits.
+# That makes a whole hash for vectors of 32 dims, in the paper's layout, whose codes stand next to
+# each other: three times signs and butterflies, one ballot, and the word cut into codes of 8 bits.
+# Blocks are four warps of 32 lanes, `(32, 4)`, each warp with a vector of its own. `a >> b` drops
+# the lowest b bits.
 
 # %%
 HASH = """
@@ -337,10 +338,10 @@ extern "C" __global__ void hash_vectors(const float* vectors, const signed char*
   if (lane < 4) codes[vector * 4 + lane] = word >> (8 * lane) & 255;
 }
 """
-signs = yoso_core.sample_signs(4, 8, 32, rng=0)  # (3 rounds, 1 part, 32)
+signs = yoso_core.sample_signs(4, 8, 32, layout="paper", rng=0)  # (3 rounds, 1 part, 32)
 codes = np.full((10, 4), -1, np.int32)
 run(HASH, "hash_vectors", (3,), (32, 4), (vectors, signs, codes, np.int32(10)))
-assert np.array_equal(codes, yoso_core.fast_hash(vectors, signs, 4, 8))
+assert np.array_equal(codes, yoso_core.fast_hash(vectors, signs, 4, 8, layout="paper"))
 
 rotated = vectors[0]
 for diagonal in signs[:, 0]:
@@ -371,15 +372,16 @@ figure
 # Beside it stands `block_per_part`, which gives every entry a thread and goes through shared memory
 # where a stride leaves the warp.
 #
-# Both can be called by name; `emulated:` runs them here. 64 vectors of 64 dims, 32 codes of 8 bits:
+# Both can be called by name; `emulated:` runs them here. 64 vectors of 64 dims, 32 codes of 8 bits,
+# in the paper's layout still.
 
 # %%
 x = rng.standard_normal((64, 64), dtype=np.float32)
-signs = yoso_core.sample_signs(32, 8, 64, rng=1)  # 4 parts: each gives 8 codes
-codes = yoso_core.fast_hash(x, signs, 32, 8)
+signs = yoso_core.sample_signs(32, 8, 64, layout="paper", rng=1)  # 4 parts: each gives 8 codes
+codes = yoso_core.fast_hash(x, signs, 32, 8, layout="paper")
 with count_traffic() as counted:
     for name in ("emulated:warp_per_vector", "emulated:block_per_part"):
-        assert np.array_equal(yoso_core.fast_hash(x, signs, 32, 8, variant=name), codes)
+        assert np.array_equal(yoso_core.fast_hash(x, signs, 32, 8, layout="paper", variant=name), codes)
 by_warp, by_block = counted.kernels
 assert by_warp.barriers == 0
 assert by_warp.global_read_bytes == 64 * (64 * 4 + 4 * 3 * 64), "each vector once, and a byte for each sign"
@@ -401,6 +403,24 @@ figure
 # The warp reads less, never waits, and shuffles less. It is what the library picks on a GPU, and
 # this picture is why.
 #
+# The library's default layout, one chain of rotations, has a kernel of its own, `warp_per_chain`.
+# It keeps the vector in registers through the whole chain. It has no use for ballots: neighboring
+# lanes hold bits of neighboring *codes* there (tutorial 3), so each lane puts its bits into the
+# codes, by an atomic in shared memory. A chain takes fewer rounds for as many codes, so it shuffles
+# less again:
+
+# %%
+signs = yoso_core.sample_signs(32, 8, 64, rng=1)  # a chain: 4 rotations from 7 rounds
+with count_traffic() as counted:
+    codes = yoso_core.fast_hash(x, signs, 32, 8, variant="emulated:warp_per_vector")
+assert np.array_equal(codes, yoso_core.fast_hash(x, signs, 32, 8, variant="numpy:formula"))
+(by_chain,) = counted.kernels
+assert by_chain.global_read_bytes == 64 * (64 * 4 + 7 * 64), "each vector once, and a byte for each sign"
+assert by_warp.shuffles == 64 * (12 * 10 + 5), "12 rounds, two entries to a lane; and five to look for huge entries"
+assert by_chain.shuffles == 64 * (7 * 10 + 5), "7 rounds"
+print(f"{by_warp.shuffles:,} shuffles in the paper's layout, {by_chain.shuffles:,} in a chain")
+
+# %% [markdown]
 # ## Three ways to cumulate
 #
 # The sum over buckets of tutorial 4 leaves more freedom. This library has three kernels for it,
