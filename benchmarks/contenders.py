@@ -201,9 +201,14 @@ def tensors(workload: Workload) -> Tensors:
     shape = (workload.batch, workload.heads, workload.n, workload.dim)
     dtype = getattr(torch, workload.dtype)
     drawn = {name: torch.randn(shape, generator=generator, device=device).to(dtype) for name in ("query", "key", "value")}
+    return {**drawn, "signs": _signs(workload, "chained").to(device)}
+
+
+def _signs(workload: Workload, layout: Layout) -> Any:
+    import torch
+
     numbers = workload.num_hash, workload.hash_code_len, workload.dim
-    signs = yoso_core.sample_signs(*numbers, batch_shape=(workload.heads,), layout=workload.layout, rng=0)
-    return {**drawn, "signs": torch.from_numpy(signs).to(device)}
+    return torch.from_numpy(yoso_core.sample_signs(*numbers, batch_shape=(workload.heads,), layout=layout, rng=0))
 
 
 def grad_out(workload: Workload) -> Any:
@@ -232,7 +237,11 @@ def _forward_and_backward(attend: Callable[[], Any], leaves: Tensors, grad: Any)
 
 
 def _sampled(workload: Workload, given: Tensors) -> dict[str, Any]:
-    return {**given, "num_hash": workload.num_hash, "hash_code_len": workload.hash_code_len, "layout": workload.layout}
+    signs = given["signs"]
+    if workload.layout == "paper":  # of as many heads, the last ones
+        signs = _signs(workload, "paper")[workload.heads - len(signs) :].to(signs.device)
+    numbers = {"num_hash": workload.num_hash, "hash_code_len": workload.hash_code_len}
+    return {**given, "signs": signs, "layout": workload.layout, **numbers}
 
 
 def _expected(workload: Workload, given: Tensors) -> dict[str, Any]:

@@ -1171,14 +1171,14 @@ def test_the_formulas_know_every_launch(
     """
     n, dim, dtype = sizes
     name, ours = next((name, found) for name, found in CONTENDERS.items() if isinstance(found, FaceFunction) and found.op == op)
-    run = "paper" if variant == "cupy:block_per_part" else name
-    workload = Workload(run, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
+    workload = Workload(name, n, heads=2, dim=dim, dtype=dtype, num_hash=5, hash_code_len=4, variant=variant, batch=2, device="cuda")
     monkeypatch.setattr(yoso_core, "fast_hash", lambda x, signs, m, tau: torch.zeros(*x.shape[:-1], m, dtype=torch.int32))
     given = ours.arguments(workload, contenders.tensors(workload))
     arguments = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     arguments.pop("validate", None)
-    if op == "fast_hash":
-        arguments["layout"] = workload.layout
+    if variant == "cupy:block_per_part":
+        sizes_of_hash = workload.num_hash, workload.hash_code_len, workload.dim
+        arguments |= {"layout": "paper", "signs": yoso_core.sample_signs(*sizes_of_hash, batch_shape=(2,), layout="paper", rng=0)}
     if op == "yoso_attention":
         arguments |= {"use_expectation": False, "planes": None, "query_mask": None, "key_mask": None, "normalize_output": True}
     (kernel,) = (kernel for kernel in registry.KERNELS if (kernel.op, kernel.name) == (op, variant))
