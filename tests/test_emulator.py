@@ -247,10 +247,10 @@ def test_helpers_of_the_package_and_macros() -> None:
 @pytest.mark.parametrize("chosen", ORDERS)
 def test_a_launcher_runs_and_is_recorded(launcher: Any, chosen: str | int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 7, 20), dtype=np.float32)
-    signs = reference.sample_signs(7, 9, 20, batch_shape=(2,), rng=1)
+    signs = reference.sample_signs(7, 9, 20, batch_shape=(2,), layout="paper", rng=1)
     with order(chosen), launches() as made, poisoned_allocations():
-        codes = launcher(Emulator(), x, signs, 7, 9)
-    np.testing.assert_array_equal(codes, reference.fast_hash(x, signs, 7, 9))
+        codes = launcher(Emulator(), x, signs, 7, 9, layout="paper")
+    np.testing.assert_array_equal(codes, reference.fast_hash(x, signs, 7, 9, layout="paper"))
     assert [launch.where for launch in made] == ["emulated"]
     assert made[0].kernel in ("block_per_part", "warp_per_vector")
 
@@ -716,9 +716,9 @@ def test_what_is_compiled_is_kept(fresh_cache: Path, monkeypatch: pytest.MonkeyP
 @needs_compiler
 def test_one_library_serves_all_kernels_of_a_file(fresh_cache: Path) -> None:
     x = np.ones((1, 1, 32), np.float32)
-    signs = reference.sample_signs(1, 8, 32, rng=1)
+    signs = reference.sample_signs(1, 8, 32, layout="paper", rng=1)
     for launcher in (hashing.fast_hash_block_per_part, hashing.fast_hash_warp_per_vector):
-        launcher(Emulator(), x, signs, 1, 8)
+        launcher(Emulator(), x, signs, 1, 8, layout="paper")
     assert sorted(path.name.partition("-")[0] for path in fresh_cache.iterdir()) == ["hashing", "runtime"]
     forget()
 
@@ -1072,7 +1072,8 @@ def test_traffic_of_a_variant() -> None:
     with count_traffic() as traffic:
         ranks()
         with count_traffic() as inner:
-            codes = yoso_core.fast_hash(x, reference.sample_signs(8, 8, 64, rng=1), 8, 8, variant="emulated:block_per_part")
+            signs = reference.sample_signs(8, 8, 64, layout="paper", rng=1)
+            codes = yoso_core.fast_hash(x, signs, 8, 8, layout="paper", variant="emulated:block_per_part")
     ranks()
     assert [launch.kernel for launch in traffic.launches] == ["k", "block_per_part"]
     assert [launch.kernel for launch in inner.launches] == ["block_per_part"]

@@ -5,7 +5,7 @@ equal means equal.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,16 @@ def test_masked_is_truncated(op: str, variant: str, seed: int, n_q: int, n_k: in
     assert not call(key_mask=np.zeros(n_k, np.uint8)).any()
 
 
+def sampler(op: str, variant: str) -> tuple[Any, dict[str, Any]]:
+    """What draws for this hash, and the layout to name: a kernel with a block to a part has the
+    paper's alone.
+    """
+    if op == "hyperplane_hash":
+        return yoso_core.sample_planes, {}
+    how = {"layout": "paper"} if variant.endswith(":block_per_part") else {}
+    return partial(yoso_core.sample_signs, **how), how
+
+
 @pytest.mark.parametrize(("op", "variant"), runnable("hadamard_transform", "fast_hash", "hyperplane_hash"))
 @given(seed=SEEDS, heads=st.integers(0, 3), n=ROWS, d=DIMS, tau=CODE_LENGTHS, m=st.integers(1, 5), dtype=FLOATS)
 @where_it_fits
@@ -129,12 +139,12 @@ def test_a_batch_is_its_heads_one_by_one(
         for i, j in np.ndindex(2, heads):
             np.testing.assert_array_equal(batched[i, j], face(x[i, j], variant=variant))
         return
-    sample = yoso_core.sample_signs if op == "fast_hash" else yoso_core.sample_planes
+    sample, how = sampler(op, variant)
     x, drawn = rng.standard_normal((2, heads, n, d)).astype(dtype), sample(m, tau, d, batch_shape=(heads,), rng=rng)
-    batched = face(x, drawn, m, tau, variant=variant)
+    batched = face(x, drawn, m, tau, variant=variant, **how)
     assert ((batched >= 0) & (batched < 1 << tau)).all()
     for i, j in np.ndindex(2, heads):
-        np.testing.assert_array_equal(batched[i, j], face(x[i, j], drawn[j], m, tau, variant=variant))
+        np.testing.assert_array_equal(batched[i, j], face(x[i, j], drawn[j], m, tau, variant=variant, **how))
 
 
 @pytest.mark.parametrize(("op", "variant"), runnable("fast_hash", "hyperplane_hash"))
@@ -146,9 +156,10 @@ def test_a_positive_scale_changes_no_code(op: str, variant: str, seed: int, d: i
     """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((9, d)).astype(dtype)
-    drawn = (yoso_core.sample_signs if op == "fast_hash" else yoso_core.sample_planes)(m, tau, d, rng=rng)
-    hashed = getattr(yoso_core, op)(x, drawn, m, tau, variant=variant)
-    np.testing.assert_array_equal(getattr(yoso_core, op)(np.ldexp(x, exponent), drawn, m, tau, variant=variant), hashed)
+    sample, how = sampler(op, variant)
+    drawn = sample(m, tau, d, rng=rng)
+    hashed = getattr(yoso_core, op)(x, drawn, m, tau, variant=variant, **how)
+    np.testing.assert_array_equal(getattr(yoso_core, op)(np.ldexp(x, exponent), drawn, m, tau, variant=variant, **how), hashed)
     if op == "hyperplane_hash":
         np.testing.assert_array_equal(getattr(yoso_core, op)(-x, drawn, m, tau, variant=variant), (1 << tau) - 1 - hashed)
 

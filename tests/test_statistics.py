@@ -55,8 +55,9 @@ def by_hyperplanes(query: Array, key: Array, num_hash: int, tau: int, rng: np.ra
 
 
 def by_hadamard(query: Array, key: Array, num_hash: int, tau: int, rng: np.random.Generator) -> Array:
-    signs = yoso_core.sample_signs(num_hash, tau, query.shape[-1], rng=rng)
-    codes = [yoso_core.fast_hash(x.astype(np.float32), signs, num_hash, tau) for x in (query, key)]
+    """In the paper's layout; `test_chains.py` has the chain's."""
+    signs = yoso_core.sample_signs(num_hash, tau, query.shape[-1], layout="paper", rng=rng)
+    codes = [yoso_core.fast_hash(x.astype(np.float32), signs, num_hash, tau, layout="paper") for x in (query, key)]
     return rate(*codes, tau)
 
 

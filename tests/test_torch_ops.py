@@ -68,7 +68,9 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, *, masked: bool = Tru
                 "by_expectation": False,
                 "normalize_output": True,
                 "grad": "lower_bound",
-                "layout": "paper",
+                "layout": "chained",
+                "oversample": 0,
+                "backward_num_hash": None,
                 "variant": None,
             },
         },
@@ -269,8 +271,8 @@ def test_hashes_have_no_gradients() -> None:
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("fast_hash", {"num_hash": 0}, ValueError, "num_hash: need an integer at least 1, got 0"),
-    ("fast_hash", {"signs": torch.ones(3, 1, 8, dtype=torch.int8)}, ValueError, "signs: need shape (*batch, 3, 2, 8)"),
-    ("fast_hash", {"signs": torch.zeros(3, 2, 8, dtype=torch.int8)}, ValueError, "signs: every entry must be +1 or -1"),
+    ("fast_hash", {"signs": torch.ones(3, 1, 8, dtype=torch.int8)}, ValueError, "signs: need shape (*batch, 5, 8)"),
+    ("fast_hash", {"signs": torch.zeros(6, 8, dtype=torch.int8)}, ValueError, "signs: every entry must be +1 or -1"),
     ("hyperplane_hash", {"planes": torch.ones(D, 1)}, ValueError, "planes: need shape (*batch, 6, 9)"),
     ("lsh_cumulation", {"hashtable_capacity": 2}, ValueError, "query_hash_code: codes must lie in [0, hashtable_capacity = 2)"),
     ("lsh_cumulation", {"value": torch.ones(*LEADING, 3, D_V)}, ValueError, "value: need 7 at axis -2 (n of key_hash_code)"),

@@ -41,7 +41,7 @@ def problem(mode: dict[str, Any], *, normalize_output: bool = True) -> tuple[Cal
     """Masked attention of two heads, and the query, key and value to call it with."""
     options = {"num_hash": M, "hash_code_len": TAU, "normalize_output": normalize_output, **mode}
     if not mode.get("use_expectation"):
-        layout = mode.get("layout", "paper")
+        layout = mode.get("layout", "chained")
         options["signs"] = torch.from_numpy(yoso_core.sample_signs(M, TAU, D, batch_shape=(2,), layout=layout, rng=0))
     options |= {"query_mask": torch.arange(2 * N_Q).reshape(2, N_Q) != 3, "key_mask": torch.arange(2 * N_K).reshape(2, N_K) != 4}
     vectors = normal(2, N_Q, D, seed=1), normal(2, N_K, D, seed=2), normal(2, N_K, D, seed=3)

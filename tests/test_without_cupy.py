@@ -8,6 +8,7 @@ makes of it only a GPU can show.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -99,11 +100,12 @@ def with_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("kernel", ROWS, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
 def test_numpy_arrays_go_there_and_back(kernel: registry.Kernel) -> None:
-    given = {name: support.as_dtype(x, "float32") for name, x in build(kernel.op, CASE).items()}
+    case = replace(CASE, hash_code_len=5, oversample=2) if kernel.op == "smooth_table" else CASE
+    given = {name: support.as_dtype(x, "float32") for name, x in build(kernel.op, case).items()}
     with gpu.launches() as made:
         outs = support.as_tuple(getattr(yoso_core, kernel.op)(**given, variant=kernel.name))
     assert all(type(out) is np.ndarray for out in outs)
-    check_values(kernel.op, [support.as_float64(out) for out in outs], CASE)
+    check_values(kernel.op, [support.as_float64(out) for out in outs], case)
     assert {launch.where for launch in made if launch.where != "emulated"} == {"cupy"}
     assert {launch.kernel for launch in made} <= set(kernel.kernels)
 
