@@ -18,9 +18,7 @@ from yoso_core.benchmarks import error
 from yoso_core.benchmarks.bias import bias_table, relative_table, variance_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
-from yoso_core.benchmarks.equal_error import equal_error_table
 from yoso_core.benchmarks.floor import least_bytes
-from yoso_core.benchmarks.learning import learning_table
 from yoso_core.benchmarks.machines import H100
 from yoso_core.benchmarks.promise import kept_table, near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
@@ -342,8 +340,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "error-variance": lambda folder: error.variance_table(_read(folder / "error.json")),
     "error-coverage": lambda folder: error.coverage_table(_read(folder / "error.json")),
     "error-cosine": lambda folder: error.cosine_table(_read(folder / "error.json")),
-    "error-equal": lambda folder: equal_error_table(_read(folder / "error.json")),
-    "learning": lambda folder: learning_table(_read(folder / "learning.json")),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }
