@@ -254,17 +254,15 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
 
 def with_every_kernel(kernel: registry.Kernel, case: Case) -> list[Case]:
     """The case, and others where the variant has kernels that this one does not launch, or launches
-    otherwise: a backward operation has a second gradient, a hash a second layout, and what reads
-    buckets may smooth them.
+    otherwise: a backward operation has a second gradient, a hash a second layout, what reads
+    buckets may smooth them, and attention may tell errors.
     """
     if "warp_per_chain" in kernel.kernels:
         few = reference.least_rotations(case.num_hash, case.hash_code_len, case.d)  # so that the bits of a code are in several lanes
         cases = [case, replace(case, layout="chained", rotations=few)]
         if kernel.op == "yoso_attention":
-            cases += [
-                replace(case, return_error=True),
-                replace(case, hash_code_len=min(4, case.hash_code_len), oversample=2, return_error=True),
-            ]
+            told = replace(case, hash_code_len=min(4, case.hash_code_len), return_error=True)
+            cases += [told, replace(told, oversample=2)]
         return cases
     cases = [case, replace(case, grad="exact")] if kernel.op.endswith("_backward") else [case]
     if kernel.op in ("lsh_cumulation", "smooth_table") and case.dtype == "float32":

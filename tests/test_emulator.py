@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1131,7 +1132,7 @@ def test_every_barrier_is_needed(file: str, at: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(source, "source", lambda name: spoiled if name == file else real(name))
 
     def run_all() -> None:
-        for case in (CROWDED, MASKED):
+        for case in (CROWDED, MASKED, replace(MASKED, n_q=65)):  # the last: several groups of queries for hashes in two turns
             for kernel in EMULATED:
                 if set(kernel.kernels) & set(source.kernels_in(file)):
                     for variant in with_every_kernel(kernel, case):
