@@ -232,7 +232,7 @@ exact = yoso_core.expectation_attention(x[mine], x, one_hot, tau).mean(axis=0)
 assert np.isclose(sampled.sum(), collision_rate(code[mine], code).sum(axis=1).mean(), rtol=1e-4)
 
 top = np.argsort(-exact, kind="stable")[:9]
-figure, axes = draw.picture(width=7, height=3.4)
+figure, axes = draw.picture(width=6, height=3)
 axes.barh(np.arange(9) - 0.2, exact[top], height=0.38, color=draw.GRAY, label="exact")
 axes.barh(np.arange(9) + 0.2, sampled[top], height=0.38, color=draw.BLUE, label=f"sampled, m = {m}")
 axes.set_yticks(range(9), [passage.words[i] for i in top])
@@ -612,7 +612,7 @@ assert [round(gain, 2) for gain in planned.values()] == [1, 1.81, 2.83, 5.51], "
 exact = yoso_core.expectation_attention(query, key, key, tau)
 text_error = [np.sqrt(mean_square(samples(12, 32, tau, s, normalize_output=False) - exact) / mean_square(exact)) for s in oversamples]
 
-figure, (left, right) = draw.picture(2, height=3.1, width=7.5, width_ratios=(1.35, 1))
+figure, (left, right) = draw.picture(2, height=2.9, width=7.5, width_ratios=(1.35, 1))
 for number, s in enumerate(oversamples):
     size = expected_weight(np.arccos(fine), tau)
     left.plot(fine, pair_variance(1 - np.arccos(fine) / np.pi, tau, s) / size**2, color=draw.PALETTE[number], linewidth=1.2)
