@@ -648,13 +648,13 @@ figure
 # less, for there is less luck in them. A text has both, and its neighbors fall into rows together,
 # which smoothing helps less with.
 #
-# It is not free. For each hash, scatter and gather move $n_q + n_k$ rows; smoothing adds $s\,(\tau
-# + s)\,2^{\tau + s}$, here 20,480 with $s = 2$, whatever $n$. So it pays for long texts: with
-# 65,536 queries and keys, these are a sixth more. Tutorial 11 lets the library choose;
+# It is not free. For each hash, scatter and gather move $n_q + n_k$ rows; smoothing adds
+# $s\,(\tau{+}s)\,2^{\tau+s}$, here 20,480 with $s = 2$, whatever $n$. So it pays for long texts:
+# with 65,536 queries and keys, these are a sixth more. Tutorial 11 lets the library choose;
 # [docs/smoothing.md](../docs/smoothing.md) says when a query looks up neighboring rows instead, as
 # exercise 3 does, and [docs/error.md](../docs/error.md) has the variance of whole rows.
 # `oversample` is 0 by default: that is YOSO as published.
-#
+
 # %% [markdown]
 # ## Skewed rows
 #
