@@ -232,7 +232,7 @@ exact = yoso_core.expectation_attention(x[mine], x, one_hot, tau).mean(axis=0)
 assert np.isclose(sampled.sum(), collision_rate(code[mine], code).sum(axis=1).mean(), rtol=1e-4)
 
 top = np.argsort(-exact, kind="stable")[:9]
-figure, axes = draw.picture(width=7, height=3.4)
+figure, axes = draw.picture(width=6, height=3)
 axes.barh(np.arange(9) - 0.2, exact[top], height=0.38, color=draw.GRAY, label="exact")
 axes.barh(np.arange(9) + 0.2, sampled[top], height=0.38, color=draw.BLUE, label=f"sampled, m = {m}")
 axes.set_yticks(range(9), [passage.words[i] for i in top])
@@ -612,7 +612,7 @@ assert [round(gain, 2) for gain in planned.values()] == [1, 1.81, 2.83, 5.51], "
 exact = yoso_core.expectation_attention(query, key, key, tau)
 text_error = [np.sqrt(mean_square(samples(12, 32, tau, s, normalize_output=False) - exact) / mean_square(exact)) for s in oversamples]
 
-figure, (left, right) = draw.picture(2, height=3.1, width=7.5, width_ratios=(1.35, 1))
+figure, (left, right) = draw.picture(2, height=2.9, width=7.5, width_ratios=(1.35, 1))
 for number, s in enumerate(oversamples):
     size = expected_weight(np.arccos(fine), tau)
     left.plot(fine, pair_variance(1 - np.arccos(fine) / np.pi, tau, s) / size**2, color=draw.PALETTE[number], linewidth=1.2)
@@ -648,13 +648,13 @@ figure
 # less, for there is less luck in them. A text has both, and its neighbors fall into rows together,
 # which smoothing helps less with.
 #
-# It is not free. For each hash, scatter and gather move $n_q + n_k$ rows; smoothing adds $s\,(\tau
-# + s)\,2^{\tau + s}$, here 20,480 with $s = 2$, whatever $n$. So it pays for long texts: with
-# 65,536 queries and keys, these are a sixth more. Tutorial 11 lets the library choose;
+# It is not free. For each hash, scatter and gather move $n_q + n_k$ rows; smoothing adds
+# $s\,(\tau{+}s)\,2^{\tau+s}$, here 20,480 with $s = 2$, whatever $n$. So it pays for long texts:
+# with 65,536 queries and keys, these are a sixth more. Tutorial 11 lets the library choose;
 # [docs/smoothing.md](../docs/smoothing.md) says when a query looks up neighboring rows instead, as
 # exercise 3 does, and [docs/error.md](../docs/error.md) has the variance of whole rows.
 # `oversample` is 0 by default: that is YOSO as published.
-#
+
 # %% [markdown]
 # ## Skewed rows
 #

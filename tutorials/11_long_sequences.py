@@ -587,6 +587,11 @@ for number, (hash_with, name) in enumerate(
     assert errors[-1] < 0.025
     assert hash_with == "planes" or errors[0] > 0.03
     assert (errors[1] > 0.025) == (hash_with == "paper")
+few.set(title="3. Few dims", xlabel="dims d of a head", ylabel="error of a weight", xscale="log", ylim=(0, None))
+few.set_xticks(dims, [str(dim) for dim in dims])
+few.minorticks_off()
+few.legend(loc="upper right")
+
 weights = np.array([0.001, 0.01, 0.1, 0.5])
 needed = (1 - weights) / weights / 0.1**2
 small.plot(weights, needed, color=draw.VERMILION, marker="^", markeredgecolor=draw.INK)
