@@ -23,7 +23,7 @@ MORE: dict[str, tuple[Defines, ...]] = {
         (("LANES", 1), ("OUT", "float")),
         (("LANES", 32),),
         (("LANES", 16), ("OVERSAMPLE", 2), ("HELD_BITS", 3), ("SPREAD", 1)),
-        (("SPREAD", 1), ("MY_DIMS", 1)),
+        (("LANES", 32), ("SPREAD", 1), ("MY_DIMS", 1)),
     ),
     "smoothing.cu": ((("OVERSAMPLE", 1), ("HELD_BITS", 4)), (("OVERSAMPLE", 29), ("HELD_BITS", 1))),
 }

@@ -100,7 +100,9 @@ def example_inputs(
     signs = ops.sample_signs(num_hash, hash_code_len + oversample, dim, batch_shape=(heads,), rng=rng)
     planes = ops.sample_planes(num_hash, hash_code_len + oversample, dim, batch_shape=(heads,), rng=rng)
     masks = {"query_mask": rng.random((batch, 1, n)) < 0.75, "key_mask": rng.random((batch, 1, n_key)) < 0.75} if masked else {}
-    arguments = operation.example_inputs(_Drawn(num_hash, hash_code_len, oversample, query, key, value, grad_out, signs, planes, masks))
+    arguments = operation.example_inputs(
+        _Drawn(num_hash, hash_code_len, oversample, query, key, value, grad_out, signs, planes, masks, seed)
+    )
 
     def drawn(x: Any) -> Any:
         if not isinstance(x, np.ndarray):
@@ -156,6 +158,7 @@ class _Drawn:
     signs: NDArray[Any]
     planes: NDArray[Any]
     masks: Mapping[str, NDArray[Any]]
+    seed: int
 
     @property
     def vectors(self) -> NDArray[Any]:
@@ -176,7 +179,7 @@ class _Drawn:
     @property
     def table(self) -> NDArray[Any]:
         rows = 1 << (self.hash_code_len + self.oversample)
-        return np.random.default_rng(0).standard_normal((*self.value.shape[:-2], rows, self.value.shape[-1]))
+        return np.random.default_rng([self.seed, rows]).standard_normal((*self.value.shape[:-2], rows, self.value.shape[-1]))
 
     def _codes(self, vectors: NDArray[Any]) -> NDArray[Any]:
         return reference.fast_hash(vectors.astype(np.float32), self.signs, self.num_hash, self.hash_code_len + self.oversample)
