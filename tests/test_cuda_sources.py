@@ -20,10 +20,9 @@ MORE: dict[str, tuple[Defines, ...]] = {
     "hashing.cu": tuple((("D", size),) for size in (1, 32, 64, 1024)),
     "attention.cu": ((), (("SPREAD", 1),)),
     "cumulation.cu": (
-        (("LANES", 1), ("OUT", "float")),
+        (("LANES", 1), ("OUT", "float"), ("SPREAD", 1), ("MY_DIMS", 1)),
         (("LANES", 32),),
-        (("LANES", 16), ("OVERSAMPLE", 2), ("HELD_BITS", 3), ("SPREAD", 1)),
-        (("LANES", 32), ("SPREAD", 1), ("MY_DIMS", 1)),
+        (("LANES", 16), ("OVERSAMPLE", 2), ("HELD_BITS", 3)),
     ),
     "smoothing.cu": ((("OVERSAMPLE", 1), ("HELD_BITS", 4)), (("OVERSAMPLE", 29), ("HELD_BITS", 1))),
 }

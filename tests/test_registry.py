@@ -480,7 +480,7 @@ TRIED_ON: dict[Fault, Case] = {
     forgets_one_over_m: replace(PLAIN, normalize_output=False),
     uses_arccos: Case(63, 63, 48, 48, 7, 9, kind="repeated"),
     **dict.fromkeys(ON_ERRORS, replace(PLAIN, return_error=True)),
-    trusts_rows_without_a_key: replace(PLAIN, mask="fully", return_error=True),
+    trusts_rows_without_a_key: Case(7, 0, 48, 48, 7, 9, return_error=True),
     **dict.fromkeys(
         (forgets_to_smooth, leaves_out_the_farthest, weighs_as_if_there_were_a_bit_less, forgets_a_bit, crosses_a_bit_twice),
         Case(63, 63, 20, 20, 7, 4, mask="masked", oversample=2),
