@@ -696,12 +696,13 @@ EVERY_LAUNCH = """
     rng = np.random.default_rng(0)
     query_code, key_code = (rng.integers(0, 4, size=(2, 3, 2)).astype(np.int32) for _ in range(2))
     value, a, b = (rng.standard_normal((2, 3, 2)) for _ in range(3))
-    vectors, signs = rng.standard_normal((2, 3, 8)), reference.sample_signs(3, 3, 8, batch_shape=(2,), rng=1)
+    vectors, signs = rng.standard_normal((2, 3, 8)), reference.sample_signs(3, 3, 8, batch_shape=(2,), layout="paper", rng=1)
     chain = reference.sample_signs(3, 3, 8, batch_shape=(2,), layout="chained", rng=1)
 
     def every_launch(device, dtype):
         v, w, x = value.astype(dtype), (a.astype(dtype), b.astype(dtype)), vectors.astype(dtype)
-        yield hashing.fast_hash_shared_memory(device, x, signs, 3, 3), reference.fast_hash(x, signs, 3, 3)
+        way = {"layout": "paper"}
+        yield hashing.fast_hash_shared_memory(device, x, signs, 3, 3, **way), reference.fast_hash(x, signs, 3, 3, **way)
         way = {"layout": "chained"}
         yield hashing.fast_hash_shared_memory(device, x, chain, 3, 3, **way), reference.fast_hash(x, chain, 3, 3, **way)
         exact = reference.lsh_cumulation_pairs(query_code, key_code, v, 4)
