@@ -731,7 +731,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"value": ONES.double()}, TypeError, "value: float64 does not go with query of float32"),
     ({"key_mask": torch.ones(2, 9)}, TypeError, "key_mask: need bool or integer with nonzero = keep, got float32"),
     ({"query_mask": torch.ones(9, dtype=torch.bool)}, ValueError, "query_mask: need 2 dims, each that of query (2, 9) or 1"),
-    ({"signs": torch.ones(3, 3, 8, dtype=torch.int8)}, ValueError, "signs: need shape (*batch, 6, 8)"),
+    ({"signs": torch.ones(3, 3, 8, dtype=torch.int8)}, ValueError, "signs: need shape (*batch, 4, 8)"),
     ({"signs": torch.zeros(6, 8, dtype=torch.int8)}, ValueError, "signs: every entry must be +1 or -1"),
     ({"planes": torch.ones(6, 6), "signs": torch.ones(3, 1, 8, dtype=torch.int8)}, ValueError, "planes: give signs or planes, not both"),
     ({"grad": "upper"}, ValueError, "grad: need one of 'lower_bound', 'exact', got 'upper'"),
