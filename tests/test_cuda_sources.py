@@ -18,7 +18,7 @@ VALUES = ("float", "double", "float16", "bfloat16")
 Defines = tuple[tuple[str, str | int], ...]
 MORE: dict[str, tuple[Defines, ...]] = {
     "hashing.cu": tuple((("D", size),) for size in (1, 32, 64, 1024)),
-    "attention.cu": ((), (("SPREAD", 1),)),
+    "attention.cu": ((("SPREAD", 1),),),
     "cumulation.cu": (
         (("LANES", 1), ("OUT", "float"), ("SPREAD", 1), ("MY_DIMS", 1)),
         (("LANES", 32),),

@@ -116,10 +116,10 @@ ERRORS = tuple(
         Case(1, 63, 20, 1, 2, 3, leading=()),
         Case(63, 63, 20, 40, 7, 4, mask="masked"),
         *(Case(20, 63, 20, 7, 7, 4, dtype, mask="masked", oversample=2) for dtype in ("float32", "float64", "float16", "bfloat16")),
-        *(Case(20, 63, 20, 7, 7, 4, dtype, mask="fully", normalize_output=False) for dtype in ("float64", "float16")),
+        Case(20, 63, 20, 7, 7, 4, "float64", mask="fully", normalize_output=False),
         Case(20, 20, 20, 7, 33, 30, kind="repeated"),  # one hash is like another: no error, but for rounding
         Case(7, 63, 20, 40, 2, 28, oversample=2, leading=()),
-        *(Case(20, 63, 20, 7, 7, 4, oversample=s, size=size) for s in (0, 2) for size in (1e-25, 1e25)),
+        *(Case(20, 63, 20, 7, 7, 4, oversample=s, size=size) for s, size in ((0, 1e-25), (0, 1e25), (2, 1e25))),
         Case(20, 63, 20, 7, 7, 4, mode="planes", mask="broadcast"),
     )
 )

@@ -101,7 +101,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("hadamard_transform", "cpu:tiles", "yoso_core.cpu:hadamard_transform", "16 vectors to a tile, radix-8 butterflies"),
     Kernel("hadamard_transform", "numpy:butterflies", "yoso_core.reference:hadamard_transform", "one stage at a time"),
     Kernel("fast_hash", "cpu:tiles", "yoso_core.cpu:fast_hash", "16 vectors to a tile, signs and butterflies in cache"),
-    Kernel("fast_hash", "numpy:formula", "yoso_core.reference:fast_hash", "sign bits of H D3 H D2 H D1 x"),
+    Kernel("fast_hash", "numpy:formula", "yoso_core.reference:fast_hash", "sign bits of rotations H D x"),
     *_cuda(
         "fast_hash",
         "warp_per_vector",
