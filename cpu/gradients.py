@@ -24,7 +24,7 @@ from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.cumulation import lsh_cumulation
 from yoso_core.cpu.lanes import LANES, load, store
 from yoso_core.cpu.rows import l2_normalize_backward, packed_rows, store_row, unit_rows
-from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward, plain_codes
+from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward
 from yoso_core.cpu.scratch import aligned, aligned_empty, clear, padded_width
 from yoso_core.cpu.spans import (
     TILE,
@@ -43,6 +43,7 @@ from yoso_core.cpu.threads import in_steps, share
 from yoso_core.cpu.views import Array, common_dtype, heads, input_array, int_tuple, kept, output_array, rows
 from yoso_core.cpu.weights import POLYNOMIALS, SCRATCH, STEEP_FOR_GRADIENTS, collision_rates, weigh, weigh_exactly
 from yoso_core.reference.expectation import Grad
+from yoso_core.reference.smoothing import plain_codes
 
 Gradients = tuple[Array, Array, Array]
 

@@ -308,14 +308,6 @@ def _head_by_head(
     share(heads_in_all, do_heads, num_threads=num_threads, cost=cost * heads_in_all)
 
 
-def plain_codes(codes: Array, hash_code_len: int, oversample: int, backward_num_hash: int | None) -> Array:
-    """The lowest ``tau`` bits of the codes of the first ``backward_num_hash`` hashes: what the
-    gradients of query and key are made from.
-    """
-    few = codes if backward_num_hash is None else codes[..., :backward_num_hash]
-    return few & np.int32((1 << hash_code_len) - 1) if oversample else few
-
-
 def lsh_lower_bound_backward(
     grad_out: Array,
     query: Array,
@@ -329,7 +321,8 @@ def lsh_lower_bound_backward(
     num_threads: int | None,
 ) -> tuple[Array, Array]:
     """The gradients of query and key, see `yoso_core.reference.lsh_attention_backward` with
-    ``grad="lower_bound"``; ``codes`` are `plain_codes`.
+    ``grad="lower_bound"``; ``codes`` are
+    `yoso_core.reference.smoothing.plain_codes`.
 
     Working memory for a head: ``(n_q + n_k) (2 d + d_v)`` numbers, and twice the size of its codes.
     Each thread has a head in work as long as they stay within 32 MiB (`CACHE_BYTES`) together; a

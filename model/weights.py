@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from yoso_core.reference.expectation import Grad
-from yoso_core.reference.smoothing import smoothing_weights
+from yoso_core.reference.smoothing import plain_codes, smoothing_weights
 
 
 def expected_weights(
@@ -72,8 +72,8 @@ class Pairs(NamedTuple):
         used = self._collision_rate(query_hash_code, key_hash_code, oversample)
         if oversample == 0 and backward_num_hash in (None, query_hash_code.shape[-1]):
             return used, used
-        few, plain = slice(0, backward_num_hash), (1 << self.hash_code_len) - 1
-        return used, self._collision_rate(query_hash_code[..., few] & plain, key_hash_code[..., few] & plain, 0)
+        how = self.hash_code_len, oversample, backward_num_hash
+        return used, self._collision_rate(plain_codes(query_hash_code, *how), plain_codes(key_hash_code, *how), 0)
 
     def _collision_rate(self, query_hash_code: Tensor, key_hash_code: Tensor, oversample: int) -> Tensor:
         num_hash = query_hash_code.shape[-1]

@@ -5,6 +5,7 @@ Functions here trust their arguments. The public functions of `yoso_core` check 
 
 from yoso_core.reference.attention import yoso_attention
 from yoso_core.reference.cumulation import (
+    backward_rates,
     collision_rate,
     lsh_cumulation_pairs,
     lsh_cumulation_tables,
@@ -31,13 +32,14 @@ from yoso_core.reference.hashing import (
     sample_signs,
 )
 from yoso_core.reference.normalize import TINY_NORM, l2_normalize, l2_normalize_backward
-from yoso_core.reference.smoothing import smooth_table, smooth_table_pairs, smoothing_weights, whole_table_pays
+from yoso_core.reference.smoothing import smooth_table, smooth_table_pairs, smoothing_additions, smoothing_weights
 
 __all__ = [
     "TINY_NORM",
     "HashLayout",
     "Layout",
     "angles",
+    "backward_rates",
     "collision_rate",
     "expectation_attention",
     "expectation_attention_backward",
@@ -59,7 +61,7 @@ __all__ = [
     "sample_signs",
     "smooth_table",
     "smooth_table_pairs",
+    "smoothing_additions",
     "smoothing_weights",
-    "whole_table_pays",
     "yoso_attention",
 ]

@@ -11,7 +11,7 @@ smooth: see `yoso_core.reference.smoothing`.
 import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
-from yoso_core.reference.smoothing import agreement, neighbors, smooth_table, smoothing_weights, whole_table_pays
+from yoso_core.reference.smoothing import agreement, neighbors, plain_codes, smooth_table, smoothing_weights, whole_table_pays
 
 WEIGHT_BLOCK = 16
 """Coordinates of the weights whose tables exist at the same time."""
@@ -31,6 +31,17 @@ def collision_rate(query_hash_code: Array, key_hash_code: Array, hashtable_capac
     for hash in range(num_hash):
         collisions += agreement(query_hash_code[:, hash], key_hash_code[:, hash], hash_code_len, oversample)
     return collisions / num_hash
+
+
+def backward_rates(
+    query_hash_code: Array, key_hash_code: Array, hash_code_len: int, oversample: int, backward_num_hash: int | None
+) -> tuple[Array, Array]:
+    """``C_ij`` of the backward pass for the codes of one head: in the gradient of the value, the
+    rate of the forward pass; in those of query and key, that of the `plain_codes`.
+    """
+    of_value = collision_rate(query_hash_code, key_hash_code, 1 << (hash_code_len + oversample), oversample)
+    query_code, key_code = (plain_codes(x, hash_code_len, oversample, backward_num_hash) for x in (query_hash_code, key_hash_code))
+    return of_value, collision_rate(query_code, key_code)
 
 
 def lsh_cumulation_pairs(

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from yoso_core.reference.arrays import Array, each_head, full_mask, nan_unless_finite, working
-from yoso_core.reference.cumulation import collision_rate, mark_nonfinite_rows
+from yoso_core.reference.cumulation import backward_rates, mark_nonfinite_rows
 from yoso_core.reference.normalize import l2_normalize, l2_normalize_backward
 
 Grad = Literal["lower_bound", "exact"]
@@ -168,14 +168,10 @@ def lsh_attention_backward(
            [1.5, 1.5]])
     """
 
-    plain = np.int32((1 << hash_code_len) - 1)
-
     def weights(head: tuple[int, ...], i: int, keys: Array, theta: Array) -> tuple[Array, Array]:
-        query_code, key_code = query_hash_code[head][i : i + 1], key_hash_code[head][keys]
-        of_value = collision_rate(query_code, key_code, 1 << (hash_code_len + oversample), oversample)[0]
-        few = slice(0, backward_num_hash)
-        of_vectors = collision_rate(query_code[:, few] & plain, key_code[:, few] & plain)[0]
-        return of_value.astype(theta.dtype), of_vectors.astype(theta.dtype)
+        codes = query_hash_code[head][i : i + 1], key_hash_code[head][keys]
+        of_value, of_vectors = backward_rates(*codes, hash_code_len, oversample, backward_num_hash)
+        return of_value[0].astype(theta.dtype), of_vectors[0].astype(theta.dtype)
 
     return attention_backward(grad_out, query, key, value, weights, hash_code_len, grad, query_mask, key_mask)
 

@@ -9,6 +9,7 @@ expectation as one of them and much less variance.
 from functools import lru_cache
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,24 @@ def whole_table_pays(bits: int, oversample: int, reads: int) -> bool:
     >>> whole_table_pays(10, 2, 4096), whole_table_pays(14, 2, 4096)
     (True, False)
     """
-    return oversample * bits << bits <= reads * sum(comb(bits, r) for r in range(oversample + 1))
+    return oversample * bits << bits <= reads * _within(bits, oversample)
+
+
+def smoothing_additions(bits: int, oversample: int, reads: int) -> int:
+    """Additions a column that smoothing costs one hash, the cheaper way, beyond those of filling
+    and reading a plain table.
+
+    >>> smoothing_additions(10, 0, 4096), smoothing_additions(10, 2, 4096)
+    (0, 20480)
+    """
+    if whole_table_pays(bits, oversample, reads):
+        return oversample * bits << bits
+    return reads * (_within(bits, oversample) - 1)
+
+
+def _within(bits: int, oversample: int) -> int:
+    """Codes of so many bits that differ from a given one in ``s`` at most."""
+    return sum(comb(bits, r) for r in range(oversample + 1))
 
 
 def count_bits(codes: Array) -> Array:
@@ -61,6 +79,18 @@ def count_bits(codes: Array) -> Array:
         found += (codes & 1).astype(np.intp)
         codes = codes >> 1
     return found
+
+
+def plain_codes(codes: Any, hash_code_len: int, oversample: int, backward_num_hash: int | None) -> Any:
+    """The lowest ``tau`` bits of the codes of the first ``backward_num_hash`` hashes, ``None`` for
+    all: what the gradients of query and key are made from. NumPy's or torch's; the codes themselves
+    where that is all of them.
+
+    >>> plain_codes(np.array([[13, 2, 7]]), 2, 2, 2)
+    array([[1, 2]])
+    """
+    few = codes if backward_num_hash is None else codes[..., :backward_num_hash]
+    return few & ((1 << hash_code_len) - 1) if oversample else few
 
 
 def agreement(query_code: Array, key_code: Array, hash_code_len: int, oversample: int) -> Array:

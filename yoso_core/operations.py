@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
-from math import comb, log2
+from math import log2
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -339,19 +339,6 @@ def _error_terms(error: NDArray[Any], condition: NDArray[Any], num_hash: int) ->
     return np.where(np.isfinite(error), error + moved, np.where(condition > 0, np.inf, 0))
 
 
-def _collision_rates(arguments: Arguments, queries: tuple[Any, ...], keys: tuple[Any, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The weights of the gradient of the value, and of those of query and key, for the queries and
-    keys of one head.
-    """
-    query_code, key_code = arguments["query_hash_code"][queries], arguments["key_hash_code"][keys]
-    tau, oversample, few = arguments["hash_code_len"], arguments.get("oversample", 0), slice(0, arguments.get("backward_num_hash"))
-    plain = np.int32((1 << tau) - 1)
-    return (
-        reference.collision_rate(query_code, key_code, 1 << (tau + oversample), oversample),
-        reference.collision_rate(query_code[:, few] & plain, key_code[:, few] & plain),
-    )
-
-
 def _gradient_terms(arguments: Arguments, cosine_ulp: float) -> Arrays:
     """The sums of the backward definitions with every term by its absolute value; the angles are
     those of the signed vectors.
@@ -365,7 +352,9 @@ def _gradient_terms(arguments: Arguments, cosine_ulp: float) -> Arrays:
         queries, keys = keep_query[head], keep_key[head]
         q, k, g, v = unit_query[head][queries], unit_key[head][keys], np.abs(grad_out[head][queries]), np.abs(value[head][keys])
         if "query_hash_code" in arguments:
-            of_value, of_vectors = _collision_rates(arguments, (*head, queries), (*head, keys))
+            codes = arguments["query_hash_code"][(*head, queries)], arguments["key_hash_code"][(*head, keys)]
+            tau, oversample, few = arguments["hash_code_len"], arguments.get("oversample", 0), arguments.get("backward_num_hash")
+            of_value, of_vectors = reference.backward_rates(*codes, tau, oversample, few)
         else:
             of_value = of_vectors = _expected_weight_terms(q, k, arguments["hash_code_len"], cosine_ulp)
         theta = np.arccos(np.clip(q @ k.T, -1, 1))
@@ -422,14 +411,21 @@ def _hash_numbers(given: Ingredients) -> dict[str, int]:
 
 
 def _cumulation_additions(sizes: Sizes) -> int:
-    """Into the tables and out of them; with oversampling the tables are smoothed in between, or the
-    neighbors of every bucket read.
-    """
-    bits = sizes.hash_code_len + sizes.oversample
-    if sizes.oversample == 0 or reference.whole_table_pays(bits, sizes.oversample, sizes.n):
-        return sizes.num_hash * (2 * sizes.rows * sizes.dim + sizes.table * sizes.oversample * bits)
-    reads = sum(comb(bits, r) for r in range(sizes.oversample + 1))
-    return sizes.rows * sizes.num_hash * sizes.dim * (1 + reads)
+    """Into the tables and out of them, and what smoothing adds."""
+    heads, bits = sizes.rows // max(sizes.n, 1), sizes.hash_code_len + sizes.oversample
+    smoothing = heads * reference.smoothing_additions(bits, sizes.oversample, sizes.n)
+    return sizes.num_hash * sizes.dim * (2 * sizes.rows + smoothing)
+
+
+def _coded(given: Ingredients) -> dict[str, Any]:
+    """Codes, the values that they stand for, and how many buckets there are."""
+    return {
+        "query_hash_code": given.query_hash_code,
+        "key_hash_code": given.key_hash_code,
+        "value": given.value,
+        "hashtable_capacity": 1 << (given.hash_code_len + given.oversample),
+        **given.masks,
+    }
 
 
 HADAMARD_TRANSFORM = Operation(
@@ -469,16 +465,9 @@ LSH_CUMULATION = Operation(
     name="lsh_cumulation",
     definition="numpy:pairs",
     outputs=(Output("out", "value", _rows("query_hash_code", "value")),),
-    example_inputs=lambda given: {
-        "query_hash_code": given.query_hash_code,
-        "key_hash_code": given.key_hash_code,
-        "value": given.value,
-        "hashtable_capacity": 1 << (given.hash_code_len + given.oversample),
-        "oversample": given.oversample,
-        **given.masks,
-    },
+    example_inputs=lambda given: {**_coded(given), "oversample": given.oversample},
     terms=_terms_of_definition(reference.lsh_cumulation_pairs, "value"),
-    multiply_adds=lambda sizes: _cumulation_additions(sizes),
+    multiply_adds=_cumulation_additions,
     least_bytes=lambda sizes: 2 * sizes.codes + 2 * sizes.vectors,
 )
 
@@ -498,11 +487,7 @@ LSH_WEIGHTED_CUMULATION = Operation(
     name="lsh_weighted_cumulation",
     definition="numpy:pairs",
     outputs=(Output("out", "value", _rows("query_hash_code", "value")),),
-    example_inputs=lambda given: {
-        "query_weight": given.query,
-        "key_weight": given.key,
-        **{name: x for name, x in LSH_CUMULATION.example_inputs(given).items() if name != "oversample"},
-    },
+    example_inputs=lambda given: {**_coded(given), "query_weight": given.query, "key_weight": given.key},
     terms=_terms_of_definition(reference.lsh_weighted_cumulation_pairs, "value", "query_weight", "key_weight"),
     # Pairs or outer products, whichever is less.
     multiply_adds=lambda sizes: min(2 * sizes.rows * sizes.num_hash * sizes.dim**2, sizes.colliding_pairs * 2 * sizes.dim),

@@ -25,7 +25,7 @@ from yoso_core.arrays import Array, Caller, one_caller
 from yoso_core.reference.arrays import full_mask
 from yoso_core.reference.hashing import Seed, signs_shape
 from yoso_core.reference.normalize import l2_normalize
-from yoso_core.reference.smoothing import count_bits, smoothing_weights, whole_table_pays
+from yoso_core.reference.smoothing import count_bits, smoothing_additions, smoothing_weights
 
 Floats = NDArray[np.float64]
 
@@ -455,14 +455,10 @@ def counted(num_hash: int, tau: int, s: int, *, heads: int, n_q: int, n_k: int, 
     """
     bits = tau + s
     rounds, padded = signs_shape(num_hash, bits, dim, "chained")
-    smoothing = 0
-    if s:
-        table, reads = s * bits << bits, n_q * (sum(comb(bits, r) for r in range(s + 1)) - 1)
-        smoothing = table if whole_table_pays(bits, s, n_q) else reads
     return (
         heads * (n_q + n_k) * rounds * padded * max(1, round(log2(padded))),
         heads * num_hash * (n_q + n_k) * value_dim,
-        heads * num_hash * smoothing * value_dim,
+        heads * num_hash * smoothing_additions(bits, s, n_q) * value_dim,
     )
 
 
