@@ -26,6 +26,9 @@ KEPT_CODES = ((types.int32, False), (types.uint8, True), (types.uint16, True), (
 attention.
 """
 
+KEPT_OVERSAMPLES = (1, 2, 3, 4)
+"""Those that `yoso_core.plan` chooses from."""
+
 
 def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The name of every kernel, and what compiles it or loads it from disk.
@@ -38,7 +41,6 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
         dtype = from_dtype(np.dtype(name))
         of_dtype: dict[str, Callable[..., Any]] = {
             "cumulation, merge": rounds._merge_kernel,
-            "smoothing": smoothing._smooth_kernel,
             "smoothing by neighbors": neighbors._neighbors_kernel,
             "weighted cumulation": buckets._buckets_kernel,
             "finish": finishing._finish_kernel,
@@ -48,6 +50,8 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
             "gradient, sampled": _backward_kernel,
             "gradient, finish": gradients._finish_kernel,
         }
+        for oversample in KEPT_OVERSAMPLES:
+            of_dtype[f"smoothing, oversample {oversample}"] = partial(smoothing._smooth_kernel, oversample=oversample)
         for code, guarded in ((types.int32, True), (types.uint8, False), (types.uint16, False), (types.int32, False)):
             kept_in = f"{code}, {'checked' if guarded else 'trusted'}"
             of_dtype[f"cumulation, scatter, {kept_in}"] = partial(cumulation._scatter_kernel, code=code, guarded=guarded)
@@ -55,7 +59,8 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
                 gather = f"cumulation, gather{' with errors' if spread else ''}, {kept_in}"
                 of_dtype[gather] = partial(cumulation._gather_kernel, code=code, guarded=guarded, spread=spread)
         for code, by_hash in KEPT_CODES:
-            of_dtype[f"hyperplane hash, {code}"] = partial(hashing._hyperplane_kernel, code=code, by_hash=by_hash)
+            by_planes = partial(hashing._hyperplane_kernel, code=code, by_hash=by_hash)
+            of_dtype[f"hyperplane hash, {code}{', by hash' if by_hash else ''}"] = by_planes
         for kind, exact, sampled in (("lower bound", False, False), ("exact", True, False), ("sampled, exact", True, True)):
             pairs = partial(gradients._gradient_kernel, polynomials=POLYNOMIALS[dtype], exact=exact, sampled=sampled)
             of_dtype[f"gradient by pairs, {kind}"] = pairs

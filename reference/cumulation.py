@@ -38,6 +38,9 @@ def backward_rates(
 ) -> tuple[Array, Array]:
     """``C_ij`` of the backward pass for the codes of one head: in the gradient of the value, the
     rate of the forward pass; in those of query and key, that of the `plain_codes`.
+
+    >>> backward_rates(np.array([[0b00]]), np.array([[0b01], [0b10]]), 1, 1, None)
+    (array([[0.5, 0.5]]), array([[0., 1.]]))
     """
     of_value = collision_rate(query_hash_code, key_hash_code, 1 << (hash_code_len + oversample), oversample)
     query_code, key_code = (plain_codes(x, hash_code_len, oversample, backward_num_hash) for x in (query_hash_code, key_hash_code))
