@@ -2,7 +2,6 @@
 two rounds of `yoso_core.cpu.rounds`.
 """
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from yoso_core.cpu.codes import MadeCodes
 from yoso_core.cpu.cumulation import by_stored_codes, by_tables, tables_pay
 from yoso_core.cpu.expectation import expect
-from yoso_core.cpu.hashing import check_dim, fast_hash, hash_by_planes, hash_by_signs, hyperplane_hash, narrowest
+from yoso_core.cpu.hashing import all_codes, check_dim, hash_maker, narrowest
 from yoso_core.cpu.views import Array, common_dtype, heads, kept, rows
 from yoso_core.reference.hashing import Layout
 
@@ -59,13 +58,10 @@ def yoso_attention(
         "spread": return_error,
         "num_threads": num_threads,
     }
+    make_hash = hash_maker(signs, planes, num_hash, bits, layout)
     if tables_pay(1 << bits, oversample, n_q, k.shape[2]):
-        how: dict[str, Any] = {"leading": query.shape[:-2], "dtype": dtype, "code": narrowest(bits), "by_hash": True}
-        if signs is not None:
-            hash = hash_by_signs(signs, num_hash, bits, layout, **how)
-        else:
-            assert planes is not None  # the face draws signs where neither is given
-            hash = hash_by_planes(planes, num_hash, bits, **how)
+        code = narrowest(bits)
+        hash = make_hash(leading=query.shape[:-2], dtype=dtype, code=code, by_hash=True)
         of_queries, of_keys = nonfinite.reshape(-1, 1 + n_q), np.zeros((batch * num_heads, k.shape[2]), np.uint8)
 
         def mark_heads(head0: int, count: int) -> None:
@@ -75,13 +71,12 @@ def yoso_attention(
                     of_queries[head, 0] = (of_keys[head] & keep[1][divmod(head, num_heads)]).any()
 
         codes = (
-            MadeCodes(q, hash, how["code"], of_queries[:, 1:], lambda head0, count: None),
-            MadeCodes(k, hash, how["code"], of_keys, mark_heads),
+            MadeCodes(q, hash, code, of_queries[:, 1:]),
+            MadeCodes(k, hash, code, of_keys, made=mark_heads),
         )
-        found_rows = by_tables(codes, how["code"], v, 1 << bits, oversample, num_hash=num_hash, guarded=False, **rest)
+        found_rows = by_tables(codes, code, v, 1 << bits, oversample, num_hash=num_hash, guarded=False, **rest)
     else:
-        make = partial(hyperplane_hash, planes=planes) if signs is None else partial(fast_hash, signs=signs, layout=layout)
-        query_code, key_code = (heads(make(x, num_hash=num_hash, hash_code_len=bits, num_threads=num_threads)) for x in (query, key))
+        query_code, key_code = (heads(all_codes(x, make_hash, num_threads)) for x in (query, key))
         nonfinite[:, :, 0] = (keep[1] & ~np.isfinite(k).all(axis=-1)).any(axis=-1)
         nonfinite[:, :, 1:] = ~np.isfinite(q).all(axis=-1)
         found_rows = by_stored_codes(query_code, key_code, v, 1 << bits, oversample, **rest)

@@ -11,7 +11,7 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.codes import Codes, StoredCodes
 from yoso_core.cpu.compiling import kernel
-from yoso_core.cpu.finishing import Rows, empty_rows, finish_row, row_error
+from yoso_core.cpu.finishing import Rows, empty_rows, finish_rows
 from yoso_core.cpu.neighbors import read_neighbors
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task
@@ -160,14 +160,21 @@ def _gather_kernel(dtype: Any, code: Any, guarded: bool, spread: bool) -> Any:
                         if spread:
                             squares[(*head, i)] = found if part.hash0 == 0 else squares[(*head, i)] + found
             if is_last(cut, group):
-                scale = out.dtype.type(1 / cut.num_hash)
-                for i in range(begin, stop):
-                    if spread and keep[(*head, i)]:
-                        marked = nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]
-                        errors[(*head, i)] = np.nan if marked else row_error(out, head, i, unit, squares[(*head, i)], cut.num_hash)
-                    lengths[(*head, i)] = finish_row(
-                        out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize
-                    )
+                finish_rows(
+                    out=out,
+                    lengths=lengths,
+                    errors=errors,
+                    squares=squares,
+                    units=units,
+                    keep=keep,
+                    nonfinite=nonfinite,
+                    head=head,
+                    begin=begin,
+                    end=stop,
+                    num_hash=cut.num_hash,
+                    normalize=normalize,
+                    spread=spread,
+                )
 
     return gather
 

@@ -153,6 +153,19 @@ def row_error(out, head, i, unit, squares, num_hash):
     return math.sqrt(max(0.0, num_hash * squares / length2 - 1) / (num_hash - 1))
 
 
+@helper
+def finish_rows(out, lengths, errors, squares, units, keep, nonfinite, head, begin, end, num_hash, normalize, spread):
+    """`finish_row` for rows ``begin ... end - 1`` of a head, which are sums over ``num_hash``
+    hashes; with ``spread`` their errors before it. The arrays are those of `Rows`.
+    """
+    scale = out.dtype.type(1 / num_hash)
+    for i in range(begin, end):
+        if spread and keep[(*head, i)]:
+            marked = nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]
+            errors[(*head, i)] = np.nan if marked else row_error(out, head, i, units[head], squares[(*head, i)], num_hash)
+        lengths[(*head, i)] = finish_row(out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize)
+
+
 def units(value: Array, keep: Array) -> Array:
     """A power of two for each head, by which its values ``(batch, heads, n, d_v)`` are multiplied
     before they are squared, so that no square overflows or vanishes: one over the largest kept

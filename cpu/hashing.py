@@ -301,8 +301,18 @@ def hash_by_planes(
     )
 
 
-def _hashed(vectors: Array, hash: Hash, dtype: Any, num_threads: int | None) -> Array:
-    """All codes, as the caller gets them."""
+def hash_maker(signs: Array | None, planes: Array | None, num_hash: int, hash_code_len: int, layout: Layout) -> Callable[..., Hash]:
+    """`hash_by_signs` or `hash_by_planes`, for the draw that is there."""
+    if signs is not None:
+        return partial(hash_by_signs, signs, num_hash, hash_code_len, layout)
+    assert planes is not None  # the face draws signs where neither is given
+    return partial(hash_by_planes, planes, num_hash, hash_code_len)
+
+
+def all_codes(vectors: Array, make: Callable[..., Hash], num_threads: int | None) -> Array:
+    """Every code by a `hash_maker`, as the caller gets them: int32 ``(..., n, m)``."""
+    dtype = working_dtype(vectors)
+    hash = make(leading=vectors.shape[:-2], dtype=dtype, code=np.int32, by_hash=False)
     x = rows(vectors, dtype)
     batch, num_heads, n, _ = x.shape
     codes = np.empty((batch * num_heads, n, hash.num_hash), np.int32)
@@ -320,11 +330,9 @@ def fast_hash(
 ) -> Array:
     """See `yoso_core.reference.fast_hash`; the same bits."""
     check_dim("vectors", signs.shape[-1])
-    how: dict[str, Any] = {"leading": vectors.shape[:-2], "dtype": working_dtype(vectors), "code": np.int32, "by_hash": False}
-    return _hashed(vectors, hash_by_signs(signs, num_hash, hash_code_len, layout, **how), how["dtype"], num_threads)
+    return all_codes(vectors, hash_maker(signs, None, num_hash, hash_code_len, layout), num_threads)
 
 
 def hyperplane_hash(vectors: Array, planes: Array, num_hash: int, hash_code_len: int, *, num_threads: int | None = None) -> Array:
     """See `yoso_core.reference.hyperplane_hash`."""
-    how: dict[str, Any] = {"leading": vectors.shape[:-2], "dtype": working_dtype(vectors), "code": np.int32, "by_hash": False}
-    return _hashed(vectors, hash_by_planes(planes, num_hash, hash_code_len, **how), how["dtype"], num_threads)
+    return all_codes(vectors, partial(hash_by_planes, planes, num_hash, hash_code_len), num_threads)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.finishing import Rows, empty_rows, finish_row, row_error
+from yoso_core.cpu.finishing import Rows, empty_rows, finish_rows
 from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.relabeling import find_slot, number_occupied, slots_for
 from yoso_core.cpu.scratch import aligned, clear
@@ -121,14 +121,21 @@ def _neighbors_kernel(dtype: Any) -> Any:
                             found += (one[c] * units[head]) * (one[c] * units[head])
                         squares[(*head, i)] = found if hash == 0 else squares[(*head, i)] + found
                 if hash == num_hash - 1:
-                    scale = out.dtype.type(1 / num_hash)
-                    for i in range(begin, end):
-                        if spread and keep_query[(*head, i)]:
-                            marked = nonfinite[(*head, 0)] or nonfinite[(*head, 1 + i)]
-                            errors[(*head, i)] = np.nan if marked else row_error(out, head, i, units[head], squares[(*head, i)], num_hash)
-                        lengths[(*head, i)] = finish_row(
-                            out=out, keep=keep_query, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize
-                        )
+                    finish_rows(
+                        out=out,
+                        lengths=lengths,
+                        errors=errors,
+                        squares=squares,
+                        units=units,
+                        keep=keep_query,
+                        nonfinite=nonfinite,
+                        head=head,
+                        begin=begin,
+                        end=end,
+                        num_hash=num_hash,
+                        normalize=normalize,
+                        spread=spread,
+                    )
 
     return read
 

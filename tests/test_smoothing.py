@@ -151,11 +151,6 @@ def test_bad_sizes_are_named(s: int) -> None:
 # What it takes away
 
 
-def spread(weights: Array) -> tuple[Array, Array]:
-    """The mean and variance over draws of what a key counts, ``(draws,)`` for each pair."""
-    return weights.mean(axis=0), weights.var(axis=0, ddof=1)
-
-
 def pair_variance(p: float, tau: int, s: int) -> float:
     second = sum(comb(tau + s, r) * p ** (tau + s - r) * (1 - p) ** r * a**2 for r, a in enumerate(smoothing_weights(tau, s)))
     return float(second - p ** (2 * tau))
@@ -169,11 +164,9 @@ def counted(tau: int, s: int, cosine: float, hashed_bits: int | None = None, dra
     rng = np.random.default_rng([tau, s])
     x = np.array([[1.0, 0.0], [cosine, np.sqrt(1 - cosine**2)]])
     codes = yoso_core.hyperplane_hash(x, rng.standard_normal((2, draws * bits)), draws, bits)
-    one = np.ones((1, 1))
-    differing = (codes[0] ^ codes[1]).reshape(-1, 1)
     of_length = (hashed_bits or bits) - s
     weight = np.array([*smoothing_weights(of_length, s), *[0.0] * (bits - s)])
-    return weight[reference.smoothing.count_bits(differing)][:, 0] * one[0, 0]
+    return weight[reference.smoothing.count_bits(codes[0] ^ codes[1])]
 
 
 @pytest.mark.parametrize(("tau", "s"), [(4, 0), (4, 2), (8, 1), (8, 4)])
@@ -182,7 +175,7 @@ def test_the_mean_stays_and_the_variance_falls(tau: int, s: int) -> None:
     cosine = 0.8
     p = 1 - np.arccos(cosine) / np.pi
     found = counted(tau, s, cosine)
-    mean, variance = spread(found)
+    mean, variance = found.mean(), found.var(ddof=1)
     error = np.sqrt(variance / len(found))
     assert abs(mean - p**tau) < 4 * error
     assert variance == pytest.approx(pair_variance(p, tau, s), rel=0.03)

@@ -243,12 +243,7 @@ KERNELS: tuple[Kernel, ...] = (
         "normalize_rows transpose_codes sort_codes outer_products finish_rows shared_table sum_buckets join_stretches gather_buckets "
         "gather_neighbors scan_nonfinite_heads gradient_rows l2_normalize_backward",
     ),
-    Kernel(
-        "yoso_attention",
-        "cpu:fused",
-        "yoso_core.cpu:yoso_attention",
-        "hash, cumulate and normalize, head by head",
-    ),
+    Kernel("yoso_attention", "cpu:fused", "yoso_core.cpu:yoso_attention", "hash, cumulate and normalize, head by head"),
     Kernel("yoso_attention", "numpy:formula", "yoso_core.reference:yoso_attention", "hash, cumulate by tables, normalize"),
     *_cuda(
         "yoso_attention",
