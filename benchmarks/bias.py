@@ -8,7 +8,6 @@ default rotations of a chain promise (`yoso_core.benchmarks.promise`). A weight 
 half as large as it should be is 0.00025 off, and wrong by 50%.
 """
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,11 +29,11 @@ from yoso_core.benchmarks.promise import (
     Track,
     collisions,
     groups_for,
-    markdown,
     relative,
     variance_ratio,
 )
-from yoso_core.files import written
+from yoso_core.benchmarks.tables import markdown
+from yoso_core.files import write_json
 from yoso_core.reference import expected_weight
 
 Array = np.ndarray[Any, Any]
@@ -180,10 +179,8 @@ def run_bias(output: Path, *, quick: bool = False, progress: bool = True) -> Pat
         "promise": promise.promise_cells(partial(tracked, description="promise"), scale=scale, least=least),
         "near": promise.near_cells(partial(tracked, description="one-hot near 45 degrees"), scale=scale, least=least),
     }
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"hadamard_bias{'-quick' if quick else ''}.json"
-    with written(path) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    write_json(path, results)
     tables = promise.promise_table, promise.near_table, relative_table, variance_table, bias_table
     console.print(*(Markdown(table(results)) for table in tables), Markdown(promise.rounds_table()))
     return path
@@ -198,26 +195,25 @@ def relative_table(results: Result) -> str:
     """The relative differences in percent with their standard errors, in Markdown: a row for every
     setting, kind of vectors and hash, a column for every cosine.
     """
-    first = results["relative"][0]
-    lines = [["d, tau, m", "vectors", "hash", "rounds", *(f"cosine {cosine:g}" for cosine in first["cosines"])]]
-    lines.append(["---"] * 3 + ["---:"] * (1 + len(first["cosines"])))
+    header = ["d, tau, m", "vectors", "hash", "rounds", *(f"cosine {cosine:g}" for cosine in results["relative"][0]["cosines"])]
+    lines = []
     for cell in results["relative"]:
         percent = [f"{100 * bias:+.1f} ± {100 * error:.1f}%" for bias, error in zip(cell["bias"], cell["standard_error"], strict=True)]
-        lines.append([setting_name(cell), cell["kind"], cell["hash"], "" if cell["rounds"] is None else str(cell["rounds"]), *percent])
-    return markdown(lines)
+        lines.append([setting_name(cell), cell["kind"], cell["hash"], "" if cell["rounds"] is None else cell["rounds"], *percent])
+    return markdown(header, lines, left=3)
 
 
 def variance_table(results: Result) -> str:
     """The smallest and the largest variance of a mean over the kinds and cosines, times the number
     of hashes, over that of a single hash, in Markdown: a row for every setting and hash.
     """
-    lines = [["d, tau, m", "hash", "smallest", "largest"], ["---", "---", "---:", "---:"]]
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for cell in results["relative"]:
         columns = (cell[name] for name in ("variance", "variance_standard_error", "cosines"))
         shown = [(ratio, f"{ratio:.3f} ± {error:.3f}, {cell['kind']} at {cosine:g}") for ratio, error, cosine in zip(*columns, strict=True)]
         found.setdefault((setting_name(cell), cell["hash"]), []).extend(shown)
-    return markdown([*lines, *([*key, min(ends)[1], max(ends)[1]] for key, ends in found.items())])
+    lines = ([*key, min(ends)[1], max(ends)[1]] for key, ends in found.items())
+    return markdown(["d, tau, m", "hash", "smallest", "largest"], lines, left=2)
 
 
 def bias_table(results: Result) -> str:
@@ -226,8 +222,8 @@ def bias_table(results: Result) -> str:
     """
     cells = {(cell["dim"], cell["hash_code_len"]): cell for cell in results["cells"]}
     taus = sorted({tau for _, tau in cells})
-    lines = [["D", *(f"tau = {tau}" for tau in taus)], ["---:"] * (1 + len(taus))]
+    lines = []
     for dim in sorted({dim for dim, _ in cells}):
         found = [cells[dim, tau] for tau in taus]
-        lines.append([str(dim), *(f"{cell['largest']:.4f} ± {cell['largest_standard_error']:.4f}" for cell in found)])
-    return markdown(lines)
+        lines.append([dim, *(f"{cell['largest']:.4f} ± {cell['largest_standard_error']:.4f}" for cell in found)])
+    return markdown(["D", *(f"tau = {tau}" for tau in taus)], lines, left=0)

@@ -7,8 +7,6 @@ A new suite is a new entry of `SUITES`; a new thing to run is a new entry of
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from yoso_core.reference.hashing import Layout
-
 Measure = Literal["speedup", "cost", "bandwidth", "memory", "memory share", "overhead"]
 
 
@@ -32,11 +30,6 @@ class Workload:
     batch: int = 1
     device: str = "cpu"
     """A key of `yoso_core.benchmarks.machines.MACHINES`."""
-
-    @property
-    def layout(self) -> Layout:
-        """Of the signs: the paper's for the paper's own algorithm."""
-        return "paper" if self.run == "paper" else "chained"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class FaceFunction(Ours):
         """Make the whole call and compare rows spread over the last head. A wrong stride of heads
         or rows shows there.
         """
-        same = replace(workload, run=workload.run if workload.layout == "paper" else "", variant=None)  # as all who share the answer
+        same = replace(workload, run="", variant=None)  # as all who share the answer
         rows, exact, allowed = _right(self.op, self.arguments, self.rows, same)
         out = self.bind(workload, tensors(workload))()
         return Check.of(out[-1:, -1:, rows].double().cpu().numpy(), exact, allowed, len(rows))
@@ -237,11 +237,13 @@ def _forward_and_backward(attend: Callable[[], Any], leaves: Tensors, grad: Any)
 
 
 def _sampled(workload: Workload, given: Tensors) -> dict[str, Any]:
-    signs = given["signs"]
-    if workload.layout == "paper":  # of as many heads, the last ones
-        signs = _signs(workload, "paper")[workload.heads - len(signs) :].to(signs.device)
-    numbers = {"num_hash": workload.num_hash, "hash_code_len": workload.hash_code_len}
-    return {**given, "signs": signs, "layout": workload.layout, **numbers}
+    return {**given, "layout": "chained", "num_hash": workload.num_hash, "hash_code_len": workload.hash_code_len}
+
+
+def _sampled_in_paper_layout(workload: Workload, given: Tensors) -> dict[str, Any]:
+    heads = len(given["signs"])  # the last ones
+    signs = _signs(workload, "paper")[workload.heads - heads :].to(given["signs"].device)
+    return {**_sampled(workload, {**given, "signs": signs}), "layout": "paper"}
 
 
 def _expected(workload: Workload, given: Tensors) -> dict[str, Any]:
@@ -352,7 +354,7 @@ CONTENDERS: dict[str, Ours | Peer] = {
     "paper": Composed(
         "the paper's algorithm",
         "yoso_attention",
-        arguments=_sampled,
+        arguments=_sampled_in_paper_layout,
         rows=4096,
         hash_variant="cupy:block_per_part",
         cumulation_variant="cupy:global_table",

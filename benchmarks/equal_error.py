@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import yoso_core
+from yoso_core.benchmarks.tables import markdown
 
 Result = dict[str, Any]
 Array = np.ndarray[Any, Any]
@@ -120,11 +121,11 @@ def equal_error_table(results: Result) -> str:
     rows = results["equal_error"]
     chains = sorted({row["oversample"] for row in rows})
     header = ["vectors", "n", "squared error", f"paper, m = {MARK}", *(f"chain, s = {s}" for s in chains)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = []
     for kind, n in dict.fromkeys((row["kind"], row["n"]) for row in rows):
         here = [row for row in rows if (row["kind"], row["n"]) == (kind, n)]
         first, *others = here
         base = median(first["seconds"])
         cells = [f"m = {row['num_hash']}: {base / median(row['seconds']):.2f}x" for row in others]
         lines.append([kind, f"{n:,}", f"{first['error']:.3f} ± {first['standard_error']:.3f}", f"{1e3 * base:.0f} ms", *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(header, lines, left=1)

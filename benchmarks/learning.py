@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from yoso_core.benchmarks.machines import where
-from yoso_core.files import written
+from yoso_core.benchmarks.tables import markdown
+from yoso_core.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,10 @@ SETTINGS = (
     Setting("m = 16, half in the backward pass", {**_M16, "backward_num_hash": 8}),
     Setting("m = 16, a quarter", {**_M16, "backward_num_hash": 4}),
     Setting("m = 16, an eighth", {**_M16, "backward_num_hash": 2}),
+    Setting("m = 16, oversample = 2", {**_M16, "oversample": 2}),
     Setting("m = 8", {"num_hash": 8}),
     Setting("m = 8, oversample = 2", {"num_hash": 8, "oversample": 2}),
+    Setting("m = 8, oversample = 4", {"num_hash": 8, "oversample": 4}),
 )
 """Those after the first are compared with it, seed by seed."""
 
@@ -145,20 +148,22 @@ class Task:
         return float(np.mean(losses))
 
 
-def learn(task: Task, seed: int, track: Callable[[Iterable[Setting]], Iterable[Setting]]) -> list[Result]:
-    """Every setting from one start."""
+def learn(task: Task, seed: int, steps: tuple[int, int], track: Callable[[Iterable[Setting]], Iterable[Setting]]) -> list[Result]:
+    """Every setting from one start: so many steps with the expectation, then so many by
+    sampling.
+    """
     import torch
 
     start = task.new_model(seed)
     start.config.use_expectation = True
-    task.train(start, EXPECTED_STEPS, 5e-3, seed)
+    task.train(start, steps[0], 5e-3, seed)
     rows = []
     for setting in track(SETTINGS):
         model = copy.deepcopy(start)
         for name, x in {"use_expectation": False, **setting.config}.items():
             setattr(model.config, name, x)
         torch.manual_seed(seed)
-        task.train(model, SAMPLED_STEPS, 2e-3, 100 + seed)
+        task.train(model, steps[1], 2e-3, 100 + seed)
         other = "paper" if model.config.hash_layout == "chained" else "chained"
         found = {
             "as_trained": task.held_out_loss(model),
@@ -170,27 +175,29 @@ def learn(task: Task, seed: int, track: Callable[[Iterable[Setting]], Iterable[S
     return rows
 
 
-def run_learning(output: Path, *, progress: bool = True) -> Path:
+def run_learning(output: Path, *, quick: bool = False, progress: bool = True) -> Path:
     """Train and measure every setting with every seed. Print the table, and write
     ``learning.json``, whose path is returned. Seeds that stand there already are not done again.
+
+    ``quick``: one seed and few steps, to see that the benchmark works, into
+    ``learning-quick.json``.
     """
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import track
 
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "learning.json"
-    settings = {"steps": [EXPECTED_STEPS, SAMPLED_STEPS], "settings": [setting.name for setting in SETTINGS]}
+    path = output / f"learning{'-quick' if quick else ''}.json"
+    steps = (12, 4) if quick else (EXPECTED_STEPS, SAMPLED_STEPS)
+    settings = {"steps": list(steps), "settings": [setting.name for setting in SETTINGS]}
     results: Result = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if results.get("settings") != settings:
-        results = {"suite": "learning", "settings": settings, "environment": where("cpu"), "rows": []}
+        results = {"suite": "learning", "quick": quick, "settings": settings, "environment": where("cpu"), "rows": []}
     task = Task()
-    for seed in SEEDS:
+    for seed in SEEDS[:1] if quick else SEEDS:
         if not any(row["seed"] == seed for row in results["rows"]):
             tracked = partial(track, description=f"seed {seed}", disable=not progress, transient=True)
-            results["rows"] += learn(task, seed, tracked)
-            with written(path) as part:
-                part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+            results["rows"] += learn(task, seed, steps, tracked)
+            write_json(path, results)
     Console().print(Markdown(learning_table(results)))
     return path
 
@@ -205,7 +212,7 @@ def learning_table(results: Result) -> str:
     seeds = sorted({row["seed"] for row in results["rows"]})
     losses = {(row["seed"], row["setting"]): row for row in results["rows"]}
     first = results["settings"]["settings"][0]
-    lines = [["trained with", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
+    lines = []
     for setting in results["settings"]["settings"]:
         cells = []
         for column in COLUMNS:
@@ -214,4 +221,4 @@ def learning_table(results: Result) -> str:
             error = apart.std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
             cells.append(f"{values.mean():.3f}" + ("" if setting == first else f" ({apart.mean():+.3f} ± {error:.3f})"))
         lines.append([setting, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["trained with", *COLUMNS.values()], lines, left=1)

@@ -16,6 +16,7 @@ import numpy as np
 
 import yoso_core
 from yoso_core.benchmarks.directions import kinds_here, pairs_at_cosine
+from yoso_core.benchmarks.tables import markdown
 from yoso_core.reference import expected_weight
 from yoso_core.reference.hashing import LAYOUTS, ROTATIONS, WARM_UP, Layout, signs_shape
 
@@ -196,26 +197,19 @@ def percent(cell: Result) -> str:
     return f"{100 * cell['bias']:+.1f} ± {100 * cell['standard_error']:.1f}%"
 
 
-def markdown(lines: Iterable[Iterable[object]]) -> str:
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
 def promise_table(results: Result) -> str:
     """For every row of the table of rotations and number of hashes, the cell of each kind that is
     largest beside its bound, in Markdown.
     """
     cells = results["promise"]
     kinds = list(dict.fromkeys(cell["kind"] for cell in cells))
-    lines: list[list[Any]] = [
-        ["d, tau", "rotations", "m", *kinds, "largest / bound"],
-        ["---", "---:", "---:", *["---:"] * (len(kinds) + 1)],
-    ]
+    lines: list[list[Any]] = []
     for dim, tau, rotations, m in dict.fromkeys((c["dim"], c["hash_code_len"], c["rotations"], c["num_hash"]) for c in cells):
         row = [c for c in cells if (c["dim"], c["hash_code_len"], c["num_hash"]) == (dim, tau, m)]
         worst = [max((c for c in row if c["kind"] == kind), key=beside_bound) for kind in kinds]
         shown = [f"{percent(cell)} at {cell['cosine']:g}" for cell in worst]
         lines.append([f"{dim}, {tau}", rotations, m, *shown, f"{max(map(beside_bound, worst)):.2f}"])
-    return markdown(lines)
+    return markdown(["d, tau", "rotations", "m", *kinds, "largest / bound"], lines, left=1)
 
 
 def kept_table(results: Result) -> str:
@@ -224,7 +218,7 @@ def kept_table(results: Result) -> str:
     Markdown.
     """
     header = ["d, tau", "rotations", "room for m", "pairs of bits", "predicted at 0", "at 0.5", "largest measured at 0", "at 0.5 to 0.9"]
-    lines: list[list[Any]] = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines: list[list[Any]] = []
     for setting in PROMISED:
         cells = [c for c in results["promise"] if (c["dim"], c["hash_code_len"]) == (setting.dim, setting.hash_code_len)]
         right, nearer = ([c for c in cells if c["num_hash"] != FEW and (c["cosine"] == 0) == at_0] for at_0 in (True, False))
@@ -232,7 +226,7 @@ def kept_table(results: Result) -> str:
         worst = [percent(max(some, key=beside_bound)) for some in (right, nearer)]
         sizes = f"{setting.dim}, {setting.hash_code_len}", setting.rotations, setting.num_hash
         lines.append([*sizes, f"{shared_pairs(setting):.1f}", *biases, *worst])
-    return markdown(lines)
+    return markdown(header, lines, left=1)
 
 
 def beside_bound(cell: Result) -> float:
@@ -243,7 +237,7 @@ def beside_bound(cell: Result) -> float:
 def near_table(results: Result) -> str:
     """One-hot pairs on both sides of 45 degrees, in Markdown."""
     header = ["d, tau, m", *(f"{layout}: {what}" for layout in LAYOUTS for what in ("rounds", *(f"cosine {c:.2f}" for c in NEAR)))]
-    lines: list[list[Any]] = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines: list[list[Any]] = []
     cells = {(c["dim"], c["hash_code_len"], c["num_hash"], c["layout"], c["cosine"]): c for c in results["near"]}
     for sizes in dict.fromkeys(key[:3] for key in cells):
         line: list[Any] = [", ".join(map(str, sizes))]
@@ -251,14 +245,14 @@ def near_table(results: Result) -> str:
             found = [cells[*sizes, layout, cosine] for cosine in NEAR]
             line += [found[0]["rounds"], *map(percent, found)]
         lines.append(line)
-    return markdown(lines)
+    return markdown(header, lines, left=1)
 
 
 def rounds_table() -> str:
     """The sizes at which a chain takes more rounds for a vector than the paper's layout, in
     Markdown; empty where it takes no more.
     """
-    lines: list[list[Any]] = [["d, tau", *(f"m = {m}" for m in TABLE_HASHES)], ["---", *["---:"] * len(TABLE_HASHES)]]
+    lines: list[list[Any]] = []
     for dim, tau in product(ROTATIONS, ROTATIONS[32]):
         line: list[Any] = [f"{dim}, {tau}"]
         for m in TABLE_HASHES:
@@ -266,4 +260,4 @@ def rounds_table() -> str:
             line.append(f"{chained} > {paper}" if chained > paper else "")
         if any(line[1:]):
             lines.append(line)
-    return markdown(lines)
+    return markdown(["d, tau", *(f"m = {m}" for m in TABLE_HASHES)], lines, left=1)

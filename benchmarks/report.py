@@ -18,10 +18,13 @@ from yoso_core.benchmarks import error
 from yoso_core.benchmarks.bias import bias_table, relative_table, variance_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
+from yoso_core.benchmarks.equal_error import equal_error_table
 from yoso_core.benchmarks.floor import least_bytes
+from yoso_core.benchmarks.learning import learning_table
 from yoso_core.benchmarks.machines import H100
 from yoso_core.benchmarks.promise import kept_table, near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
+from yoso_core.benchmarks.tables import markdown
 from yoso_core.benchmarks.traffic import FORMULAS, Traffic, by_design, traffic
 from yoso_core.files import written
 
@@ -215,18 +218,6 @@ def floor_note(results: Result) -> str:
     return f"{note} By design: the bytes that the variant's kernels move to and from memory, at the rate of copies."
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table.
-
-    >>> print(markdown(["n", "time"], [["512", "1.43 ms"]]), end="")
-    | n | time |
-    | --- | --- |
-    | 512 | 1.43 ms |
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def wrapped(prose: str) -> str:
     """A paragraph of Markdown, at most `PROSE_COLUMNS` wide.
 
@@ -340,6 +331,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "error-variance": lambda folder: error.variance_table(_read(folder / "error.json")),
     "error-coverage": lambda folder: error.coverage_table(_read(folder / "error.json")),
     "error-cosine": lambda folder: error.cosine_table(_read(folder / "error.json")),
+    "error-equal": lambda folder: equal_error_table(_read(folder / "error.json")),
+    "learning": lambda folder: learning_table(_read(folder / "learning.json")),
     "gpu": gpu_block,
     "gpu-bytes": bytes_block,
 }

@@ -2,7 +2,6 @@
 
 import gc
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from yoso_core.benchmarks.floor import floor, measured_rates
 from yoso_core.benchmarks.machines import MACHINES, Machine, results_name, where
 from yoso_core.benchmarks.sides import Check, Ours, Peer, Tensors
 from yoso_core.benchmarks.traffic import traffic
-from yoso_core.files import written
+from yoso_core.files import write_json
 from yoso_core.gpu.device import DoesNotFit
 
 if TYPE_CHECKING:
@@ -37,6 +36,11 @@ CASE_SECONDS = 12.0
 """Long calls get fewer repeats, but at least three, so that a case takes about this long."""
 MEGABYTE = 1e6
 MEMORY = ("memory", "memory share")
+
+
+STUDIES: dict[str, Callable[..., Path]] = {"bias": bias.run_bias, "error": error.run_error, "learning": learning.run_learning}
+"""Suites that measure the estimate, not its cost."""
+ALL = (*SUITES, *STUDIES)
 
 
 class RedComparison(RuntimeError):
@@ -62,7 +66,7 @@ def run_suite(
         sampled in training.
     repeats : timed samples of each side, in turns. Slow cases get fewer, but at least three.
     quick : run only the cases that are marked quick, on small inputs, to see that the benchmark
-        works; ``"bias"`` takes few draws.
+        works; ``"bias"``, ``"error"`` and ``"learning"`` take few draws and steps.
     output : a folder, made where it does not exist.
     progress : show what is running.
 
@@ -80,14 +84,10 @@ def run_suite(
     if repeats < 1:
         raise ValueError(f"repeats: need at least 1, got {repeats}")
     output = Path(output)
-    if name == "bias":
-        return bias.run_bias(output, quick=quick, progress=progress)
-    if name == "error":
-        return error.run_error(output, progress=progress)
-    if name == "learning":
-        return learning.run_learning(output, progress=progress)
+    if name in STUDIES:
+        return STUDIES[name](output, quick=quick, progress=progress)
     if name not in SUITES:
-        raise ValueError(f"name: no suite {name!r}; there are {', '.join([*SUITES, 'bias', 'error', 'learning'])}")
+        raise ValueError(f"name: no suite {name!r}; there are {', '.join(ALL)}")
     suite = SUITES[name]
     cases = [case for case in suite.cases if case.quick or not quick]
     _need_packages(name, cases)
@@ -120,10 +120,8 @@ def run_suite(
         "rates": asdict(measured_rates(device)),
         "cases": measured,
     }
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{results_name(name, results['environment'])}{'-quick' if quick else ''}.json"
-    with written(path) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    write_json(path, results)
     print_suite(results, console)
     if suite.picture:
         _draw(results, path.with_suffix(".png"), console)

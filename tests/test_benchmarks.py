@@ -20,7 +20,23 @@ from typer.testing import CliRunner
 
 import yoso_core
 from yoso_core import backends, model, reference, registry
-from yoso_core.benchmarks import bias, cases, contenders, directions, floor, machines, memory, plots, promise, report, runner, traffic
+from yoso_core.benchmarks import (
+    bias,
+    cases,
+    contenders,
+    directions,
+    equal_error,
+    error,
+    floor,
+    learning,
+    machines,
+    memory,
+    plots,
+    promise,
+    report,
+    runner,
+    traffic,
+)
 from yoso_core.benchmarks.cases import Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, Composed, FaceFunction
 from yoso_core.benchmarks.floor import Rates, least_bytes, operations
@@ -535,8 +551,8 @@ def test_committed_relative_biases_and_variances() -> None:
             assert all(abs(found) < 4 * error for found, error in at.values())
         if cell["hash"] == "paper" and cell["kind"] == "Gaussian" and cell["dim"] <= 64:
             assert at[0.0][0] < -0.1
-        for ratio, error in zip(cell["variance"], cell["variance_standard_error"], strict=True):
-            assert cell["hash"] == "paper" or ratio + error < bias.VARIANCE_BOUND, cell
+        for ratio, spread in zip(cell["variance"], cell["variance_standard_error"], strict=True):
+            assert cell["hash"] == "paper" or ratio + spread < bias.VARIANCE_BOUND, cell
 
 
 def test_the_tables_of_bias_have_every_cell() -> None:
@@ -600,6 +616,68 @@ def test_the_whole_suite_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert results["left_out"] == "no package no_such_package"
     assert {c["kind"] for c in results["promise"]} == {"Gaussian", "one-hot", "sparse", "clustered"}
     assert "words are left out: no package no_such_package" in capsys.readouterr().out
+
+
+def test_as_many_hashes_as_leave_the_same_error() -> None:
+    mark, *chains = equal_error.measure_equal_error("normal", 256, draws=8, repeats=2)
+    assert (mark["layout"], mark["num_hash"]) == ("paper", equal_error.MARK)
+    assert [row["oversample"] for row in chains] == list(equal_error.OVERSAMPLE)
+    numbers = [row["num_hash"] for row in chains]
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[0] > equal_error.MARK  # weights that are too small have less variance
+    for row in chains:
+        assert row["error"] == pytest.approx(mark["error"], rel=0.05, abs=4 * (row["standard_error"] + mark["standard_error"]))
+    assert all(len(row["seconds"]) == 2 for row in [mark, *chains])
+
+
+def test_the_table_of_equal_errors() -> None:
+    rows = [
+        {"layout": layout, "oversample": s, "num_hash": m, "error": 0.5, "standard_error": 0.01, "kind": "normal", "n": 4096, "seconds": t}
+        for layout, s, m, t in (("paper", 0, 32, [0.2, 0.1, 0.4]), ("chained", 0, 38, [0.1]), ("chained", 2, 14, [0.05, 0.4, 0.05]))
+    ]
+    assert equal_error.equal_error_table({"equal_error": rows}).splitlines() == [
+        "| vectors | n | squared error | paper, m = 32 | chain, s = 0 | chain, s = 2 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| normal | 4,096 | 0.500 ± 0.010 | 200 ms | m = 38: 2.00x | m = 14: 4.00x |",
+    ]
+
+
+def test_the_suite_error_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(error, "TAUS", (4,))
+    monkeypatch.setattr(error, "CHOICES", ((8, 0, 16),))
+    monkeypatch.setattr(error, "KINDS", {"normal": error.KINDS["normal"]})
+    monkeypatch.setattr(equal_error, "KINDS", {"normal": equal_error.KINDS["normal"]})
+    path = runner.run_suite("error", quick=True, output=tmp_path, progress=False)
+    assert path == tmp_path / "error-quick.json"
+    results = json.loads(path.read_text("utf-8"))
+    assert len(results["variance"]) == len(error.HASHES) * len(error.OVERSAMPLES) * len(error.PAIR_COSINES)
+    assert [(c["kind"], c["num_hash"]) for c in results["rows"]] == [("normal", 16)]
+    assert len(results["equal_error"]) == 1 + len(equal_error.OVERSAMPLE)
+
+
+def test_the_suite_learning_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(learning, "SETTINGS", learning.SETTINGS[:2])
+    path = runner.run_suite("learning", quick=True, output=tmp_path, progress=False)
+    assert path == tmp_path / "learning-quick.json"
+    results = json.loads(path.read_text("utf-8"))
+    assert [(row["seed"], row["setting"]) for row in results["rows"]] == [(0, "m = 16"), (0, "m = 16, the paper's layout")]
+    assert all(np.isfinite(row[column]) for row in results["rows"] for column in learning.COLUMNS)
+    assert results["rows"][0]["as_trained"] < results["rows"][0]["before"], "it learns while it is sampled"
+    monkeypatch.setattr(learning, "learn", lambda *_: pytest.fail("this seed is there already"))
+    assert runner.run_suite("learning", quick=True, output=tmp_path, progress=False) == path
+
+
+def test_the_table_of_learning() -> None:
+    losses = {"a": [1.0, 2.0], "b": [1.5, 2.1]}
+    rows = [
+        {"seed": seed, "setting": name, "as_trained": loss, "other_layout": loss + 1, "expectation": loss - 1}
+        for name, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    assert learning.learning_table({"settings": {"settings": ["a", "b"]}, "rows": rows}).splitlines()[2:] == [
+        "| a | 1.500 | 2.500 | 0.500 |",
+        "| b | 1.800 (+0.300 ± 0.200) | 2.800 (+0.300 ± 0.200) | 0.800 (+0.300 ± 0.200) |",
+    ]
 
 
 def test_committed_biases_keep_the_bound() -> None:

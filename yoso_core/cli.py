@@ -675,7 +675,7 @@ def warmup(
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), model, bias, or error.")
+        str, typer.Argument(metavar="SUITE", help="Which suite: cpu, gpu (needs an NVIDIA GPU), model, bias, error, or learning.")
     ] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed samples per side, in turns.")] = 7,
     output: Annotated[Path, typer.Option(help="The folder for the JSON and the picture.")] = Path("benchmarks/results"),

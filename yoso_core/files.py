@@ -3,6 +3,7 @@ once they are whole. So a full disk, or a Ctrl-C, leaves what was there before, 
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 
 @contextmanager
@@ -44,6 +46,19 @@ def written(path: str | PathLike[str]) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename == str(part):
             error.filename = str(path)
         raise
+
+
+def write_json(path: str | PathLike[str], thing: Any) -> None:
+    """Dicts, lists and numbers, in a file whose folder is made where it does not exist.
+
+    >>> with TemporaryDirectory() as folder:
+    ...     write_json(Path(folder, "new", "result.json"), {"n": [512]})
+    ...     json.loads(Path(folder, "new", "result.json").read_text("utf-8"))
+    {'n': [512]}
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as part:
+        part.write_text(json.dumps(thing, indent=1) + "\n", "utf-8")
 
 
 @contextmanager
