@@ -66,7 +66,7 @@ def log_into(nvrtc: object, program: object, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [x if x == "sm_90" else pytest.param(x, marks=pytest.mark.long) for x in TARGETS])
 def test_compiles_without_a_warning(file: str, target: str) -> None:
     for defines in builds(file):
         cubin, log = compile_offline(source(file), options(CudaKernel(file, "", defines)), target)

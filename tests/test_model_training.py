@@ -251,7 +251,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_accelerate
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     """With the same seed they draw the same hashes, which a batch shares, so even a sampled step is
@@ -431,7 +431,7 @@ def test_a_compiled_model_learns_the_same(way: str) -> None:
 
 
 @needs_torch_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # in torch's own inductor
 def test_inductor_compiles_the_model() -> None:

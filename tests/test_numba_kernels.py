@@ -767,7 +767,7 @@ COMPILED = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_kernel_compiles_to_ptx() -> None:
     for package in ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvrtc"):
         try:

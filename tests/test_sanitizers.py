@@ -156,7 +156,10 @@ def runs(once: Once) -> Runs:
 
 
 def by_sanitizer(names: Sequence[str]) -> list[Any]:
-    return [pytest.param(kind, name, marks=needs(kind)) for kind in KINDS for name in names]
+    """Every kernel in one process for each sanitizer; that of threads takes a minute and a half."""
+    return [
+        pytest.param(kind, name, marks=[needs(kind), *([pytest.mark.long] if kind == "thread" else [])]) for kind in KINDS for name in names
+    ]
 
 
 @pytest.mark.slow

@@ -23,12 +23,12 @@ ALL = tutorials.tutorials()
 every_tutorial = pytest.mark.parametrize("tutorial", ALL, ids=[tutorial.path.stem for tutorial in ALL])
 
 
-TRAINS = (9, 10, 11, 12, 13)
-"""These train models, or go to a million tokens."""
+LONG = (3, 4, 6, 7, 8, 9, 10, 11, 12, 13)
+"""These train models, draw distributions, go to a million tokens or compile their own kernels."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tutorial", [pytest.param(t, id=t.path.stem, marks=[pytest.mark.long] if t.number in TRAINS else []) for t in ALL])
+@pytest.mark.parametrize("tutorial", [pytest.param(t, id=t.path.stem, marks=[pytest.mark.long] if t.number in LONG else []) for t in ALL])
 def test_it_runs_and_its_checkers_tell_right_from_wrong(tutorial, tmp_path):
     command = [sys.executable, "-m", "yoso_core.tutorials.check", str(tutorial.path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
