@@ -27,6 +27,11 @@ TABLE_BYTES = 32 << 20
 One part of one head is always held.
 """
 
+THREAD_TABLE_BYTES = 2 << 20
+"""Tables that a thread with heads of its own has at the same time, or those of one part: parts are
+scattered, smoothed and read again while they are near.
+"""
+
 PART_BYTES = 256 << 10
 HASHES_AT_LEAST, HASHES_AT_MOST = 4, 8
 """Hashes that a vector is added to, or read from, in one go: as many as have tables in half of a
@@ -119,7 +124,8 @@ def make_plan(out: Array, n_k: int, *, num_hash: int, table_size: int, num_threa
     splits = max(1, min(SPLIT_TASKS // max(num_heads * parts, 1), n_k // SPLIT_KEYS, affordable))
     cut = Cut(num_hash=num_hash, per=per, splits=splits, table_size=table_size)
     if splits == 1 and num_heads >= 2 * threads and affordable >= threads:
-        return Plan(cut, parts, by_head=True, heads_at_once=1, parts_at_once=min(parts, affordable // threads))
+        near = max(1, THREAD_TABLE_BYTES // part_bytes)
+        return Plan(cut, parts, by_head=True, heads_at_once=1, parts_at_once=min(parts, affordable // threads, near))
     slots = max(1, affordable // splits)
     parts_at_once = min(parts, slots)
     return Plan(cut, parts, by_head=False, heads_at_once=max(1, min(num_heads, slots // parts_at_once)), parts_at_once=parts_at_once)
