@@ -140,16 +140,17 @@ def empty_rows(value: Array, keep: tuple[Array, Array], spread: bool) -> Rows:
 def row_error(out, head, i, unit, squares, num_hash):
     """The relative standard error of the sum of ``num_hash`` rows in ``out``, whose squares, times
     ``unit**2``, add up to ``squares``: see `yoso_core.reference.attention.standard_error`. Infinite
-    for a row of zeros, NaN for one that is not finite.
+    for a row of zeros; NaN for one that is not finite, or so short that squares of it vanish.
     """
-    length2 = 0.0
+    length2, largest = 0.0, 0.0
     for c in range(out.shape[3]):
         y = float(out[(*head, i, c)]) * unit
         length2 += y * y
-    if not math.isfinite(length2):
-        return np.nan
-    if length2 == 0:
+        largest = max(largest, abs(y))
+    if largest == 0 and length2 == 0:
         return np.inf
+    if not math.isfinite(length2) or largest < num_hash * (1e-140 if out.itemsize == 8 else 1e-15):
+        return np.nan
     return math.sqrt(max(0.0, num_hash * squares / length2 - 1) / (num_hash - 1))
 
 

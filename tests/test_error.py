@@ -689,10 +689,10 @@ def test_committed_predictions_are_near() -> None:
 
 def test_committed_coverages_are_those_of_the_page() -> None:
     """In percent, by bits and hashes: the five kinds, then the encoder."""
-    said = {(8, 16): (90, 95), (8, 32): (93, 98), (8, 64): (93, 98), (12, 16): (87, 92), (12, 64): (91, 97)}
+    said = {(8, 16): (90, 95), (8, 32): (94, 98), (8, 64): (94, 98), (12, 16): (87, 91), (12, 64): (92, 96)}
     for cell in committed()["rows"]:
-        low, high = (72, 91) if cell["kind"] == "encoder" else said[cell["hash_code_len"], cell["num_hash"]]
-        assert low <= 100 * cell["coverage"] <= high, cell
+        low, high = (71, 90) if cell["kind"] == "encoder" else said[cell["hash_code_len"], cell["num_hash"]]
+        assert low <= round(100 * cell["coverage"]) <= high, cell
         assert 0.7 <= cell["squared_error_ratio"] <= 1.01, cell
         assert cell["across"] <= (0.16 if cell["kind"] == "encoder" else 0.035), cell
         assert cell["coverage_standard_error"] < 0.02

@@ -120,7 +120,7 @@ def test_other_heads_and_masked_keys_set_no_unit(variant: str, oversample: int) 
     np.testing.assert_array_equal(yoso_core.yoso_attention(**given | {"value": value}, variant=variant)[1], error)
 
 
-@pytest.mark.parametrize("variant", CUDA)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_too_short_for_its_squares_has_no_error(variant: str) -> None:
     """Its head has a value 1e30 times as large: NaN, not the zero that vanished squares would
     give.

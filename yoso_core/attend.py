@@ -112,9 +112,11 @@ def yoso_attention(
     -------
     ``(..., n_q, d_v)`` in the dtype of ``value``. With ``return_error`` ``(out, error)``, ``error``
     float32 ``(..., n_q)``: 0 for masked rows, which are zeros whatever the draw; infinite where no
-    hash met a key, NaN where the row is. With ``target_error`` ``(out, error, num_hash_used)``, the
-    last an int. Neither has gradients: tensors that require them are refused, and so are programs
-    that torch records or transforms, and autocast.
+    hash met a key; NaN where the row is, and, from a compiled kernel, where the row is below 1e-15
+    (float64: 1e-140) of the largest value of its head, so that squares of it vanish. With
+    ``target_error`` ``(out, error, num_hash_used)``, the last an int. Neither has gradients:
+    tensors that require them are refused, and so are programs that torch records or transforms, and
+    autocast.
 
     A non-finite query gives NaN in its row, a
     non-finite key that is kept in every row of its head, a non-finite value that is kept in every
