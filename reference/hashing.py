@@ -127,7 +127,8 @@ def sample_signs(
 
     Returns int8 of +1 and -1: ``(*batch_shape, rotations + 3, D)``, where ``[..., 0, :]`` is D1,
     which is applied first; in the paper's layout ``(*batch_shape, 3, parts, D)``, where
-    ``[..., 0, :, :]`` is D1.
+    ``[..., 0, :, :]`` is D1. Below ``D = 8`` rotations reach a few directions only, and weights are
+    far too large: take `sample_planes` there.
 
     >>> sample_signs(32, 8, 64, rng=0).shape
     (7, 64)

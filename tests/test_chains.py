@@ -315,6 +315,18 @@ def test_default_rotations_keep_the_promise(setting: Setting, kind: str, cosine:
     assert within, bias
 
 
+@pytest.mark.parametrize(("dim", "said"), [(2, 7.5), (4, 0.59), (8, 0.0)])
+def test_few_dimensions_need_planes(dim: int, said: float) -> None:
+    """The relative biases that `docs/hashing.md` names, at a cosine of 0.5."""
+    setting = Setting(dim, 8, 8)
+    found = promise.collisions("chained", "Gaussian", setting, 0.5, groups=128)
+    bias, error = promise.relative(found[:, 1], 0.5, 8)
+    assert abs(bias - said) < 0.02 + 4 * error
+    planes = promise.collisions("planes", "Gaussian", setting, 0.5, groups=128)
+    bias, error = promise.relative(planes[:, 1], 0.5, 8)
+    assert abs(bias) < 4 * error
+
+
 def bits_of_one_block(hash: Hash, setting: Setting, vectors: Array, rng: np.random.Generator) -> Array:
     """The paper's layout."""
     return drawn_codes("paper", setting, vectors, rng)
