@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from yoso_core import processor
+from yoso_core.benchmarks import isa
+from yoso_core.memory import in_words
+
 Result = dict[str, Any]
 
 
@@ -121,24 +125,87 @@ MACHINES: dict[str, Machine] = {
 }
 
 
-def results_name(suite: str, environment: Result) -> str:
-    """The name of the results file, without its ending: the suite, and the GPU where there is one.
+def results_name(suite: str, environment: Result, *, quick: bool = False, filter: str | None = None) -> str:
+    """The name of the results file, without its ending: the suite, then the GPU where there is one,
+    or the processor and the instruction set. A run of some cases only has a name of its own, so it
+    never takes the place of a whole one.
 
     >>> results_name("gpu", {"gpu": {"name": "NVIDIA H100 80GB HBM3"}})
     'gpu-nvidia-h100-80gb-hbm3'
+    >>> where = {"processor": "AMD EPYC", "microarchitecture": "Zen 3", "instruction_set": "AVX2"}
+    >>> results_name("cpu", where, filter="n = 512")
+    'cpu-amd-epyc-zen-3-avx2-filter-n-512'
     """
-    gpu = environment.get("gpu")
-    return suite if gpu is None else f"{suite}-{re.sub('[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}"
+    if gpu := environment.get("gpu"):
+        machine = [gpu["name"]]
+    else:
+        used = (environment.get("instruction_set") or "").replace("AVX-512", "AVX512")
+        limited = "limited" if environment.get("limited") else None
+        machine = [_without_marks(environment.get("processor") or ""), environment.get("microarchitecture"), used, limited]
+    part = ["quick" if quick else None, None if filter is None else f"filter {filter}"]
+    return "-".join(slug for said in (suite, *machine, *part) if (slug := _slug(said or "")))
+
+
+def _without_marks(name: str) -> str:
+    """``"Intel(R) Xeon(R) Gold"`` is ``"Intel Xeon Gold"``."""
+    return re.sub(r"\((R|TM)\)", "", name, flags=re.IGNORECASE)
+
+
+def _slug(said: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", said.lower()).strip("-")
+
+
+def processor_of(environment: Result) -> str:
+    """The processor and what was used of it, as far as the results know.
+
+    >>> processor_of({"processor": "AMD EPYC", "cores": 2, "instruction_set": "AVX2"})
+    'AMD EPYC, 2 cores, AVX2'
+    """
+    finer = environment.get("microarchitecture")
+    used = environment.get("instruction_set")
+    said = [f"{environment['processor']} ({finer})" if finer else environment["processor"], f"{environment['cores']} cores"]
+    if used:
+        said.append(f"limited to {used}" if environment.get("limited") else used)
+    return ", ".join(said)
+
+
+_CACHES = {"l1d": "L1d {} a core", "l2": "L2 {} a core", "l3": "L3 {}"}
+
+
+def machine_of(environment: Result) -> str:
+    """The processor with its caches, as far as the results know them.
+
+    >>> machine_of({"processor": "AMD EPYC", "cores": 2, "caches": {"l1d": 32768, "l3": None}})
+    'AMD EPYC, 2 cores, L1d 32 KiB a core'
+    """
+    caches = environment.get("caches") or {}
+    sizes = [said.format(in_words(caches[cache])) for cache, said in _CACHES.items() if caches.get(cache)]
+    return ", ".join([processor_of(environment), *sizes])
+
+
+def used_instruction_set() -> str:
+    """The widest that either side uses: AVX2, AVX-512, AMX or NEON, or what torch names otherwise.
+
+    torch uses AMX, for products of bfloat16, where the processor has it and nothing limits it.
+    """
+    import torch
+
+    used = torch.backends.cpu.get_cpu_capability()
+    flags = processor.flags()
+    if used == "AVX512":
+        return "AMX" if "amx_tile" in flags and not isa.in_force() else "AVX-512"
+    return "NEON" if used == "DEFAULT" and "asimd" in flags else used
 
 
 def where(device: str) -> Result:
-    """The machine and the versions of the packages."""
-    import torch
+    """The machine and the versions of the packages.
 
+    ``instruction_set`` is the one that is used. ``limited`` has the variables of the environment
+    that limit it, with their values.
+    """
     from yoso_core.comparison import environment
 
-    found = environment()
-    found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
+    found = environment() | {"instruction_set": used_instruction_set(), "limited": isa.in_force()}
     if "transformers" in sys.modules:
         found["versions"]["transformers"] = sys.modules["transformers"].__version__
     memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yoso_core.benchmarks.machines import machine_of
 from yoso_core.draw import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from yoso_core.files import written
 
@@ -106,7 +107,7 @@ def plot_suite(results: Result, path: Path) -> None:
     columns = 4 if len(drawn) <= 4 else 3
     figure.legend(list(drawn.values()), list(drawn), loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     where, batch = results["environment"], results["cases"][0]["ours"].get("batch", 1)
-    dtype, machine = "float32, ", f"{where['processor']}, {where['cores']} cores"
+    dtype, machine = "float32, ", machine_of(where)
     if "gpu" in where:  # there the legend has the dtypes
         dtype, machine = "", where["gpu"]["name"]
     setting = f"{batch} x 12 heads, d = 64, {dtype}m = 32, tau = 8; {machine}"

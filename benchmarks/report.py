@@ -11,6 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from yoso_core.benchmarks.contenders import CONTENDERS
 from yoso_core.benchmarks.equal_error import equal_error_table
 from yoso_core.benchmarks.floor import least_bytes
 from yoso_core.benchmarks.learning import learning_table
-from yoso_core.benchmarks.machines import H100
+from yoso_core.benchmarks.machines import H100, machine_of, processor_of
 from yoso_core.benchmarks.promise import kept_table, near_table, promise_table, rounds_table
 from yoso_core.benchmarks.sides import Ours
 from yoso_core.benchmarks.tables import markdown
@@ -127,17 +128,20 @@ def _result(case: Result) -> dict[str, str]:
     target = "" if limit is None else f"{sign} {limit * scale:.3g}{unit if unit != 'x' else ''}"
     return {
         "result": "" if value is None else f"{value * scale:.3g}{unit}",
+        "over the faster": f"{faster['value']:.3g}x ({faster['dtype']})" if (faster := case.get("over_faster")) else "",
         "target": target + (f", aim {aim:g}" if aim is not None else ""),
     }
 
 
 def columns_of(results: Result) -> tuple[str, ...]:
-    """The columns of the full table. Two more where the results have them: the bandwidth that a
-    variant uses, and others on the same inputs.
+    """The columns of the full table. Three more where the results have them: the ratio to the peer
+    in its faster dtype, the bandwidth that a variant uses, and others on the same inputs.
     """
+    faster = any("over_faster" in case for case in results["cases"])
     by_design = any("by_design" in case.get("floor", {}) for case in results["cases"])
     also = any(case.get("also") for case in results["cases"])
-    return (*_COLUMNS, *(["by design / time"] if by_design else []), *(["also"] if also else []))
+    columns = [column for name in _COLUMNS for column in ((name, "over the faster") if faster and name == "result" else (name,))]
+    return (*columns, *(["by design / time"] if by_design else []), *(["also"] if also else []))
 
 
 def print_suite(results: Result, console: "Console") -> None:
@@ -184,18 +188,13 @@ def cannot_run(results: Result) -> list[str]:
 
 def caption(results: Result) -> str:
     where = results["environment"]
-    machine = f"{where['processor']}, {_cores(where)}, {where['memory_gb']:g} GB"
+    machine = f"{machine_of(where)}, {where['memory_gb']:g} GB"
     if gpu := where.get("gpu"):
         machine = f"{gpu['name']}, {gpu['memory_gb']:g} GB, driver {gpu['driver']}, torch for CUDA {gpu['cuda_of_torch']}; {machine}"
     return (
         f"{results['date'][:10]}, {machine}, load average before {results['settings']['load_average_before']:g}; {_versions(where)}. "
         f"Times are medians (smallest to largest), {'the two' if columns_of(results) == _COLUMNS else 'all'} sides measured in turns."
     )
-
-
-def _cores(where: Result) -> str:
-    """The number of cores, and their instruction set where the results have it."""
-    return ", ".join([f"{where['cores']} cores", *([where["instruction_set"]] if where.get("instruction_set") else [])])
 
 
 def _versions(where: Result) -> str:
@@ -213,9 +212,13 @@ def floor_note(results: Result) -> str:
         f"Floor: the longer of moving {what} once, at the {copied} GB/s that copies reach here, and the "
         f"arithmetic, at the {multiplied} billion multiply-adds a second that a matrix product reaches here."
     )
-    if "by design / time" not in columns_of(results):
-        return note
-    return f"{note} By design: the bytes that the variant's kernels move to and from memory, at the rate of copies."
+    if "by design / time" in columns_of(results):
+        note += " By design: the bytes that the variant's kernels move to and from memory, at the rate of copies."
+    if "over the faster" in columns_of(results):
+        note += (
+            " Over the faster: beside the peer in the dtype, given in brackets, in which it takes less time; targets are for equal dtypes."
+        )
+    return note
 
 
 def wrapped(prose: str) -> str:
@@ -229,18 +232,61 @@ def wrapped(prose: str) -> str:
     return lines.replace(_HELD, " ")
 
 
-def headline_block(results: Result) -> str:
+def headline_block(files: Sequence[Result]) -> str:
     """For the README: the headline cases in three narrow columns, and how many targets of the whole
-    suite are reached.
+    suite are reached. Of one file, the times of both sides; of several, for each case the worst and
+    the best number, with the instruction set.
     """
-    chosen = {case.name for case in SUITES[results["suite"]].cases if case.headline}
-    rows = [_headline(case) for case in results["cases"] if case["name"] in chosen]
-    where, targets = results["environment"], [case["verdict"] for case in results["cases"] if case["limit"] is not None]
-    note = (
-        f"{results['date'][:10]}, {where['processor']}, {_cores(where)}. Medians, both sides measured in turns; "
-        f"{targets.count('reached')} of {len(targets)} targets reached."
-    )
-    return f"{markdown(('case', 'ours', 'beside (times ours)'), rows)}\n{wrapped(note)}\n"
+    if not files:
+        return _none("cpu")
+    chosen = [case.name for case in SUITES[files[0]["suite"]].cases if case.headline]
+    if len(files) == 1:
+        (results,) = files
+        header: tuple[str, ...] = ("case", "ours", "beside (times ours)")
+        rows = [_headline(case) for case in results["cases"] if case["name"] in chosen]
+        note = f"{results['date'][:10]}, {processor_of(results['environment'])}: {_reached(results)} targets reached."
+    else:
+        header = ("case", "worst", "best")
+        rows = [_extremes(name, files) for name in chosen]
+        reached = "; ".join(f"{_isa(results)}: {_reached(results)}" for results in files)
+        note = f"SDPA in its faster dtype. Targets reached on {len(files)} processors, {reached}."
+    return f"{markdown(header, rows)}\n{wrapped(f'Medians, in turns. {note}')}\n"
+
+
+def _reached(results: Result) -> str:
+    targets = [case["verdict"] for case in results["cases"] if case["limit"] is not None]
+    return f"{targets.count('reached')} of {len(targets)}"
+
+
+def _isa(results: Result) -> str:
+    return results["environment"].get("instruction_set") or "unknown"
+
+
+def _extremes(name: str, files: Sequence[Result]) -> tuple[str, str, str]:
+    """A case in short: the worst and the best of several files, each with the instruction set."""
+    found = [(case, _isa(results)) for results in files for case in results["cases"] if case["name"] == name]
+    found.sort(key=lambda pair: _standing(pair[0]))
+    worst, best = (f"{_number(case)} ({', '.join([isa, *_missed(case)])})" for case, isa in (found[0], found[-1]))
+    return name, worst, best
+
+
+def _standing(case: Result) -> float:
+    """Of two numbers of a case the better one is larger. No number is worse than any."""
+    value = case.get("over_faster", case).get("value")
+    if value is None:
+        return -inf
+    return float(value if _UNITS[case["measure"]][0] == "≥" else -value)
+
+
+def _number(case: Result) -> str:
+    """The number of a case, over the faster where there is that; its verdict where there is
+    none.
+    """
+    return f"{faster['value']:.3g}x" if (faster := case.get("over_faster")) else _result(case)["result"] or str(case["verdict"])
+
+
+def _missed(case: Result) -> list[str]:
+    return [f"missed: {_result(case)['target']}"] if case["verdict"] == "missed" else []
 
 
 def _headline(case: Result) -> tuple[str, str, str]:
@@ -250,8 +296,10 @@ def _headline(case: Result) -> tuple[str, str, str]:
     ours, beside = (_short(case[side]) for side in ("ours", "beside"))
     found = _result(case)
     said = [found["result"]] if found["result"] and case["measure"] != "memory" else []
-    if case["verdict"] == "missed":
-        said.append(f"missed: {found['target']}")
+    faster = case.get("over_faster")
+    if faster and faster["dtype"] != case["beside"]["dtype"]:
+        said.append(f"{faster['dtype']} {faster['value']:.3g}x")
+    said += _missed(case)
     return case["name"], ours, " ".join([*([beside] if beside else []), *([f"({', '.join(said)})"] if said else [])])
 
 
@@ -266,18 +314,38 @@ def full_block(results: Result) -> str:
     return f"{table}{notes}\n{wrapped(f'{caption(results)} {floor_note(results)}')}\n"
 
 
-def gpu_block(folder: Path) -> str:
-    """A section for every GPU with committed results, or a line that there is none."""
-    files = sorted(file for file in folder.glob("gpu-*.json") if not file.stem.endswith("-quick"))
-    if not files:
+def committed(folder: Path, suite: str) -> dict[str, Result]:
+    """The results of a whole suite, one for each machine, by the names of their files.
+
+    ``ValueError`` for a run that did not come to its end.
+    """
+    found = {file.stem: _read(file) for file in sorted(folder.glob(f"{suite}-*.json"))}
+    whole = {stem: results for stem, results in found.items() if not (results.get("quick") or results.get("filter"))}
+    for stem, results in whole.items():
+        progress = results.get("progress")  # older files were written at the end only
+        if progress and progress["measured"] < progress["of"]:
+            there = f"{progress['measured']} of {progress['of']} cases"
+            raise ValueError(f"{folder / stem}.json: unfinished, {there} are there; run `yoso bench {suite}` to its end")
+    return whole
+
+
+def _none(suite: str) -> str:
+    if suite == "gpu":
         none = "No result of a GPU is committed yet: nobody has run the suite on one, and no time of a CUDA variant is known."
-        return f"{wrapped(none)}\n"
+    else:
+        none = f"No result of `yoso bench {suite}` is committed yet."
+    return f"{wrapped(none)}\n"
+
+
+def machines_block(folder: Path, suite: str) -> str:
+    """A section for every machine with committed results, or a line that there is none."""
     sections = []
-    for file in files:
-        found = _read(file)
-        title = f"### {found['environment']['gpu']['name']}\n\n![time and memory against n](results/{file.stem}.png)\n\n"
-        sections.append(f"{title}{full_block(found)}")
-    return "\n".join(sections)
+    for stem, results in committed(folder, suite).items():
+        where = results["environment"]
+        title = where["gpu"]["name"] if "gpu" in where else processor_of(where)
+        picture = f"![time and memory against n](results/{stem}.png)\n\n" if SUITES[suite].picture else ""
+        sections.append(f"### {title}\n\n{picture}{full_block(results)}")
+    return "\n".join(sections) or _none(suite)
 
 
 REFERENCE = 4096
@@ -318,9 +386,9 @@ def _read(file: Path) -> Result:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "cpu": lambda folder: headline_block(_read(folder / "cpu.json")),
-    "cpu-all": lambda folder: full_block(_read(folder / "cpu.json")),
-    "model": lambda folder: full_block(_read(folder / "model.json")),
+    "cpu": lambda folder: headline_block(list(committed(folder, "cpu").values())),
+    "cpu-all": lambda folder: machines_block(folder, "cpu"),
+    "model": lambda folder: machines_block(folder, "model"),
     "bias": lambda folder: bias_table(_read(folder / "hadamard_bias.json")),
     "bias-relative": lambda folder: relative_table(_read(folder / "hadamard_bias.json")),
     "bias-promise": lambda folder: promise_table(_read(folder / "hadamard_bias.json")),
@@ -333,7 +401,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "error-cosine": lambda folder: error.cosine_table(_read(folder / "error.json")),
     "error-equal": lambda folder: equal_error_table(_read(folder / "error.json")),
     "learning": lambda folder: learning_table(_read(folder / "learning.json")),
-    "gpu": gpu_block,
+    "gpu": lambda folder: machines_block(folder, "gpu"),
     "gpu-bytes": bytes_block,
 }
 """For each name, the function that writes the text between its markers, given the folder of

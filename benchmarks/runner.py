@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from yoso_core import variants
 from yoso_core.benchmarks import bias, error, learning, memory
+from yoso_core.benchmarks import isa as limits
 from yoso_core.benchmarks.cases import SUITES, Case, Suite, Workload
 from yoso_core.benchmarks.contenders import CONTENDERS, tensors
 from yoso_core.benchmarks.floor import floor, measured_rates
@@ -50,9 +51,18 @@ class RedComparison(RuntimeError):
 
 
 def run_suite(
-    name: str, *, repeats: int = 7, quick: bool = False, output: Path = Path("benchmarks/results"), progress: bool = True
+    name: str,
+    *,
+    repeats: int = 7,
+    quick: bool = False,
+    filter: str | None = None,
+    isa: str | None = None,
+    output: Path = Path("benchmarks/results"),
+    progress: bool = True,
 ) -> Path:
     """Measure a suite, print its table, and write every repeat to ``output``.
+
+    The results are written again after every case, and say how many cases of how many are there.
 
     Every case is first compared with the definition, at the same shapes. Where the results differ,
     or the call raises, the case is red: it is not timed, and no number of it is shown. A side that
@@ -67,31 +77,43 @@ def run_suite(
     repeats : timed samples of each side, in turns. Slow cases get fewer, but at least three.
     quick : run only the cases that are marked quick, on small inputs, to see that the benchmark
         works; ``"bias"``, ``"error"`` and ``"learning"`` take few draws and steps.
+    filter : run only the cases with this text in their names, in upper or lower case. Their results
+        go to a file of their own, and there is no picture.
+    isa : ``"avx2"`` or ``"avx512"``: both sides are limited to these instructions, in a process of
+        its own. For suites on the CPU.
     output : a folder, made where it does not exist.
     progress : show what is running.
 
     Returns
     -------
-    The path of the JSON file: ``cpu.json``, or ``gpu-nvidia-h100-80gb-hbm3.json`` for a GPU of that
-    name.
+    The path of the JSON file, which names the machine: ``cpu-amd-epyc-zen-3-avx2.json``, or
+    ``gpu-nvidia-h100-80gb-hbm3.json``. A limited run has ``-limited`` after that, then a part of a
+    suite ``-quick`` or ``-filter-`` and the text.
 
     Raises
     ------
-    ValueError : there is no such suite, it cannot run on this machine, or ``repeats`` is below 1.
+    ValueError : there is no such suite, it cannot run on this machine, ``repeats`` is below 1, no
+        case has ``filter`` in its name, this processor does not have ``isa``, or the suite takes no
+        ``filter`` or ``isa``.
     ModuleNotFoundError : a package that the suite needs is missing.
     RedComparison : a case is red. The others are still measured, printed and written.
     """
     if repeats < 1:
         raise ValueError(f"repeats: need at least 1, got {repeats}")
     output = Path(output)
-    if name in STUDIES:
-        return STUDIES[name](output, quick=quick, progress=progress)
-    if name not in SUITES:
+    if name not in SUITES and name not in STUDIES:
         raise ValueError(f"name: no suite {name!r}; there are {', '.join(ALL)}")
-    suite = SUITES[name]
-    cases = [case for case in suite.cases if case.quick or not quick]
+    _check_limit(name, isa)
+    if name in STUDIES:
+        if filter is not None:
+            raise ValueError(f"filter: the suite {name!r} has no cases to choose from; {', '.join(SUITES)} have")
+        return STUDIES[name](output, quick=quick, progress=progress)
+    suite, cases = SUITES[name], _chosen(name, quick=quick, filter=filter)
     _need_packages(name, cases)
-    device = cases[0].ours.device
+    if isa is not None:
+        options = {"name": name, "repeats": repeats, "quick": quick, "filter": filter, "output": str(output), "progress": progress}
+        return limits.run_limited(isa, options)
+    device = _device(name)
     if reason := MACHINES[device].missing():
         raise ValueError(f"name: the suite {name!r} cannot run here: {reason}; `yoso bench cpu` runs anywhere")
 
@@ -100,9 +122,20 @@ def run_suite(
 
     from yoso_core.benchmarks.report import print_suite
 
-    before = settings(suite, repeats)
+    results: Result = {
+        "suite": name,
+        "quick": quick,
+        "filter": filter,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": where(device),
+        "settings": settings(suite, repeats),
+        "rates": asdict(measured_rates(device)),
+        "progress": {"measured": 0, "of": len(cases)},
+        "cases": [],
+    }
+    path = output / f"{results_name(name, results['environment'], quick=quick, filter=filter)}.json"
     console = Console(width=None if sys.stdout.isatty() else 160)
-    measured: list[Result] = []
+    measured: list[Result] = results["cases"]
     checks: dict[Workload, Check] = {}
     # Refreshed by hand, since a thread that draws would be measured too.
     with Progress(console=console, auto_refresh=False, transient=True, disable=not progress) as bar:
@@ -110,24 +143,41 @@ def run_suite(
         for case in cases:
             bar.update(task, description=case.name, refresh=True)
             measured.append(run_case(case, repeats=repeats, checks=checks))
+            results["progress"]["measured"] = len(measured)
+            results["environment"] = where(device)  # again, since a case may load a package
+            write_json(path, results)
             bar.advance(task)
-    results: Result = {
-        "suite": name,
-        "quick": quick,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": where(device),
-        "settings": before,
-        "rates": asdict(measured_rates(device)),
-        "cases": measured,
-    }
-    path = output / f"{results_name(name, results['environment'])}{'-quick' if quick else ''}.json"
-    write_json(path, results)
     print_suite(results, console)
-    if suite.picture:
+    if suite.picture and filter is None:
         _draw(results, path.with_suffix(".png"), console)
     if red := sum(case["verdict"] == "red" for case in measured):
         raise RedComparison(f"{red} of {len(measured)} cases are red, see {path}")
     return path
+
+
+def _device(suite: str) -> str:
+    return SUITES[suite].cases[0].ours.device
+
+
+def _check_limit(suite: str, isa: str | None) -> None:
+    if isa is None:
+        return
+    able = [name for name in SUITES if _device(name) == "cpu"]
+    if suite not in able:
+        raise ValueError(f"isa: the suite {suite!r} cannot be limited; {' and '.join(able)} can")
+    limits.check(isa)
+
+
+def _chosen(suite: str, *, quick: bool, filter: str | None) -> list[Case]:
+    """The cases to run."""
+    cases = [case for case in SUITES[suite].cases if case.quick or not quick]
+    if filter is None:
+        return cases
+    chosen = [case for case in cases if filter.lower() in case.name.lower()]
+    if not (filter.strip() and chosen):
+        names = "; ".join(case.name for case in cases)
+        raise ValueError(f"filter: no case of {suite!r}{' that is quick' if quick else ''} has {filter!r} in its name; there are: {names}")
+    return chosen
 
 
 def _draw(results: Result, path: Path, console: "Console") -> None:
@@ -341,7 +391,20 @@ def _compare(case: Case, result: Result) -> Result:
         return {"value": apart, "verdict": _verdict(case, apart)}
     pairs = [ratio(a, b) for a, b in zip(ours["seconds"], beside["seconds"], strict=True)]
     value = ratio(ours["median"], beside["median"])
-    return {"value": value, "pairs": {"median": median(pairs), "min": min(pairs), "max": max(pairs)}, "verdict": _verdict(case, value)}
+    spread = {"median": median(pairs), "min": min(pairs), "max": max(pairs)}
+    return {"value": value, "pairs": spread, **_over_faster(case, result), "verdict": _verdict(case, value)}
+
+
+def _over_faster(case: Case, result: Result) -> Result:
+    """The speedup over the peer in the dtype in which it is fastest, where it was timed in more
+    than one.
+    """
+    beside = result["beside"]
+    other = [side for side in result.get("also", []) if side["run"] == beside["run"] and "median" in side]
+    if case.measure != "speedup" or not other:
+        return {}
+    fastest = min((beside, *other), key=lambda side: side["median"])
+    return {"over_faster": {"value": fastest["median"] / result["ours"]["median"], "dtype": fastest["dtype"]}}
 
 
 def _verdict(case: Case, value: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import overload
 
 from yoso_core.cpu.compiling import MERGED, helper
@@ -24,7 +24,14 @@ TERM_BLOCK = 128
 """Terms that are added up by themselves before they join the target: sums of sums round less."""
 
 
-WIDE_REGISTERS = get_host_cpu_features().get("avx512f", False)
+def has_wide_registers(features: str | None) -> bool:
+    """Whether code has AVX-512 that is compiled for ``features``, such as ``"+avx2,+fma"``, or for
+    this processor where they are ``None``.
+    """
+    return get_host_cpu_features().get("avx512f", False) if features is None else "+avx512f" in features.split(",")
+
+
+WIDE_REGISTERS = has_wide_registers(config.CPU_FEATURES)  # type: ignore[attr-defined]
 """Whether a register holds sixteen floats, and there are 32 of them. Sums are kept in registers, so
 this decides how many at a time.
 """

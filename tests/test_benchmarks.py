@@ -5,6 +5,7 @@ timed assertion.
 import gc
 import json
 import math
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import yoso_core
-from yoso_core import backends, model, reference, registry
+from yoso_core import backends, model, processor, reference, registry
 from yoso_core.benchmarks import (
     bias,
     cases,
@@ -28,6 +29,7 @@ from yoso_core.benchmarks import (
     equal_error,
     error,
     floor,
+    isa,
     learning,
     machines,
     memory,
@@ -63,6 +65,22 @@ def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "measured_rates", lambda device: Rates(1e9, 1e9))
 
 
+@pytest.fixture(autouse=True)
+def a_processor(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A processor with AVX2 and nothing wider, in place of the one at hand."""
+    told = tmp_path_factory.mktemp("proc") / "cpuinfo"
+    told.write_text("model name\t: Stand-in\nflags\t\t: fpu fma avx2\n\n")
+    monkeypatch.setattr(processor, "CPUINFO", told)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for variable in isa.LIMITS["avx2"]:
+        monkeypatch.delenv(variable, raising=False)
+    return told
+
+
+STEM = "fake-stand-in-avx2"
+"""The name of a file with results of that processor."""
+
+
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case, **options: Any) -> dict[str, Any]:
     monkeypatch.setitem(cases.SUITES, "fake", Suite(suite, inputs="stand-ins", sampled="the whole pass"))
     path = runner.run_suite("fake", output=output, progress=False, **{"repeats": 4, **options})
@@ -72,7 +90,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case, **options: 
 def run_red(monkeypatch: pytest.MonkeyPatch, output: Path, *suite: Case) -> dict[str, Any]:
     with pytest.raises(runner.RedComparison, match="cases are red"):
         run(monkeypatch, output, *suite)
-    return json.loads((output / "fake.json").read_text("utf-8"))
+    return json.loads((output / f"{STEM}.json").read_text("utf-8"))
 
 
 def speedup(name: str, limit: float | None, **options: Any) -> Case:
@@ -98,7 +116,9 @@ def test_every_repeat_is_kept_beside_the_machine_and_the_target(monkeypatch: pyt
     assert first["value"] == pytest.approx(first["beside"]["median"] / first["ours"]["median"])
     assert (first["limit"], first["aim"]) == (1e-9, 2.0)
     assert first["ours"]["variant"] == "numpy:formula"
-    assert (tmp_path / "fake.png").stat().st_size > 0
+    assert (tmp_path / f"{STEM}.png").stat().st_size > 0
+    assert (result["environment"]["instruction_set"], result["environment"]["limited"]) == ("AVX2", {})
+    assert result["environment"]["caches"].keys() == {"l1d", "l2", "l3"}
 
 
 def test_a_cost_is_counted_by_its_share_of_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,7 +132,7 @@ def test_a_missed_target_is_printed_as_missed(monkeypatch: pytest.MonkeyPatch, t
     assert case["verdict"] == "missed"
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "slow" in line)
     assert "missed" in line
-    assert "missed" in report.full_block({**json.loads((tmp_path / "fake.json").read_text("utf-8"))})
+    assert "missed" in report.full_block({**json.loads((tmp_path / f"{STEM}.json").read_text("utf-8"))})
 
 
 def test_a_red_comparison_shows_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +201,7 @@ def test_long_calls_get_fewer_repeats_but_three(monkeypatch: pytest.MonkeyPatch)
 def test_quick_leaves_the_full_results_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = run(monkeypatch, tmp_path, speedup("short", None, quick=True), speedup("long", None), quick=True)
     assert [case["name"] for case in result["cases"]] == ["short"]
-    assert not (tmp_path / "fake.json").exists()
+    assert [file.name for file in tmp_path.glob("*.json")] == [f"{STEM}-quick.json"]
     assert result["cases"][0]["verdict"] == "no target"
 
 
@@ -193,6 +213,232 @@ def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setitem(CONTENDERS, "sdpa", Peer("absent", ("no_such_package",), lambda workload, given: lambda: None))
     with pytest.raises(ModuleNotFoundError, match=r"needs no_such_package: pip install 'yoso-core\[model\]'"):
         run(monkeypatch, tmp_path, speedup("a", None))
+
+
+@pytest.mark.parametrize(
+    ("named", "flags", "used"),
+    [
+        ("AVX2", "avx2 avx512f", "AVX2"),
+        ("AVX512", "avx512f", "AVX-512"),
+        ("AVX512", "avx512f amx_tile", "AMX"),
+        ("DEFAULT", "asimd", "NEON"),
+        ("DEFAULT", "sse2", "DEFAULT"),
+        ("SVE256", "asimd sve", "SVE256"),
+    ],
+)
+def test_the_instruction_set_is_the_one_that_is_used(
+    monkeypatch: pytest.MonkeyPatch, a_processor: Path, named: str, flags: str, used: str
+) -> None:
+    a_processor.write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: named)
+    assert machines.used_instruction_set() == used
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+    assert machines.used_instruction_set() == used.replace("AMX", "AVX-512")
+    assert machines.where("cpu")["limited"] == {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
+
+
+def test_a_machine_in_words_and_one_of_which_less_is_known() -> None:
+    older = {"processor": "AMD EPYC", "cores": 2}
+    assert machines.machine_of(older) == "AMD EPYC, 2 cores"
+    known = {**older, "microarchitecture": "Zen 5", "instruction_set": "AVX2", "caches": {"l1d": 49152, "l2": 1 << 20, "l3": None}}
+    assert machines.machine_of(known) == "AMD EPYC (Zen 5), 2 cores, AVX2, L1d 48 KiB a core, L2 1 MiB a core"
+    assert machines.processor_of({**known, "limited": {"a": "b"}}) == "AMD EPYC (Zen 5), 2 cores, limited to AVX2"
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch, status: int = 0) -> list[dict[str, str]]:
+    """The environments of the processes that are started. What one would do is done here."""
+    environments: list[dict[str, str]] = []
+
+    def start(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        environments.append(env)
+        if not status:
+            with monkeypatch.context() as patch:
+                for variable in isa.LIMITS["avx2"]:
+                    patch.setenv(variable, env[variable])
+                isa._main(Path(command[-2]), json.loads(command[-1]))
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(isa.subprocess, "run", start)
+    return environments
+
+
+def test_a_limited_run_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environments = in_this_process(monkeypatch)
+    result = run(monkeypatch, tmp_path, speedup("short", None, quick=True), speedup("long", None), isa="avx2", filter="LONG", repeats=2)
+    (given,) = environments
+    assert given.items() >= isa.LIMITS["avx2"].items()
+    assert result["environment"]["limited"] == isa.LIMITS["avx2"]
+    assert [case["name"] for case in result["cases"]] == ["long"]
+    assert [file.name for file in tmp_path.iterdir()] == [f"{STEM}-limited-filter-long.json"]
+    assert "limited to AVX2" in report.caption(result)
+    assert isa.LIMITS["avx2"].keys() == isa.LIMITS["avx512"].keys()
+
+
+def test_errors_of_a_limited_run_come_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    in_this_process(monkeypatch)
+    with pytest.raises(runner.RedComparison, match="1 of 1 cases are red"):
+        run(monkeypatch, tmp_path, Case("fake", "broken", "speedup", replace(TINY, variant="cpu:none"), PEER), isa="avx2")
+    in_this_process(monkeypatch, status=-9)
+    with pytest.raises(RuntimeError, match="the process limited to avx2 ended with status -9"):
+        run(monkeypatch, tmp_path, speedup("a", None), isa="avx2")
+
+
+def test_a_limit_that_cannot_be_is_refused(tmp_path: Path, a_processor: Path) -> None:
+    for name in ("gpu", "bias", "error", "learning"):
+        with pytest.raises(ValueError, match=f"isa: the suite '{name}' cannot be limited; cpu and model can"):
+            runner.run_suite(name, isa="avx2", output=tmp_path)
+    with pytest.raises(ValueError, match="isa: no limit 'sse'; there are avx2, avx512"):
+        runner.run_suite("cpu", isa="sse", output=tmp_path)
+    with pytest.raises(ValueError, match="isa: this processor does not have avx512; it has avx2"):
+        runner.run_suite("cpu", isa="avx512", output=tmp_path)
+    a_processor.write_text("Features : asimd\n")
+    with pytest.raises(ValueError, match="isa: this processor does not have avx2; it has NEON"):
+        runner.run_suite("model", isa="avx2", output=tmp_path)
+
+
+def test_the_process_that_measures_memory_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+
+    def start(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        given.update(env)
+        return subprocess.CompletedProcess(command, 0, stdout="17\n")
+
+    monkeypatch.setattr(memory.subprocess, "run", start)
+    for variable, value in isa.LIMITS["avx512"].items():
+        monkeypatch.setenv(variable, value)
+    assert memory.working_memory(TINY) == 17
+    assert given.items() >= isa.LIMITS["avx512"].items()
+
+
+def test_our_kernels_are_limited_too() -> None:
+    products = pytest.importorskip("yoso_core.cpu.products", reason="needs Numba")
+    for name, wide in (("avx2", False), ("avx512", True)):
+        assert products.has_wide_registers(isa.LIMITS[name]["NUMBA_CPU_FEATURES"]) is wide
+
+
+def test_a_filter_chooses_cases_and_leaves_the_whole_results_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    suite = (speedup("Short, n = 8", None), speedup("long, n = 88", None), speedup("longest", None, quick=True))
+    whole = run(monkeypatch, tmp_path, *suite, repeats=1)
+    assert (len(whole["cases"]), whole["filter"]) == (3, None)
+    before = (tmp_path / f"{STEM}.json").read_bytes()
+    part = run(monkeypatch, tmp_path, *suite, repeats=1, filter="sHORT")
+    assert ([case["name"] for case in part["cases"]], part["filter"]) == (["Short, n = 8"], "sHORT")
+    assert (tmp_path / f"{STEM}.json").read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {f"{STEM}.json", f"{STEM}.png", f"{STEM}-filter-short.json"}
+    assert report.committed(tmp_path, "fake").keys() == {STEM}
+    with pytest.raises(
+        ValueError, match="filter: no case of 'fake' has 'none' in its name; there are: Short, n = 8; long, n = 88; longest"
+    ):
+        run(monkeypatch, tmp_path, *suite, filter="none")
+    with pytest.raises(ValueError, match="filter: no case of 'fake' that is quick has 'short' in its name; there are: longest"):
+        run(monkeypatch, tmp_path, *suite, filter="short", quick=True)
+    with pytest.raises(ValueError, match=r"filter: no case .* has ''"):
+        run(monkeypatch, tmp_path, *suite, filter="")
+    with pytest.raises(ValueError, match="filter: the suite 'bias' has no cases to choose from; cpu, gpu, model"):
+        runner.run_suite("bias", filter="long", output=tmp_path)
+
+
+def test_an_interrupt_loses_one_case_and_the_rest_makes_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right, told = runner.run_case, []
+
+    def interrupted(case: Case, **options: Any) -> Any:
+        told.append(case.name)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return right(case, **options)
+
+    monkeypatch.setattr(runner, "run_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path, *(speedup(name, None) for name in "abcd"), repeats=1)
+    found = json.loads((tmp_path / f"{STEM}.json").read_text("utf-8"))
+    assert ([case["name"] for case in found["cases"]], found["progress"]) == (["a", "b"], {"measured": 2, "of": 4})
+    with pytest.raises(ValueError, match=rf"{STEM}.json: unfinished, 2 of 4 cases are there; run `yoso bench fake` to its end"):
+        report.committed(tmp_path, "fake")
+
+
+def test_a_finished_run_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, tmp_path, speedup("a", None), repeats=1)["progress"] == {"measured": 1, "of": 1}
+
+
+def test_a_peer_in_another_dtype_gives_a_ratio_over_the_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = speedup("both", 1e-9, headline=True, also=(replace(PEER, dtype="bfloat16"), replace(PEER, run="yoso")))
+    (measured,) = run(monkeypatch, tmp_path, case)["cases"]
+    peers = {side["dtype"]: side["median"] for side in (measured["beside"], measured["also"][0])}
+    faster = min(peers, key=lambda dtype: peers[dtype])
+    assert measured["over_faster"] == {"value": peers[faster] / measured["ours"]["median"], "dtype": faster}
+    assert measured["value"] == peers["float32"] / measured["ours"]["median"], "at equal dtype, as the target is"
+    (alone,) = run(monkeypatch, tmp_path, speedup("one", None))["cases"]
+    assert "over_faster" not in alone
+
+
+def with_numbers(value: float | None, faster: tuple[float, str] | None = None, **said: Any) -> dict[str, Any]:
+    """A case of the CPU suite with the numbers that its tables show."""
+    side = {"median": 1.0, "min": 1.0, "max": 1.0, "dtype": "float32"}
+    case = {"name": "first", "measure": "speedup", "limit": 3, "aim": None, "verdict": "reached", "ours": side, "beside": side}
+    over = {} if faster is None else {"over_faster": {"value": faster[0], "dtype": faster[1]}}
+    return {**case, "value": value, **over, **said}
+
+
+def of_processor(used: str, *measured: dict[str, Any]) -> dict[str, Any]:
+    where = {"processor": "P", "cores": 2, "instruction_set": used, "memory_gb": 1.0, "versions": {}}
+    rest = {"date": "2026-01-01", "settings": {"load_average_before": 0}, "rates": {"copy_bytes": 1e9, "multiply_adds": 1e9}}
+    return {"suite": "fake", "environment": where, "cases": list(measured), **rest}
+
+
+def test_the_tables_show_the_ratio_over_the_faster() -> None:
+    results = of_processor("AVX2", with_numbers(9.0, (4.0, "bfloat16")), with_numbers(9.0, name="second"))
+    columns = report.columns_of(results)
+    first, second = (dict(zip(columns, report.row(case, columns), strict=True)) for case in results["cases"])
+    assert (first["result"], first["over the faster"], second["over the faster"]) == ("9x", "4x (bfloat16)", "")
+    assert columns.index("over the faster") == columns.index("result") + 1
+    assert "over the faster" not in report.columns_of(of_processor("AVX2", with_numbers(9.0)))
+    assert "Over the faster: " in report.floor_note(results)
+    assert report._headline(results["cases"][0])[-1] == "1.00 s (9x, bfloat16 4x)"
+    assert report._headline(with_numbers(9.0, (9.0, "float32")))[-1] == "1.00 s (9x)"
+
+
+def test_of_several_processors_the_worst_and_the_best_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {"name": "used", "measure": "memory"}
+    suite = (speedup("first", 3, headline=True), speedup("used", 64, headline=True), speedup("red", None, headline=True))
+    monkeypatch.setitem(cases.SUITES, "fake", Suite(suite, inputs="", sampled=""))
+    missed = {"verdict": "missed"}
+    red = {"name": "red", "verdict": "red", "limit": None}
+    files = [
+        of_processor("AVX-512", with_numbers(9.0, (2.5, "bfloat16")), with_numbers(7.0, **used), with_numbers(None, **red)),
+        of_processor("AVX2", with_numbers(2.0, **missed), with_numbers(2.0, **used)),
+        of_processor("NEON", with_numbers(2.25), with_numbers(3.0, **used), with_numbers(4.0, name="red", limit=None)),
+    ]
+    lines = report.headline_block(files).splitlines()
+    assert lines[0] == "| case | worst | best |"
+    assert lines[2:5] == [
+        "| first | 2x (AVX2, missed: ≥ 3) | 2.5x (AVX-512) |",
+        "| used | 7 MB (AVX-512) | 2 MB (AVX2) |",
+        "| red | red (AVX-512) | 4x (NEON) |",
+    ]
+    prose = " ".join(lines[5:])
+    assert "3 processors, AVX-512: 2 of 2; AVX2: 1 of 2; NEON: 2 of 2." in prose
+
+
+def test_every_processor_has_its_section(tmp_path: Path) -> None:
+    for used in ("AVX-512", "AVX2"):
+        (tmp_path / f"cpu-p-{used.lower()}.json").write_text(json.dumps(of_processor(used, with_numbers(2.0))))
+        (tmp_path / f"model-p-{used.lower()}.json").write_text(json.dumps(of_processor(used, with_numbers(2.0))))
+    text = report.machines_block(tmp_path, "cpu")
+    assert text.index("### P, 2 cores, AVX-512") < text.index("(results/cpu-p-avx-512.png)") < text.index("### P, 2 cores, AVX2")
+    assert text.count("| first |") == 2
+    assert "png" not in report.machines_block(tmp_path, "model"), "that suite makes no picture"
+    assert "No result of `yoso bench cpu` is committed" in report.BLOCKS["cpu"](tmp_path / "none")
+
+
+def test_softmax_is_measured_in_bfloat16_too_on_the_same_numbers() -> None:
+    found = {(case.ours.run, case.ours.n, case.ours.hash_code_len): case for case in cases.SUITES["cpu"].cases if case.also}
+    sizes = {("yoso", n, 8) for n in (512, 4096, 16384)} | {("yoso_training", n, tau) for n, tau in ((4096, 8), (16384, 8), (16384, 14))}
+    assert found.keys() == sizes
+    assert all(case.beside and case.also == (replace(case.beside, dtype="bfloat16"),) for case in found.values())
+    half = replace(PEER, dtype="bfloat16")
+    wide, narrow = contenders.tensors(PEER), contenders.tensors(half)
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in ("query", "key", "value"))
+    assert CONTENDERS["sdpa"].bind(half, narrow)().dtype == torch.bfloat16
 
 
 def test_the_cpu_suite_holds_the_numbers_to_reach() -> None:
@@ -242,11 +488,11 @@ def test_the_readme_shows_five_cases_of_the_cpu_suite() -> None:
 
 def test_a_missed_headline_says_so_and_a_red_one_has_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = run(monkeypatch, tmp_path, speedup("slow", 1e9, headline=True), speedup("fast", 1e-9), speedup("free", None))
-    block = report.headline_block(result)
+    block = report.headline_block([result])
     assert "missed: ≥ 1e+09" in next(line for line in block.splitlines() if line.startswith("| slow |"))
-    assert " ".join(block.split()).endswith("; 1 of 2 targets reached.")
+    assert " ".join(block.split()).endswith("AVX2: 1 of 2 targets reached.")
     result["cases"][0] = {**runner._red(speedup("slow", 1e9), "it differs")}
-    assert "| slow | red |  |" in report.headline_block(result)
+    assert "| slow | red |  |" in report.headline_block([result])
 
 
 def test_prose_below_a_table_is_wrapped_and_makes_no_list() -> None:
@@ -349,7 +595,7 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
 
 def test_tables_are_written_from_results_and_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = run(monkeypatch, tmp_path, speedup("first", 1e9, headline=True), speedup("second", None))
-    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    (tmp_path / "cpu-a.json").write_text(json.dumps(result))
     text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nbetween\n<!-- bench:cpu-all -->\n<!-- /bench -->\nafter\n"
     once = report.filled(text, tmp_path)
     assert report.filled(once, tmp_path) == once
@@ -939,8 +1185,13 @@ def test_without_a_gpu_the_suite_is_refused_in_one_line(monkeypatch: pytest.Monk
     assert f"torch {torch.__version__} cannot use the GPU: install a build of it for CUDA" in bench()
 
 
-def test_the_file_of_results_has_the_name_of_the_gpu() -> None:
+def test_the_file_of_results_has_the_name_of_the_machine() -> None:
     assert machines.results_name("cpu", {}) == "cpu"
+    intel = {"processor": "Intel(R) Xeon(R) Platinum 8480+", "microarchitecture": "Sapphire Rapids", "instruction_set": "AVX-512"}
+    assert machines.results_name("cpu", intel) == "cpu-intel-xeon-platinum-8480-sapphire-rapids-avx512"
+    limited = {**intel, "instruction_set": "AVX2", "limited": {"ATEN_CPU_CAPABILITY": "avx2"}}
+    name = machines.results_name("model", limited, quick=True, filter="N = 4,096!")
+    assert name == "model-intel-xeon-platinum-8480-sapphire-rapids-avx2-limited-quick-filter-n-4-096"
     assert machines.results_name("gpu", {"gpu": {"name": "NVIDIA GeForce RTX 4090 (Laptop)"}}) == "gpu-nvidia-geforce-rtx-4090-laptop"
 
 
@@ -1271,7 +1522,7 @@ def test_the_formulas_know_every_launch(
 
 
 def test_what_stands_for_results_that_are_not_there(tmp_path: Path) -> None:
-    (tmp_path / "gpu-nvidia-a-quick.json").write_text("{}")
+    (tmp_path / "gpu-nvidia-a-quick.json").write_text('{"quick": true}')
     text = report.filled("<!-- bench:gpu -->\n<!-- /bench -->", tmp_path)
     assert "No result of a GPU is committed yet" in text
     assert not any(character.isdigit() for character in text)

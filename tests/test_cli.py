@@ -195,6 +195,12 @@ def test_a_kernel_that_cannot_be_had_is_one_line(tmp_path: Path, also: str, mess
         (["demo", "--text", "/no/such/file"], "yoso demo: --text: cannot read /no/such/file"),
         (["demo", "--output", "/no/such/folder/x.png"], "yoso demo: --output: the folder /no/such/folder does not exist"),
         (["bench", "nope"], "yoso bench: SUITE: no suite 'nope'"),
+        (["bench", "cpu", "--isa", "sse"], "yoso bench: --isa: no limit 'sse'; there are avx2, avx512"),
+        (["bench", "gpu", "--isa", "avx2"], "yoso bench: --isa: the suite 'gpu' cannot be limited; cpu and model can"),
+        (
+            ["bench", "cpu", "--filter", "nope"],
+            "yoso bench: --filter: no case of 'cpu' has 'nope' in its name; there are: sampled, n = 512",
+        ),
         (["bench", "--output", __file__], f"yoso bench: --output: {__file__} is a file, need a folder"),
     ],
 )

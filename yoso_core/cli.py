@@ -680,15 +680,22 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed samples per side, in turns.")] = 7,
     output: Annotated[Path, typer.Option(help="The folder for the JSON and the picture.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small cases only: does the benchmark itself work?")] = False,
+    filter: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Only the cases of cpu, gpu or model with this text in their names, to a file of their own."),
+    ] = None,
+    isa: Annotated[
+        str | None, typer.Option(metavar="ISA", help="Limit both sides of cpu or model to these instructions: avx2 or avx512.")
+    ] = None,
 ) -> None:
-    """Measure beside the peers; every repeat is kept as JSON."""
+    """Measure beside the peers; every repeat is kept as JSON, written after every case."""
     with _one_line_errors(context):
         if output.exists() and not output.is_dir():
             raise ValueError(f"output: {output} is a file, need a folder")
         from yoso_core.benchmarks.runner import RedComparison, run_suite
 
         try:
-            path = run_suite(name, repeats=repeats, quick=quick, output=output, progress=sys.stdout.isatty())
+            path = run_suite(name, repeats=repeats, quick=quick, filter=filter, isa=isa, output=output, progress=sys.stdout.isatty())
         except RedComparison as red:
             typer.echo(str(red), err=True)
             raise typer.Exit(1) from red

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from yoso_core import checks, registry
+from yoso_core import checks, processor, registry
 from yoso_core.arrays import device_of, library_of, one_caller
 from yoso_core.backends import BACKENDS, Backend, wait
 from yoso_core.gpu.device import DoesNotFit
@@ -447,24 +447,13 @@ def _describe(arguments: Mapping[str, Any]) -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """The machine, and the version of what is loaded: numbers mean little without them."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     loaded = {name: sys.modules[name].__version__ for name in ("yoso_core", "numpy", "numba", "torch", "cupy") if name in sys.modules}
     return {
-        "processor": processor,
-        "instruction_set": instruction_set(),
+        "processor": processor.name(),
+        "microarchitecture": processor.microarchitecture(),
+        "instruction_set": processor.instruction_set(),
         "cores": os.cpu_count(),
+        "caches": processor.caches(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **loaded},
     }
-
-
-def instruction_set() -> str:
-    """The widest vectors that this processor has, as far as Linux tells: ``"AVX-512, AMX"``."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON")) if flag in flags), "unknown")
-    return f"{widest}, AMX" if "amx_tile" in flags else widest
