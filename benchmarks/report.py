@@ -247,7 +247,8 @@ def headline_block(files: Sequence[Result]) -> str:
         note = f"{results['date'][:10]}, {processor_of(results['environment'])}: {_reached(results)} targets reached."
     else:
         header = ("case", "worst", "best")
-        rows = [_extremes(name, files) for name in chosen]
+        there = {case["name"] for results in files for case in results["cases"]}
+        rows = [_extremes(name, files) for name in chosen if name in there]
         reached = "; ".join(f"{_isa(results)}: {_reached(results)}" for results in files)
         note = f"SDPA in its faster dtype. Targets reached on {len(files)} processors, {reached}."
     return f"{markdown(header, rows)}\n{wrapped(f'Medians, in turns. {note}')}\n"
@@ -266,8 +267,13 @@ def _extremes(name: str, files: Sequence[Result]) -> tuple[str, str, str]:
     """A case in short: the worst and the best of several files, each with the instruction set."""
     found = [(case, _isa(results)) for results in files for case in results["cases"] if case["name"] == name]
     found.sort(key=lambda pair: _standing(pair[0]))
-    worst, best = (f"{_number(case)} ({', '.join([isa, *_missed(case)])})" for case, isa in (found[0], found[-1]))
-    return name, worst, best
+    worst, best = (f"{_number(case)} ({isa})" for case, isa in (found[0], found[-1]))
+    return _short_name(name), worst, best
+
+
+def _short_name(case: str) -> str:
+    """The README has narrow columns."""
+    return case.replace("forward + backward", "training")
 
 
 def _standing(case: Result) -> float:
@@ -279,28 +285,32 @@ def _standing(case: Result) -> float:
 
 
 def _number(case: Result) -> str:
-    """The number of a case, over the faster where there is that; its verdict where there is
-    none.
+    """The number of a case, over the faster where there is that, and beside it a target that is
+    missed: ``"5.6x < 6"``. The verdict where there is no number.
     """
-    return f"{faster['value']:.3g}x" if (faster := case.get("over_faster")) else _result(case)["result"] or str(case["verdict"])
+    number = f"{faster['value']:.3g}x" if (faster := case.get("over_faster")) else _result(case)["result"]
+    if number and case["verdict"] == "missed":
+        number += f" {'<' if _UNITS[case['measure']][0] == '≥' else '>'} {case['limit']:.3g}"
+    return number or str(case["verdict"])
 
 
 def _missed(case: Result) -> list[str]:
-    return [f"missed: {_result(case)['target']}"] if case["verdict"] == "missed" else []
+    return [f"missed: {_result(case)['target'].partition(', aim')[0]}"] if case["verdict"] == "missed" else []
 
 
 def _headline(case: Result) -> tuple[str, str, str]:
     """A case in short. A missed target is said, and a red case has no number."""
+    name = _short_name(case["name"])
     if case["verdict"] == "red":
-        return case["name"], "red", ""
+        return name, "red", ""
     ours, beside = (_short(case[side]) for side in ("ours", "beside"))
     found = _result(case)
     said = [found["result"]] if found["result"] and case["measure"] != "memory" else []
     faster = case.get("over_faster")
     if faster and faster["dtype"] != case["beside"]["dtype"]:
-        said.append(f"{faster['dtype']} {faster['value']:.3g}x")
+        said.append(f"{faster['dtype'].replace('bfloat', 'bf')} {faster['value']:.3g}x")
     said += _missed(case)
-    return case["name"], ours, " ".join([*([beside] if beside else []), *([f"({', '.join(said)})"] if said else [])])
+    return name, ours, " ".join([*([beside] if beside else []), *([f"({', '.join(said)})"] if said else [])])
 
 
 def _short(side: Result | None) -> str:

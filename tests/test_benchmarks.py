@@ -393,7 +393,7 @@ def test_the_tables_show_the_ratio_over_the_faster() -> None:
     assert columns.index("over the faster") == columns.index("result") + 1
     assert "over the faster" not in report.columns_of(of_processor("AVX2", with_numbers(9.0)))
     assert "Over the faster: " in report.floor_note(results)
-    assert report._headline(results["cases"][0])[-1] == "1.00 s (9x, bfloat16 4x)"
+    assert report._headline(results["cases"][0])[-1] == "1.00 s (9x, bf16 4x)"
     assert report._headline(with_numbers(9.0, (9.0, "float32")))[-1] == "1.00 s (9x)"
 
 
@@ -411,12 +411,25 @@ def test_of_several_processors_the_worst_and_the_best_are_quoted(monkeypatch: py
     lines = report.headline_block(files).splitlines()
     assert lines[0] == "| case | worst | best |"
     assert lines[2:5] == [
-        "| first | 2x (AVX2, missed: ≥ 3) | 2.5x (AVX-512) |",
+        "| first | 2x < 3 (AVX2) | 2.5x (AVX-512) |",
         "| used | 7 MB (AVX-512) | 2 MB (AVX2) |",
         "| red | red (AVX-512) | 4x (NEON) |",
     ]
     prose = " ".join(lines[5:])
     assert "3 processors, AVX-512: 2 of 2; AVX2: 1 of 2; NEON: 2 of 2." in prose
+
+
+def test_headlines_are_narrow_also_where_targets_are_missed() -> None:
+    chosen = [case for case in cases.SUITES["cpu"].cases if case.headline]
+    for faster in (None, (0.123, "bfloat16")):
+        measured = [
+            with_numbers(0.456, faster if "SDPA" in case.name else None, name=case.name, limit=case.limit, aim=80, verdict="missed")
+            for case in chosen
+            if case.measure == "speedup"
+        ]
+        results = of_processor("AVX-512", *measured) | {"suite": "cpu"}
+        for files in ([results], [results, results]):
+            assert max(map(len, report.headline_block(files).splitlines())) < report.PROSE_COLUMNS
 
 
 def test_every_processor_has_its_section(tmp_path: Path) -> None:
