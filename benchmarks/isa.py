@@ -1,8 +1,6 @@
 """A run that may use no wider instructions than are named: both sides, in a process of its own,
-since Numba, torch and its libraries read their limits when they are imported.
-
-``python -m yoso_core.benchmarks.isa OUTCOME '{"name": "cpu"}'`` is that process: it runs the suite
-and leaves what came of it, a path or an error, in the file OUTCOME.
+since Numba, torch and its libraries read their limits when they are imported. That process is
+`yoso_core.benchmarks.limited`.
 """
 
 import json
@@ -62,7 +60,7 @@ def run_limited(isa: str, options: Mapping[str, Any]) -> Path:
     """`run_suite` with ``options``, in a process limited to ``isa``. Its errors are raised here."""
     with TemporaryDirectory() as folder:
         outcome = Path(folder, "outcome")
-        command = [sys.executable, "-m", "yoso_core.benchmarks.isa", str(outcome), json.dumps(options)]
+        command = [sys.executable, "-m", "yoso_core.benchmarks.limited", str(outcome), json.dumps(options)]
         done = subprocess.run(command, env={**os.environ, **LIMITS[isa]})
         if done.returncode:
             raise RuntimeError(f"the process limited to {isa} ended with status {done.returncode}")
@@ -70,18 +68,3 @@ def run_limited(isa: str, options: Mapping[str, Any]) -> Path:
     if isinstance(found, Exception):
         raise found
     return Path(found)
-
-
-def _main(outcome: Path, options: Mapping[str, Any]) -> None:
-    from yoso_core.benchmarks.runner import RedComparison, run_suite
-
-    found: str | Exception
-    try:
-        found = str(run_suite(**{**options, "output": Path(options["output"])}))
-    except (RedComparison, ValueError, OSError, ImportError, MemoryError) as error:
-        found = error
-    outcome.write_bytes(pickle.dumps(found))
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -31,6 +31,7 @@ from yoso_core.benchmarks import (
     floor,
     isa,
     learning,
+    limited,
     machines,
     memory,
     plots,
@@ -255,7 +256,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, status: int = 0) -> list[di
             with monkeypatch.context() as patch:
                 for variable in isa.LIMITS["avx2"]:
                     patch.setenv(variable, env[variable])
-                isa._main(Path(command[-2]), json.loads(command[-1]))
+                limited.main(Path(command[-2]), json.loads(command[-1]))
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(isa.subprocess, "run", start)

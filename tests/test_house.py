@@ -28,7 +28,7 @@ FACE = Path(yoso_core.__file__).parent
 LAYERS = (
     {"reference"},
     {"cpu", "gpu"},
-    {"arrays", "checks", "files", "memory", "backends", "operations", "own_kernel", "registry", "ops"},
+    {"arrays", "checks", "files", "memory", "processor", "backends", "operations", "own_kernel", "registry", "ops"},
     {"truth", "inputs", "adaptive"},
     {"model"},
     {"attend"},
