@@ -250,7 +250,7 @@ def headline_block(files: Sequence[Result]) -> str:
         there = {case["name"] for results in files for case in results["cases"]}
         rows = [_extremes(name, files) for name in chosen if name in there]
         reached = "; ".join(f"{_isa(results)}: {_reached(results)}" for results in files)
-        note = f"SDPA in its faster dtype. Targets reached on {len(files)} processors, {reached}."
+        note = f"SDPA in its faster dtype. Targets reached: {reached}."
     return f"{markdown(header, rows)}\n{wrapped(f'Medians, in turns. {note}')}\n"
 
 
