@@ -417,7 +417,7 @@ def test_of_several_processors_the_worst_and_the_best_are_quoted(monkeypatch: py
         "| red | red (AVX-512) | 4x (NEON) |",
     ]
     prose = " ".join(lines[5:])
-    assert "3 processors, AVX-512: 2 of 2; AVX2: 1 of 2; NEON: 2 of 2." in prose
+    assert "Targets reached: AVX-512: 2 of 2; AVX2: 1 of 2; NEON: 2 of 2." in prose
 
 
 def test_headlines_are_narrow_also_where_targets_are_missed() -> None:
