@@ -294,10 +294,6 @@ def _number(case: Result) -> str:
     return number or str(case["verdict"])
 
 
-def _missed(case: Result) -> list[str]:
-    return [f"missed: {_result(case)['target'].partition(', aim')[0]}"] if case["verdict"] == "missed" else []
-
-
 def _headline(case: Result) -> tuple[str, str, str]:
     """A case in short. A missed target is said, and a red case has no number."""
     name = _short_name(case["name"])
@@ -309,7 +305,8 @@ def _headline(case: Result) -> tuple[str, str, str]:
     faster = case.get("over_faster")
     if faster and faster["dtype"] != case["beside"]["dtype"]:
         said.append(f"{faster['dtype'].replace('bfloat', 'bf')} {faster['value']:.3g}x")
-    said += _missed(case)
+    if case["verdict"] == "missed":
+        said.append(f"missed: {found['target'].partition(', aim')[0]}")
     return name, ours, " ".join([*([beside] if beside else []), *([f"({', '.join(said)})"] if said else [])])
 
 

@@ -41,7 +41,6 @@ MEMORY = ("memory", "memory share")
 
 STUDIES: dict[str, Callable[..., Path]] = {"bias": bias.run_bias, "error": error.run_error, "learning": learning.run_learning}
 """Suites that measure the estimate, not its cost."""
-ALL = (*SUITES, *STUDIES)
 
 
 class RedComparison(RuntimeError):
@@ -101,8 +100,8 @@ def run_suite(
     if repeats < 1:
         raise ValueError(f"repeats: need at least 1, got {repeats}")
     output = Path(output)
-    if name not in SUITES and name not in STUDIES:
-        raise ValueError(f"name: no suite {name!r}; there are {', '.join(ALL)}")
+    if name not in (known := [*SUITES, *STUDIES]):
+        raise ValueError(f"name: no suite {name!r}; there are {', '.join(known)}")
     _check_limit(name, isa)
     if name in STUDIES:
         if filter is not None:

@@ -147,9 +147,11 @@ def row_error(out, head, i, unit, squares, num_hash):
         y = float(out[(*head, i, c)]) * unit
         length2 += y * y
         largest = max(largest, abs(y))
-    if largest == 0 and length2 == 0:
+    if not math.isfinite(length2):
+        return np.nan
+    if largest == 0:
         return np.inf
-    if not math.isfinite(length2) or largest < num_hash * (1e-140 if out.itemsize == 8 else 1e-15):
+    if largest < num_hash * (1e-140 if out.itemsize == 8 else 1e-15):
         return np.nan
     return math.sqrt(max(0.0, num_hash * squares / length2 - 1) / (num_hash - 1))
 
