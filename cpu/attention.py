@@ -74,7 +74,7 @@ def yoso_attention(
             MadeCodes(q, hash, code, of_queries[:, 1:]),
             MadeCodes(k, hash, code, of_keys, made=mark_heads),
         )
-        found_rows = by_tables(codes, code, v, 1 << bits, oversample, num_hash=num_hash, guarded=False, **rest)
+        found_rows = by_tables(codes, code, v, 1 << bits, oversample, num_hash=num_hash, stored=False, **rest)
     else:
         query_code, key_code = (heads(all_codes(x, make_hash, num_threads)) for x in (query, key))
         nonfinite[:, :, 0] = (keep[1] & ~np.isfinite(k).all(axis=-1)).any(axis=-1)

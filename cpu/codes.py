@@ -36,7 +36,7 @@ class StoredCodes:
     cost = 0.0
 
     def __init__(self, codes: Array) -> None:
-        self.codes = codes.reshape(codes.shape[0] * codes.shape[1], *codes.shape[2:]).swapaxes(1, 2)
+        self.codes = codes.reshape(codes.shape[0] * codes.shape[1], *codes.shape[2:])
 
     def of_head(self, head: int) -> Generator[None, None, Array]:
         yield from ()

@@ -28,13 +28,16 @@ njit: Any = numba.njit
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
-PIECE = {**OPTIONS, "no_cpython_wrapper": True}
+PIECE = {**OPTIONS, "no_cpython_wrapper": True, "_nrt": True}
 """Options of what kernels call and Python does not: there is no way in from Python, which saves a
 tenth of the time to compile.
 """
 
-MERGED: Any = {**PIECE, "forceinline": True}
-"""Options of a piece that is merged into its caller."""
+MERGED: Any = {**PIECE, "forceinline": True, "_nrt": False}
+"""Options of a piece that is merged into its caller. It counts no references to the arrays that it
+is given, which its caller holds: Numba cannot always prove such counting needless, and in an
+innermost loop it takes most of the time.
+"""
 
 
 @cache
@@ -195,9 +198,14 @@ def compile_or_load(function: Callable[..., Any], signature: Any) -> Any:
 
 def helper(function: Callable[..., Any]) -> Any:
     """A piece of a kernel that is merged into its caller, so that constants of the caller become
-    constants here. Keyword arguments cost nothing.
+    constants here. Keyword arguments cost nothing. It makes and returns no array.
     """
     return njit(function, **MERGED)
+
+
+def allocating_helper(function: Callable[..., Any]) -> Any:
+    """A `helper` that makes an array, or returns one: it does count references."""
+    return njit(function, **{**MERGED, "_nrt": True})
 
 
 def subroutine(function: Callable[..., Any]) -> Any:

@@ -12,17 +12,19 @@ from numba import from_dtype, types
 from yoso_core.cpu.codes import Codes, StoredCodes
 from yoso_core.cpu.compiling import kernel
 from yoso_core.cpu.finishing import Rows, empty_rows, finish_rows
+from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.neighbors import read_neighbors
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
-from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, is_last, make_plan, part_of, scatter_task
+from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, make_plan, part_of, scatter_task
+from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.smoothing import Smoothing
-from yoso_core.cpu.tables import gather_row, scatter_row
+from yoso_core.cpu.tables import find_buckets, gather_row, scatter_row
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import whole_table_pays
 
 
 @cache
-def _scatter_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
+def _scatter_kernel(dtype: Any, code: Any, stored: bool) -> Any:
     """The tables of one group, from codes ``(heads, m, n)`` of its heads. A task is (head,
     ``together`` parts, piece of the keys), a step of it a block of its keys. The first one clears
     the tables, as long as they fit in the cache; otherwise ``clears`` steps before it do.
@@ -50,9 +52,9 @@ def _scatter_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
     def scatter(
         first, last, tables, head0, part0, parts, together, clears, step0, step1, num_hash, per, splits, table_size, key_code, value, keep
     ):
-        n = key_code.shape[2]
+        n = value.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
-        offsets = np.empty(cut.per, np.intp)
+        buckets = aligned(cut.per * LANES, np.intp)
         for task in range(first, last):
             slot, number0, split = scatter_task(task, group, together, cut)
             head = divmod(group.head0 + slot, value.shape[1])
@@ -64,25 +66,18 @@ def _scatter_kernel(dtype: Any, code: Any, guarded: bool) -> Any:
                     part = part_of(cut, group, slot, number, split)
                     if step < max(1, clears):
                         clear_piece(tables, part, step, max(1, clears))
-                    for j in range(block, stop):
-                        if keep[(*head, j)]:
-                            scatter_row(
-                                tables=tables,
-                                part=part,
-                                code=key_code,
-                                slot=slot,
-                                offsets=offsets,
-                                guarded=guarded,
-                                value=value,
-                                head=head,
-                                i=j,
-                            )
+                    for j in range(block, stop, LANES):
+                        count = min(LANES, stop - j)
+                        find_buckets(buckets, part, key_code, slot, j, count, value.shape[3], stored)
+                        for t in range(count):
+                            if keep[(*head, j + t)]:
+                                scatter_row(tables, buckets, t, part.hashes, value, head, j + t, stored)
 
     return scatter
 
 
 @cache
-def _gather_kernel(dtype: Any, code: Any, guarded: bool, spread: bool) -> Any:
+def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
     """Output rows from the tables of one group. A task is (head, block of queries). Reads
     ``n m d_v`` entries of the tables. With ``spread``, a constant, ``errors`` become the relative
     standard errors of the rows; ``squares`` is their scratch, and ``units`` as in
@@ -131,9 +126,9 @@ def _gather_kernel(dtype: Any, code: Any, guarded: bool, spread: bool) -> Any:
         squares,
         errors,
     ):
-        n = query_code.shape[2]
+        n = out.shape[2]
         group, cut = Group(head0, part0, parts), Cut(num_hash, per, splits, table_size)
-        offsets = np.empty(cut.per, np.intp)
+        buckets = aligned(cut.per * LANES, np.intp)
         blocks = (n + block - 1) // block
         for task in range(first, last):
             slot, turn = divmod(task, blocks)
@@ -142,39 +137,31 @@ def _gather_kernel(dtype: Any, code: Any, guarded: bool, spread: bool) -> Any:
             unit = units[head]
             for number in range(group.parts):
                 part = part_of(cut, group, slot, number, 0)
-                for i in range(begin, stop):
-                    if keep[(*head, i)]:
-                        found = gather_row(
-                            tables=tables,
-                            part=part,
-                            code=query_code,
-                            slot=slot,
-                            offsets=offsets,
-                            guarded=guarded,
-                            spread=spread,
-                            unit=unit,
+                fresh = part.hash0 == 0
+                for tile in range(begin, stop, LANES):
+                    count = min(LANES, stop - tile)
+                    find_buckets(buckets, part, query_code, slot, tile, count, out.shape[3], stored)
+                    for i in range(tile, tile + count):
+                        if keep[(*head, i)]:
+                            found = gather_row(tables, buckets, i - tile, part.hashes, fresh, spread, unit, out, head, i, stored)
+                            if spread:
+                                squares[(*head, i)] = found if fresh else squares[(*head, i)] + found
+                    if part.hash0 + part.hashes == cut.num_hash:
+                        finish_rows(
                             out=out,
+                            lengths=lengths,
+                            errors=errors,
+                            squares=squares,
+                            units=units,
+                            keep=keep,
+                            nonfinite=nonfinite,
                             head=head,
-                            i=i,
+                            begin=tile,
+                            end=tile + count,
+                            num_hash=cut.num_hash,
+                            normalize=normalize,
+                            spread=spread,
                         )
-                        if spread:
-                            squares[(*head, i)] = found if part.hash0 == 0 else squares[(*head, i)] + found
-            if is_last(cut, group):
-                finish_rows(
-                    out=out,
-                    lengths=lengths,
-                    errors=errors,
-                    squares=squares,
-                    units=units,
-                    keep=keep,
-                    nonfinite=nonfinite,
-                    head=head,
-                    begin=begin,
-                    end=stop,
-                    num_hash=cut.num_hash,
-                    normalize=normalize,
-                    spread=spread,
-                )
 
     return gather
 
@@ -196,21 +183,21 @@ def by_tables(
     oversample: int,
     *,
     num_hash: int,
-    guarded: bool,
+    stored: bool,
     keep: tuple[Array, Array],
     nonfinite: Array,
     normalize: bool,
     spread: bool,
     num_threads: int | None,
 ) -> Rows:
-    """From codes of queries and keys in the integer type ``code``; ``keep`` likewise. ``guarded`` :
-    the codes may be out of range.
+    """From codes of queries and keys in the integer type ``code``; ``keep`` likewise. ``stored`` as
+    in `yoso_core.cpu.tables.find_buckets`.
     """
     n_k, d_v = value.shape[2:]
     found = empty_rows(value, keep, spread)
     out, rest = found.out, found._asdict()
     plan = make_plan(out, n_k, num_hash=num_hash, table_size=hashtable_capacity * d_v, num_threads=num_threads)
-    types_of = from_dtype(out.dtype), from_dtype(np.dtype(code)), guarded
+    types_of = from_dtype(out.dtype), from_dtype(np.dtype(code)), stored
     accumulate(
         plan,
         out,
@@ -256,7 +243,7 @@ def by_stored_codes(
         hashtable_capacity = key_code.shape[2] + 1
     codes = StoredCodes(query_code), StoredCodes(key_code)
     num_hash = query_code.shape[3]
-    return by_tables(codes, np.int32, value, hashtable_capacity, oversample, num_hash=num_hash, guarded=True, **rest)
+    return by_tables(codes, np.int32, value, hashtable_capacity, oversample, num_hash=num_hash, stored=True, **rest)
 
 
 def lsh_cumulation(

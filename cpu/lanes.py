@@ -200,6 +200,19 @@ def count_where_equal(typingctx: Any, count: Any, lanes: Any, number: Any) -> An
 
 
 @intrinsic
+def to_index(typingctx: Any, lanes: Any) -> Any:
+    """Integer lanes as machine words."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.VectorType(context.get_value_type(types.intp), LANES)
+        if args[0].type == wide:
+            return args[0]
+        return builder.sext(args[0], wide) if signature.args[0].dtype.signed else builder.zext(args[0], wide)
+
+    return Lanes(types.intp)(lanes), codegen
+
+
+@intrinsic
 def to_float(typingctx: Any, lanes: Any, like: Any) -> Any:
     """int32 lanes as floats of the type of the scalar ``like``."""
 

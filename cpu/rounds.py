@@ -158,12 +158,6 @@ def clear_piece(tables, part, step, clears):
     clear(tables, part.start + start, size * (step + 1) // clears - start)
 
 
-@helper
-def is_last(cut, group):
-    """Whether no part comes after those of the group."""
-    return (group.part0 + group.parts) * cut.per >= cut.num_hash
-
-
 @cache
 def _merge_kernel(dtype: Any) -> Any:
     """The tables of the pieces of one part, added up into the first piece's, in order."""

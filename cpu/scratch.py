@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from yoso_core.cpu.compiling import MERGED, helper
+from yoso_core.cpu.compiling import MERGED, allocating_helper, helper
 from yoso_core.cpu.lanes import LANES, fill, store
 
 CACHE_LINE = 64
@@ -28,7 +28,7 @@ def aligned_empty(count: int, dtype: Any) -> Any:
     return raw[start : start + count]
 
 
-@helper
+@allocating_helper
 def aligned(count, dtype):
     """Uninitialized memory of a kernel that starts on a cache line, so that no load of 16 floats
     crosses from one line into the next.

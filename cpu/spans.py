@@ -7,7 +7,7 @@ queries of the span, so it is read from memory once for them all.
 
 from typing import NamedTuple
 
-from yoso_core.cpu.compiling import helper
+from yoso_core.cpu.compiling import allocating_helper, helper
 from yoso_core.cpu.products import product
 from yoso_core.cpu.rows import transpose_rows
 from yoso_core.cpu.scratch import padded_width
@@ -61,7 +61,7 @@ def piece_of_span(queries, begin, stop, piece, tiles, pieces):
     return begin, stop, first, last
 
 
-@helper
+@allocating_helper
 def list_kept(chosen, keep, head, first, last):
     """The kept rows among ``first ... last - 1`` of a head, as a part of ``chosen``."""
     count = 0

@@ -1,108 +1,116 @@
 """Tables of hashes, in flat arrays: a row of ``d_v`` sums for each bucket of a hash.
 
-A vector at a time is added to its buckets, or reads them, those of all hashes of a *part* (a
-`yoso_core.cpu.rounds.Part`), whose tables stand one after the other. Codes come as ``code (heads,
-m, n)`` in any integer type; ``slot`` is the index of a head among those whose codes are there.
+Sixteen vectors at a time find their buckets, those of all hashes of a *part* (a
+`yoso_core.cpu.rounds.Part`), whose tables stand one after the other; then each is added to its
+buckets, or reads them.
 """
 
 import numpy as np
 
 from yoso_core.cpu.compiling import helper
-from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, total
+from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, to_index, total
 
 
 @helper
-def bucket_offsets(offsets, part, code, slot, i, d_v, guarded):
-    """Where in the tables the buckets of vector ``i`` begin; how many there are.
+def find_buckets(buckets, part, code, slot, i, count, d_v, stored):
+    """Where in the tables the buckets of vectors ``i ... i + count - 1``, 16 at most, begin: that
+    of vector ``i + t`` in the part's ``hash`` at ``buckets[hash * 16 + t]``.
 
-    ``guarded``, a constant, says that the codes come from outside and are unchecked: those that are
-    out of range must not reach beyond a table, and are left out.
+    ``slot`` is the index of a head among those whose codes are there. ``stored``, a constant, says
+    that they lie as the caller gave them, ``code (heads, n, m)``, and are unchecked: what is out of
+    range must not reach beyond a table, and has -1 for a bucket. Else ``code (heads, m, n)`` is our
+    own.
     """
-    if not guarded:
-        for hash in range(part.hashes):
-            offsets[hash] = part.start + hash * part.table_size + np.intp(code[slot, part.hash0 + hash, i]) * d_v
-        return part.hashes
-    count, capacity = 0, part.table_size // max(d_v, 1)
+    capacity = part.table_size // max(d_v, 1)
     for hash in range(part.hashes):
-        number = np.intp(code[slot, part.hash0 + hash, i])
-        if 0 <= number < capacity:
-            offsets[count] = part.start + hash * part.table_size + number * d_v
-            count += 1
-    return count
+        start = part.start + hash * part.table_size
+        if not stored and count == LANES:
+            number = to_index(load(code, (slot, part.hash0 + hash, i)))
+            store(buckets, hash * LANES, number * fill(np.intp(d_v)) + fill(np.intp(start)))
+        else:
+            for t in range(count):
+                number = np.intp(code[slot, i + t, part.hash0 + hash] if stored else code[slot, part.hash0 + hash, i + t])
+                known = not stored or 0 <= number < capacity
+                buckets[hash * LANES + t] = start + number * d_v if known else -1
 
 
 @helper
-def scatter_row(tables, part, code, slot, offsets, guarded, value, head, i):
-    """Add the value of key ``i`` to its buckets.
+def scatter_row(tables, buckets, t, hashes, value, head, i, stored):
+    """Add the value of key ``i`` to its ``buckets[hash * 16 + t]``. ``stored`` as in
+    `find_buckets`.
 
-    64 columns at a time stay in registers. ``guarded`` as in `bucket_offsets`; ``offsets`` is its
-    scratch.
+    64 columns at a time stay in registers.
     """
     d_v = value.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
-    count = bucket_offsets(offsets, part, code, slot, i, d_v, guarded)
     for c in range(0, wide, 4 * LANES):
         v0, v1 = load(value, (*head, i, c)), load(value, (*head, i, c + LANES))
         v2, v3 = load(value, (*head, i, c + 2 * LANES)), load(value, (*head, i, c + 3 * LANES))
-        for bucket in range(count):
-            at = offsets[bucket] + c
-            store(tables, at, load(tables, at) + v0)
-            store(tables, at + LANES, load(tables, at + LANES) + v1)
-            store(tables, at + 2 * LANES, load(tables, at + 2 * LANES) + v2)
-            store(tables, at + 3 * LANES, load(tables, at + 3 * LANES) + v3)
+        for bucket in range(t, t + hashes * LANES, LANES):
+            if not stored or buckets[bucket] >= 0:
+                at = buckets[bucket] + c
+                store(tables, at, load(tables, at) + v0)
+                store(tables, at + LANES, load(tables, at + LANES) + v1)
+                store(tables, at + 2 * LANES, load(tables, at + 2 * LANES) + v2)
+                store(tables, at + 3 * LANES, load(tables, at + 3 * LANES) + v3)
     for c in range(wide, full, LANES):
         v0 = load(value, (*head, i, c))
-        for bucket in range(count):
-            store(tables, offsets[bucket] + c, load(tables, offsets[bucket] + c) + v0)
+        for bucket in range(t, t + hashes * LANES, LANES):
+            if not stored or buckets[bucket] >= 0:
+                store(tables, buckets[bucket] + c, load(tables, buckets[bucket] + c) + v0)
     for c in range(full, d_v):
-        for bucket in range(count):
-            tables[offsets[bucket] + c] += value[(*head, i, c)]
+        for bucket in range(t, t + hashes * LANES, LANES):
+            if not stored or buckets[bucket] >= 0:
+                tables[buckets[bucket] + c] += value[(*head, i, c)]
 
 
 @helper
-def gather_row(tables, part, code, slot, offsets, guarded, spread, unit, out, head, i):
-    """Add the buckets of query ``i`` to its output row. The first part begins the row.
+def gather_row(tables, buckets, t, hashes, fresh, spread, unit, out, head, i, stored):
+    """Add the ``buckets[hash * 16 + t]`` of query ``i`` to its output row, or begin it, if
+    ``fresh``.
 
-    ``guarded`` as in `bucket_offsets`; ``offsets`` is its scratch. With ``spread``, a constant,
-    returns the squares of all that was added, each times ``unit`` before, else 0.
+    ``stored`` as in `find_buckets`. With ``spread``, a constant, returns the squares of all that
+    was added, each times ``unit`` before, else 0.
     """
     d_v = out.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
-    fresh, zero = part.hash0 == 0, fill(out.dtype.type(0))
+    zero = fill(out.dtype.type(0))
     squares, more = zero, zero
-    count = bucket_offsets(offsets, part, code, slot, i, d_v, guarded)
     for c in range(0, wide, 4 * LANES):
         y0, y1, y2, y3 = zero, zero, zero, zero
         if not fresh:
             y0, y1 = load(out, (*head, i, c)), load(out, (*head, i, c + LANES))
             y2, y3 = load(out, (*head, i, c + 2 * LANES)), load(out, (*head, i, c + 3 * LANES))
-        for bucket in range(count):
-            at = offsets[bucket] + c
-            r0, r1 = load(tables, at), load(tables, at + LANES)
-            r2, r3 = load(tables, at + 2 * LANES), load(tables, at + 3 * LANES)
-            y0, y1, y2, y3 = y0 + r0, y1 + r1, y2 + r2, y3 + r3
-            if spread:
-                squares, more = add_square(squares, r0, unit), add_square(more, r1, unit)
-                squares, more = add_square(squares, r2, unit), add_square(more, r3, unit)
+        for bucket in range(t, t + hashes * LANES, LANES):
+            if not stored or buckets[bucket] >= 0:
+                at = buckets[bucket] + c
+                r0, r1 = load(tables, at), load(tables, at + LANES)
+                r2, r3 = load(tables, at + 2 * LANES), load(tables, at + 3 * LANES)
+                y0, y1, y2, y3 = y0 + r0, y1 + r1, y2 + r2, y3 + r3
+                if spread:
+                    squares, more = add_square(squares, r0, unit), add_square(more, r1, unit)
+                    squares, more = add_square(squares, r2, unit), add_square(more, r3, unit)
         store(out, (*head, i, c), y0)
         store(out, (*head, i, c + LANES), y1)
         store(out, (*head, i, c + 2 * LANES), y2)
         store(out, (*head, i, c + 3 * LANES), y3)
     for c in range(wide, full, LANES):
         y0 = zero if fresh else load(out, (*head, i, c))
-        for bucket in range(count):
-            r0 = load(tables, offsets[bucket] + c)
-            y0 = y0 + r0
-            if spread:
-                squares = add_square(squares, r0, unit)
+        for bucket in range(t, t + hashes * LANES, LANES):
+            if not stored or buckets[bucket] >= 0:
+                r0 = load(tables, buckets[bucket] + c)
+                y0 = y0 + r0
+                if spread:
+                    squares = add_square(squares, r0, unit)
         store(out, (*head, i, c), y0)
     found = total(squares + more) if spread else out.dtype.type(0)
     for c in range(full, d_v):
         y = out.dtype.type(0) if fresh else out[(*head, i, c)]
-        for bucket in range(count):
-            r = tables[offsets[bucket] + c]
-            y += r
-            found += (r * unit) * (r * unit)
+        for bucket in range(t, t + hashes * LANES, LANES):
+            if not stored or buckets[bucket] >= 0:
+                r = tables[buckets[bucket] + c]
+                y += r
+                found += (r * unit) * (r * unit)
         out[(*head, i, c)] = y
     return found
 

@@ -52,12 +52,12 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
         }
         for oversample in KEPT_OVERSAMPLES:
             of_dtype[f"smoothing, oversample {oversample}"] = partial(smoothing._smooth_kernel, oversample=oversample)
-        for code, guarded in ((types.int32, True), (types.uint8, False), (types.uint16, False), (types.int32, False)):
-            kept_in = f"{code}, {'checked' if guarded else 'trusted'}"
-            of_dtype[f"cumulation, scatter, {kept_in}"] = partial(cumulation._scatter_kernel, code=code, guarded=guarded)
+        for code, stored in ((types.int32, True), (types.uint8, False), (types.uint16, False), (types.int32, False)):
+            kept_in = f"{code}, {'checked' if stored else 'trusted'}"
+            of_dtype[f"cumulation, scatter, {kept_in}"] = partial(cumulation._scatter_kernel, code=code, stored=stored)
             for spread in (False, True):
                 gather = f"cumulation, gather{' with errors' if spread else ''}, {kept_in}"
-                of_dtype[gather] = partial(cumulation._gather_kernel, code=code, guarded=guarded, spread=spread)
+                of_dtype[gather] = partial(cumulation._gather_kernel, code=code, stored=stored, spread=spread)
         for code, by_hash in KEPT_CODES:
             by_planes = partial(hashing._hyperplane_kernel, code=code, by_hash=by_hash)
             of_dtype[f"hyperplane hash, {code}{', by hash' if by_hash else ''}"] = by_planes
