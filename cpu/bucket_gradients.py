@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from yoso_core.cpu.compiling import helper, subroutine
-from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, total
-from yoso_core.cpu.products import dot_products, product
+from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, prefetch, store, total
+from yoso_core.cpu.products import WIDE_REGISTERS, dot_products, product
 from yoso_core.cpu.rows import transpose_rows
 from yoso_core.cpu.scratch import aligned, padded_width
 
@@ -68,6 +68,15 @@ def triple_offsets(offsets, order, side, first, count, sizes):
 
 
 @helper
+def prefetch_triples(triples, order, side, sizes):
+    """Those of the first tile of a side, while something else is computed."""
+    for t in range(min(side.size, TILE)):
+        at = side.start + np.intp(order[side.first + t]) * sizes.triple
+        for c in range(at, at + sizes.triple, LANES):
+            prefetch(triples, c)
+
+
+@helper
 def add_pairs_one_by_one(triples, ours, theirs, p, r, sizes):
     """Each of the few pairs of a bucket by itself, straight from the rows to the sums. ``ours`` and
     ``theirs`` are offsets.
@@ -92,7 +101,7 @@ def add_tile_of_pairs(triples, ours, theirs, p, r, sizes, tile, grad_cosines):
     """
     width, sums = sizes.width, sizes.width + sizes.width_v
     transpose_rows(tile=tile, step=TILE, packed=triples, offsets=ours, shift=width, count=p, width=sizes.width_v)
-    if p <= LANES:
+    if p <= LANES and WIDE_REGISTERS:
         dot_products(
             target=grad_cosines,
             target_offsets=TILE,
@@ -204,9 +213,6 @@ def apply_outer_product(outer, triples, order, side, offsets, sizes):
 def walk_buckets(triples, begins, order, sizes, hash0, hash1, first, last):
     """Buckets ``first ... last - 1`` of hashes ``hash0 ... hash1 - 1`` of a head: what meets in
     them is added to the sums.
-
-    The loops over pairs stand here, since a helper that holds them would count references to its
-    arrays for every bucket.
     """
     width, width_v = sizes.width, sizes.width_v
     our_offsets, their_offsets = np.empty(TILE, np.intp), np.empty(TILE, np.intp)
@@ -215,6 +221,9 @@ def walk_buckets(triples, begins, order, sizes, hash0, hash1, first, last):
     for hash in range(hash0, hash1):
         for bucket in range(first, last):
             queries, keys = sides_of(begins, sizes, hash, bucket)
+            if bucket + 1 < last:
+                for side in sides_of(begins, sizes, hash, bucket + 1):
+                    prefetch_triples(triples, order, side, sizes)
             p, r = queries.size, keys.size
             if p == 0 or r == 0:
                 continue

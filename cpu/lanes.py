@@ -105,6 +105,23 @@ def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of ``array[index]``, which is needed soon. No more than a hint."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        hint = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0i8"
+        )
+        for_writing, near, of_data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(hint, [builder.bitcast(address, byte), for_writing, near, of_data])
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen
+
+
+@intrinsic
 def fill(typingctx: Any, scalar: Any) -> Any:
     """The same number in every lane."""
     return Lanes(scalar)(scalar), lambda context, builder, signature, args: _splat(builder, args[0])
@@ -262,13 +279,27 @@ def total(typingctx: Any, lanes: Any) -> Any:
     return lanes.dtype(lanes), codegen
 
 
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 rows of 16 lanes as 16 columns, for intrinsics.
+
+    Four rounds of shuffles: round ``s`` swaps the off-diagonal ``s x s`` blocks of every
+    ``2s x 2s`` block. The largest comes first: it moves whole registers, where these hold 8 lanes.
+    """
+    rows, mask_type = list(rows), ir.VectorType(_INT32, LANES)
+    for step in (8, 4, 2, 1):
+        upper = ir.Constant(mask_type, [lane if not lane & step else LANES + lane - step for lane in range(LANES)])
+        lower = ir.Constant(mask_type, [lane + step if not lane & step else LANES + lane for lane in range(LANES)])
+        for r in range(LANES):
+            if not r & step:
+                a, b = rows[r], rows[r + step]
+                rows[r], rows[r + step] = builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
+    return rows
+
+
 @intrinsic
 def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: Any) -> Any:
     """Read 16 rows of 16 entries from ``array[*index]`` on and write them to ``tile[start:]`` as 16
     columns, one row of the tile each.
-
-    Four rounds of shuffles: round ``s`` swaps the off-diagonal ``s x s`` blocks of every
-    ``2s x 2s`` block.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -281,14 +312,7 @@ def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: An
             row = builder.load(pointer)
             row.align = align
             rows.append(row)
-        mask_type = ir.VectorType(_INT32, LANES)
-        for step in (8, 4, 2, 1):
-            upper = ir.Constant(mask_type, [lane if not lane & step else LANES + lane - step for lane in range(LANES)])
-            lower = ir.Constant(mask_type, [lane + step if not lane & step else LANES + lane for lane in range(LANES)])
-            for r in range(LANES):
-                if not r & step:
-                    a, b = rows[r], rows[r + step]
-                    rows[r], rows[r + step] = builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
+        rows = transposed(builder, rows)
         start = context.cast(builder, args[3], signature.args[3], types.intp)
         for r in range(LANES):
             at = [builder.add(start, ir.Constant(start.type, r * LANES))]

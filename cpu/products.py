@@ -18,7 +18,7 @@ from numba.core import cgutils, config
 from numba.extending import overload
 
 from yoso_core.cpu.compiling import MERGED, helper
-from yoso_core.cpu.lanes import LANES, Lanes, intrinsic
+from yoso_core.cpu.lanes import LANES, Lanes, intrinsic, transposed
 
 TERM_BLOCK = 128
 """Terms that are added up by themselves before they join the target: sums of sums round less."""
@@ -105,9 +105,6 @@ def offset_of(typingctx: Any, offsets: Any, row: Any) -> Any:
 def transpose(typingctx: Any, source: Any, offsets: Any, shift: Any, target: Any, at: Any, step: Any) -> Any:
     """Sixteen rows of 16 entries, transposed: ``source[offsets[t] + shift + c]`` to
     ``target[at + c * step + t]``.
-
-    Four rounds of shuffles: each interleaves the first half of the rows with the second, and after
-    four every entry is in its place.
     """
     if len(offsets) != LANES:
         return None
@@ -118,11 +115,7 @@ def transpose(typingctx: Any, source: Any, offsets: Any, shift: Any, target: Any
         start = builder.gep(_data(context, builder, source, args[0]), [shift_])
         end = builder.gep(_data(context, builder, target, args[3]), [at_])
         rows = [_load(builder, _lanes_at(builder, builder.gep(start, [builder.extract_value(args[1], t)])), itemsize) for t in range(LANES)]
-        halves = [[lane // 2 + lane % 2 * LANES + half for lane in range(LANES)] for half in (0, LANES // 2)]
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), half) for half in halves]
-        for _ in range(4):
-            rows = [builder.shuffle_vector(rows[t], rows[t + LANES // 2], mask) for t in range(LANES // 2) for mask in masks]
-        for c, row in enumerate(rows):
+        for c, row in enumerate(transposed(builder, rows)):
             builder.store(row, _lanes_at(builder, builder.gep(end, [builder.mul(step_, _word(c))]))).align = itemsize
         return context.get_dummy_value()
 
@@ -270,9 +263,6 @@ def product(
     raise NotImplementedError
 
 
-# Merged into its caller, with every array named in every call: a call proper, or a tuple of arrays,
-# counts references to each array up and down, 300 cycles in all, where a 64 x 64 x 64 product takes
-# 8,200.
 @overload(product, jit_options=MERGED)
 def _product(
     target,
@@ -366,8 +356,8 @@ def _product(
 def dot_products(target, target_offsets, weights, weight_offsets, weight_at, vectors, vector_offsets, rows, terms):
     """`product` of one vector of lanes, with consecutive terms, where the target is written.
 
-    Even terms are added up by themselves, and odd ones, so that there are enough sums to keep the
-    multiply-add units busy.
+    Even terms are added up by themselves, and odd ones: with `WIDE_REGISTERS` four sums are too few
+    to keep the multiply-add units busy.
     """
     for first in range(0, rows, 4):
         here, there = some_of(target_offsets, first, rows - 1, 4), some_of(weight_offsets, first, rows - 1, 4)
