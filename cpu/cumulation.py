@@ -17,8 +17,9 @@ from yoso_core.cpu.neighbors import read_neighbors
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, make_plan, part_of, scatter_task
 from yoso_core.cpu.scratch import aligned
-from yoso_core.cpu.smoothing import Smoothing
-from yoso_core.cpu.tables import find_buckets, gather_row, scatter_row
+from yoso_core.cpu.smoothing import smoothing_step
+from yoso_core.cpu.steps import TableStep
+from yoso_core.cpu.tables import find_buckets, gather_row, gather_squares, scatter_row, squares_of
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import whole_table_pays
 
@@ -80,12 +81,13 @@ def _scatter_kernel(dtype: Any, code: Any, stored: bool) -> Any:
 def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
     """Output rows from the tables of one group. A task is (head, block of queries). Reads
     ``n m d_v`` entries of the tables. With ``spread``, a constant, ``errors`` become the relative
-    standard errors of the rows; ``squares`` is their scratch, and ``units`` as in
-    `yoso_core.cpu.finishing.units`.
+    standard errors of the rows; ``squares`` is their scratch, ``row_squares`` holds the squares of
+    every row of the tables, and ``units`` is as in `yoso_core.cpu.finishing.units`.
     """
 
     @kernel(
         tables=input_array(dtype, 1),
+        row_squares=input_array(dtype, 1),
         head0=types.intp,
         part0=types.intp,
         parts=types.intp,
@@ -108,6 +110,7 @@ def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
         first,
         last,
         tables,
+        row_squares,
         head0,
         part0,
         parts,
@@ -134,7 +137,6 @@ def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
             slot, turn = divmod(task, blocks)
             head = divmod(group.head0 + slot, out.shape[1])
             begin, stop = turn * block, min((turn + 1) * block, n)
-            unit = units[head]
             for number in range(group.parts):
                 part = part_of(cut, group, slot, number, 0)
                 fresh = part.hash0 == 0
@@ -143,8 +145,9 @@ def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
                     find_buckets(buckets, part, query_code, slot, tile, count, out.shape[3], stored)
                     for i in range(tile, tile + count):
                         if keep[(*head, i)]:
-                            found = gather_row(tables, buckets, i - tile, part.hashes, fresh, spread, unit, out, head, i, stored)
+                            gather_row(tables, buckets, i - tile, part.hashes, fresh, out, head, i, stored)
                             if spread:
+                                found = gather_squares(row_squares, buckets, i - tile, part.hashes if out.shape[3] > 0 else 0, stored)
                                 squares[(*head, i)] = found if fresh else squares[(*head, i)] + found
                     if part.hash0 + part.hashes == cut.num_hash:
                         finish_rows(
@@ -164,6 +167,45 @@ def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
                         )
 
     return gather
+
+
+@cache
+def _squares_kernel(dtype: Any) -> Any:
+    """The squares of every row of the tables of one group, in the unit of its head, summed: what
+    the errors of its readers need. A task is the table of a hash; for the layout see
+    `yoso_core.cpu.steps.TableStep`.
+    """
+
+    @kernel(
+        tables=input_array(dtype, 1),
+        row_squares=output_array(dtype, 1),
+        units=input_array(dtype, 2),
+        head0=types.intp,
+        part0=types.intp,
+        parts=types.intp,
+        per=types.intp,
+        num_hash=types.intp,
+        part_size=types.intp,
+        count=types.intp,
+        d_v=types.intp,
+    )
+    def add_squares(first, last, tables, row_squares, units, head0, part0, parts, per, num_hash, part_size, count, d_v):
+        for task in range(first, last):
+            slot, hash = divmod(task, per)
+            head_index, part = divmod(slot, parts)
+            if (part0 + part) * per + hash < num_hash:
+                unit = units[divmod(head0 + head_index, units.shape[1])]
+                start = slot * part_size + hash * count * d_v
+                for row in range(count):
+                    row_squares[start // d_v + row] = squares_of(tables, start + row * d_v, d_v, unit)
+
+    return add_squares
+
+
+def _squares_step(count: int, d_v: int, units: Array) -> TableStep:
+    """Tables of ``count`` rows."""
+    work = partial(_squares_kernel(from_dtype(units.dtype)), units=units, count=count, d_v=d_v)
+    return TableStep(work, tasks=1, cost=float(count * d_v))
 
 
 def tables_pay(capacity: int, oversample: int, n_q: int, n_k: int) -> bool:
@@ -194,7 +236,7 @@ def by_tables(
     in `yoso_core.cpu.tables.find_buckets`.
     """
     n_k, d_v = value.shape[2:]
-    found = empty_rows(value, keep, spread)
+    found = empty_rows(value, keep, spread, num_threads)
     out, rest = found.out, found._asdict()
     plan = make_plan(out, n_k, num_hash=num_hash, table_size=hashtable_capacity * d_v, num_threads=num_threads)
     types_of = from_dtype(out.dtype), from_dtype(np.dtype(code)), stored
@@ -212,7 +254,8 @@ def by_tables(
             **rest,
             **plan.cut._asdict(),
         ),
-        smoothing=Smoothing(hashtable_capacity, d_v, oversample, out.dtype) if oversample else None,
+        smoothing=smoothing_step(hashtable_capacity, d_v, oversample, out.dtype) if oversample else None,
+        squares=_squares_step(hashtable_capacity, d_v, found.units) if spread else None,
         num_threads=num_threads,
     )
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.lanes import LANES, fill, load, store, total
+from yoso_core.cpu.lanes import LANES, absolute, fill, largest, load, multiply_add, store, total, where_less
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.views import Array, input_array, output_array
 from yoso_core.reference.normalize import TINY_NORM
@@ -123,7 +123,7 @@ class Rows(NamedTuple):
     """``(batch, heads)``: see `units`."""
 
 
-def empty_rows(value: Array, keep: tuple[Array, Array], spread: bool) -> Rows:
+def empty_rows(value: Array, keep: tuple[Array, Array], spread: bool, num_threads: int | None) -> Rows:
     """Room for the rows of queries and keys with these masks; ``spread``: and for their errors."""
     rows = *value.shape[:2], keep[0].shape[2]
     of_errors = rows if spread else (0, 0, 0)
@@ -132,7 +132,7 @@ def empty_rows(value: Array, keep: tuple[Array, Array], spread: bool) -> Rows:
         lengths=np.empty(rows, value.dtype),
         errors=np.zeros(of_errors, np.float32),
         squares=np.empty(of_errors, value.dtype),
-        units=units(value, keep[1]) if spread else np.broadcast_to(np.ones(1, value.dtype), rows[:2]),
+        units=units(value, keep[1], num_threads) if spread else np.broadcast_to(np.ones(1, value.dtype), rows[:2]),
     )
 
 
@@ -142,16 +142,21 @@ def row_error(out, head, i, unit, squares, num_hash):
     ``unit**2``, add up to ``squares``: see `yoso_core.reference.attention.standard_error`. Infinite
     for a row of zeros; NaN for one that is not finite, or so short that squares of it vanish.
     """
-    length2, largest = 0.0, 0.0
-    for c in range(out.shape[3]):
-        y = float(out[(*head, i, c)]) * unit
-        length2 += y * y
-        largest = max(largest, abs(y))
+    d_v = out.shape[3]
+    full = d_v - d_v % LANES
+    lengths2, of_lanes = fill(out.dtype.type(0)), fill(out.dtype.type(0))
+    for c in range(0, full, LANES):
+        y = absolute(load(out, (*head, i, c)) * fill(unit))
+        lengths2, of_lanes = multiply_add(y, y, lengths2), where_less(of_lanes, y, y, of_lanes)
+    length2, longest = total(lengths2), largest(of_lanes)
+    for c in range(full, d_v):
+        y = abs(out[(*head, i, c)] * unit)
+        length2, longest = length2 + y * y, max(longest, y)
     if not math.isfinite(length2):
         return np.nan
-    if largest == 0:
+    if longest == 0:
         return np.inf
-    if largest < num_hash * (1e-140 if out.itemsize == 8 else 1e-15):
+    if longest < num_hash * (1e-140 if out.itemsize == 8 else 1e-15):
         return np.nan
     return math.sqrt(max(0.0, num_hash * squares / length2 - 1) / (num_hash - 1))
 
@@ -169,16 +174,44 @@ def finish_rows(out, lengths, errors, squares, units, keep, nonfinite, head, beg
         lengths[(*head, i)] = finish_row(out=out, keep=keep, nonfinite=nonfinite, head=head, i=i, scale=scale, normalize=normalize)
 
 
-def units(value: Array, keep: Array) -> Array:
+@cache
+def _units_kernel(dtype: Any) -> Any:
+    """See `units`. A task is a head; reads its values once."""
+
+    @kernel(value=input_array(dtype, 4), keep=input_array(types.uint8, 3), units=output_array(dtype, 2))
+    def find_units(first, last, value, keep, units):
+        n, d_v = value.shape[2:]
+        full = d_v - d_v % LANES
+        zero = fill(value.dtype.type(0))
+        for task in range(first, last):
+            head = divmod(task, value.shape[1])
+            of_lanes, of_rest = zero, value.dtype.type(0)
+            for j in range(n):
+                if keep[(*head, j)]:
+                    of_row, rest = zero, zero
+                    for c in range(0, full, LANES):
+                        y = load(value, (*head, j, c))
+                        of_row, rest = where_less(of_row, absolute(y), absolute(y), of_row), rest + (y - y)
+                    last_of_row, left = value.dtype.type(0), total(rest)
+                    for c in range(full, d_v):
+                        y = value[(*head, j, c)]
+                        last_of_row, left = max(last_of_row, abs(y)), left + (y - y)
+                    if left == 0:  # NaN where an entry is not finite
+                        of_lanes, of_rest = where_less(of_lanes, of_row, of_row, of_lanes), max(of_rest, last_of_row)
+            units[head] = math.ldexp(1.0, -math.frexp(max(largest(of_lanes), of_rest))[1])
+
+    return find_units
+
+
+def units(value: Array, keep: Array, num_threads: int | None) -> Array:
     """A power of two for each head, by which its values ``(batch, heads, n, d_v)`` are multiplied
     before they are squared, so that no square overflows or vanishes: one over the largest kept
     value, about.
     """
-    if value.shape[2] == 0 or value.shape[3] == 0:
-        return np.ones(value.shape[:2], value.dtype)
-    of_row = np.maximum(value.max(axis=-1), -value.min(axis=-1))
-    largest = np.where(np.isfinite(of_row) & (keep != 0), of_row, 0).max(axis=-1)
-    return np.ldexp(np.ones_like(largest), -np.frexp(largest)[1])
+    found = np.empty(value.shape[:2], value.dtype)
+    find = partial(_units_kernel(from_dtype(value.dtype)), value=value, keep=keep, units=found)
+    share(found.size, find, num_threads=num_threads, cost=float(value.size), moved=float(value.nbytes))
+    return found
 
 
 @cache

@@ -261,22 +261,31 @@ def all_at_most(typingctx: Any, lanes: Any, limit: Any) -> Any:
     return types.boolean(lanes, lanes.dtype), codegen
 
 
-@intrinsic
-def total(typingctx: Any, lanes: Any) -> Any:
-    """The sum of the lanes, by halves: the same tree on every machine."""
+def _by_halves(join: Callable[[Any, Any, Any], Any]) -> Any:
+    """All lanes in one, as a tree of halves: the same on every machine."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value, width = args[0], LANES
-        while width > 1:
-            width //= 2
-            low, high = (
-                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_INT32, width), [start + lane for lane in range(width)]))
-                for start in (0, width)
-            )
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.Constant(_INT32, 0))
+    def typed(typingctx: Any, lanes: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value, width = args[0], LANES
+            while width > 1:
+                width //= 2
+                low, high = (
+                    builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_INT32, width), [start + lane for lane in range(width)]))
+                    for start in (0, width)
+                )
+                value = join(builder, low, high)
+            return builder.extract_element(value, ir.Constant(_INT32, 0))
 
-    return lanes.dtype(lanes), codegen
+        return lanes.dtype(lanes), codegen
+
+    return intrinsic(typed)
+
+
+total = _by_halves(lambda builder, low, high: builder.fadd(low, high))
+"""The sum of the lanes."""
+
+largest = _by_halves(lambda builder, low, high: builder.select(builder.fcmp_ordered("<", low, high), high, low))
+"""The largest of the lanes; a NaN may be lost."""
 
 
 def transposed(builder: Any, rows: list[Any]) -> list[Any]:

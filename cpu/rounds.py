@@ -5,7 +5,8 @@ the value of every key to its bucket. *Gather*: each task owns a block of querie
 adds up the buckets they fall into. One task alone writes a table, and one task alone writes an
 output row, hash after hash, so nothing depends on which thread does what.
 
-With oversampling the tables are smoothed between the two rounds: `yoso_core.cpu.smoothing`.
+Between the two rounds the tables are smoothed, with oversampling (`yoso_core.cpu.smoothing`), and
+the squares of their rows added up, where errors are wanted.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.codes import Codes
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.scratch import aligned_empty, clear
-from yoso_core.cpu.smoothing import Smoothing
+from yoso_core.cpu.steps import TableStep
 from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, in_steps, share
 from yoso_core.cpu.views import Array, output_array
 
@@ -182,7 +184,8 @@ def accumulate(
     scatter: Callable[..., None],
     gather: Callable[..., None],
     *,
-    smoothing: Smoothing | None,
+    smoothing: TableStep | None,
+    squares: TableStep | None,
     num_threads: int | None,
 ) -> None:
     """Both rounds, for as many heads and parts at a time as the plan says, and the codes of the
@@ -191,19 +194,28 @@ def accumulate(
     ``scatter(first, last, tables=, head0=, part0=, parts=, together=, clears=, step0=, step1=,
     key_code=)`` does a range of tasks of one `Group`, ``together`` parts to a task. Its steps are
     blocks of keys, and the first one clears the tables; where these are large, ``clears`` steps
-    before it do. ``gather(first, last, tables=, head0=, part0=, parts=, block=, query_code=)``
-    likewise, ``block`` queries to a task. These numbers come one by one, since a NamedTuple costs
-    two microseconds where Python calls a kernel.
+    before it do. ``gather(first, last, tables=, row_squares=, head0=, part0=, parts=, block=,
+    query_code=)`` likewise, ``block`` queries to a task. Between them the tables are smoothed, and
+    ``squares`` fills ``row_squares``, a number for each of their rows. All numbers come one by one,
+    since a NamedTuple costs two microseconds where Python calls a kernel.
     """
-    work = _Work(plan, out, n_k, *codes, scatter, gather, smoothing)
+    work = _Work(plan, out, n_k, *codes, scatter, gather, smoothing, squares)
     heads_in_all = out.shape[0] * out.shape[1]
     if plan.by_head:
         cost = heads_in_all * work.cost_of_a_head
         share(heads_in_all, work.head_by_head, num_threads=num_threads, cost=cost)
         return
-    tables = aligned_empty(plan.entries, out.dtype)
+    scratch = work.scratch()
     for head0 in range(0, heads_in_all, plan.heads_at_once):
-        work.by_all_threads(tables, head0, min(plan.heads_at_once, heads_in_all - head0), num_threads)
+        work.by_all_threads(scratch, head0, min(plan.heads_at_once, heads_in_all - head0), num_threads)
+
+
+class Scratch(NamedTuple):
+    """Of one group."""
+
+    tables: Array
+    row_squares: Array
+    """A number for each row of the tables, or empty."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,8 @@ class _Work:
     keys: Codes
     scatter: Callable[..., None]
     gather: Callable[..., None]
-    smoothing: Smoothing | None
+    smoothing: TableStep | None
+    squares: TableStep | None
 
     @property
     def part_size(self) -> int:
@@ -231,8 +244,8 @@ class _Work:
     @property
     def cost_of_a_head(self) -> float:
         n_q, codes = self.out.shape[2], (self.queries.cost + self.keys.cost)
-        smoothed = 0.0 if self.smoothing is None else self.smoothing.cost * self.plan.cut.num_hash
-        return codes + self.row_work * (n_q + self.n_k) + self.plan.parts * self.part_size + smoothed
+        between = sum(step.cost for step in (self.smoothing, self.squares) if step is not None) * self.plan.cut.num_hash
+        return codes + self.row_work * (n_q + self.n_k) + self.plan.parts * self.part_size + between
 
     @property
     def key_blocks(self) -> int:
@@ -246,45 +259,63 @@ class _Work:
         for part0 in range(0, parts, together):
             yield part0, min(together, parts - part0), part0 + together < parts
 
+    def scratch(self) -> Scratch:
+        """Room for the tables of one group."""
+        entries = self.plan.entries
+        rows = entries // max(self.out.shape[3], 1) if self.squares is not None else 0
+        return Scratch(aligned_empty(entries, self.out.dtype), np.empty(rows, self.out.dtype))
+
+    def between(self, scratch: Scratch, head0: int, part0: int, parts: int) -> Iterator[tuple[TableStep, dict[str, Any]]]:
+        """What is done to the tables of a group between the rounds, with the arguments of it."""
+        cut = self.plan.cut
+        part_size = cut.splits * self.part_size
+        call = {"tables": scratch.tables, "part0": part0, "parts": parts, "per": cut.per, "num_hash": cut.num_hash, "part_size": part_size}
+        if self.smoothing is not None:
+            yield self.smoothing, call
+        if self.squares is not None:
+            yield self.squares, {**call, "head0": head0, "row_squares": scratch.row_squares}
+
     def head_by_head(self, first: int, last: int) -> Iterator[None]:
         """All of a head, then the next, by one thread in tables of its own."""
         plan, n_q = self.plan, self.out.shape[2]
         query_blocks = -(-n_q // QUERY_BLOCK)
         blocks_at_once = max(1, BATCH_COST // (self.row_work * KEY_BLOCK))
-        tables = aligned_empty(plan.entries, self.out.dtype)
+        scratch = self.scratch()
         for head in range(first, last):
             query_code = None
             key_code = yield from self.keys.of_head(head)
             for part0, parts, more in self.groups():
-                group: dict[str, Any] = {"tables": tables, "head0": head, "part0": part0, "parts": parts}
+                group: dict[str, Any] = {"tables": scratch.tables, "head0": head, "part0": part0, "parts": parts}
                 for step in range(0, self.key_blocks, blocks_at_once):
                     end = min(step + blocks_at_once, self.key_blocks)
                     self.scatter(0, 1, **group, together=parts, clears=0, step0=step, step1=end, key_code=key_code)
                     yield
                 key_code = key_code if more else None
-                if self.smoothing is not None:
-                    yield from self.smoothing.in_pieces(plan.cut, part0, parts, tables)
+                for to_do, call in self.between(scratch, head, part0, parts):
+                    yield from to_do.in_pieces(parts * plan.cut.per, call)
                 if query_code is None:
                     query_code = yield from self.queries.of_head(head)
+                group |= {"row_squares": scratch.row_squares, "block": QUERY_BLOCK, "query_code": query_code}
                 for block in range(0, query_blocks, blocks_at_once):
-                    self.gather(block, min(block + blocks_at_once, query_blocks), **group, block=QUERY_BLOCK, query_code=query_code)
+                    self.gather(block, min(block + blocks_at_once, query_blocks), **group)
                     yield
 
-    def by_all_threads(self, tables: Array, head0: int, heads: int, num_threads: int | None) -> None:
+    def by_all_threads(self, scratch: Scratch, head0: int, heads: int, num_threads: int | None) -> None:
         """One round of some heads after the other, all threads at work in each."""
         plan, n_q = self.plan, self.out.shape[2]
         query_code, key_code = None, self.keys.of_heads(head0, heads, num_threads)
         for part0, parts, more in self.groups():
-            group: dict[str, Any] = {"tables": tables, "head0": head0, "part0": part0, "parts": parts}
+            group: dict[str, Any] = {"tables": scratch.tables, "head0": head0, "part0": part0, "parts": parts}
             self._fill(group, heads, key_code, num_threads)
             key_code = key_code if more else None
-            if self.smoothing is not None:
-                self.smoothing.by_all_threads(plan.cut, part0, parts, heads, tables, num_threads)
+            for to_do, call in self.between(scratch, head0, part0, parts):
+                to_do.by_all_threads(heads * parts * plan.cut.per, call, num_threads)
             if query_code is None:
                 query_code = self.queries.of_heads(head0, heads, num_threads)
+            group |= {"row_squares": scratch.row_squares, "block": SMALL_QUERY_BLOCK, "query_code": query_code}
             share(
                 heads * -(-n_q // SMALL_QUERY_BLOCK),
-                partial(self.gather, **group, block=SMALL_QUERY_BLOCK, query_code=query_code),
+                partial(self.gather, **group),
                 num_threads=num_threads,
                 cost=heads * self.row_work * n_q,
             )

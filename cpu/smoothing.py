@@ -10,9 +10,8 @@ block after block; then those that connect blocks, for one row of every block af
 what is at work stays in first-level cache, and the scratch as a whole passes through it twice.
 """
 
-from collections.abc import Iterator
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numba import from_dtype, types
@@ -20,7 +19,7 @@ from numba import from_dtype, types
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.scratch import aligned
-from yoso_core.cpu.threads import BATCH_COST, share
+from yoso_core.cpu.steps import TableStep
 from yoso_core.cpu.views import Array, input_array, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import smoothing_weights
 
@@ -31,19 +30,6 @@ PLACE = (BLOCK + 1) * LANES
 """From one block to the next: an empty row after each keeps rows of different blocks from competing
 for the same lines of the cache.
 """
-
-
-class Cut(Protocol):
-    """`yoso_core.cpu.rounds.Cut`, as far as it says where tables stand."""
-
-    @property
-    def num_hash(self) -> int: ...
-    @property
-    def per(self) -> int: ...
-    @property
-    def splits(self) -> int: ...
-    @property
-    def table_size(self) -> int: ...
 
 
 @helper
@@ -223,34 +209,12 @@ def _smooth_kernel(dtype: Any, oversample: int) -> Any:
     return smooth
 
 
-class Smoothing:
-    """The step between the rounds: tables of ``count`` rows, smoothed in place."""
-
-    def __init__(self, count: int, d_v: int, oversample: int, dtype: Any) -> None:
-        self.columns = -(-d_v // LANES)
-        bits = count.bit_length() - 1
-        self.cost = 3.0 * oversample * (bits + 1) * count * d_v
-        """Of the table of a hash."""
-        weights = np.array(smoothing_weights(bits - oversample, oversample), dtype)
-        self.work = partial(_smooth_kernel(from_dtype(np.dtype(dtype)), oversample), weights=weights, count=count, d_v=d_v)
-
-    def _call(self, cut: Cut, part0: int, parts: int, tables: Array) -> dict[str, Any]:
-        part_size = cut.splits * cut.per * cut.table_size
-        return {"tables": tables, "part0": part0, "parts": parts, "per": cut.per, "num_hash": cut.num_hash, "part_size": part_size}
-
-    def in_pieces(self, cut: Cut, part0: int, parts: int, tables: Array) -> Iterator[None]:
-        """Those of one head, by this thread alone, which may be stopped at each step."""
-        call, tasks = self._call(cut, part0, parts, tables), parts * cut.per * self.columns
-        together = max(1, int(BATCH_COST * self.columns / max(self.cost, 1)))
-        for task in range(0, tasks, together):
-            self.work(task, min(task + together, tasks), **call)
-            yield
-
-    def by_all_threads(self, cut: Cut, part0: int, parts: int, heads: int, tables: Array, num_threads: int | None) -> None:
-        """Those of some heads."""
-        hashes = heads * parts * cut.per
-        work = partial(self.work, **self._call(cut, part0, parts, tables))
-        share(hashes * self.columns, work, num_threads=num_threads, cost=hashes * self.cost)
+def smoothing_step(count: int, d_v: int, oversample: int, dtype: Any) -> TableStep:
+    """Tables of ``count`` rows, smoothed in place."""
+    bits = count.bit_length() - 1
+    weights = np.array(smoothing_weights(bits - oversample, oversample), dtype)
+    work = partial(_smooth_kernel(from_dtype(np.dtype(dtype)), oversample), weights=weights, count=count, d_v=d_v)
+    return TableStep(work, tasks=-(-d_v // LANES), cost=3.0 * oversample * (bits + 1) * count * d_v)
 
 
 def smooth_table(table: Array, oversample: int, *, num_threads: int | None = None) -> Array:
@@ -263,9 +227,9 @@ def smooth_table(table: Array, oversample: int, *, num_threads: int | None = Non
     heads, (count, d_v) = x.shape[0] * x.shape[1], x.shape[2:]
     smoothed = np.array(x, order="C", copy=True).reshape(-1)
     if smoothed.size and oversample:
-        smoothing = Smoothing(count, d_v, oversample, dtype)
-        whole = {"part0": 0, "parts": 1, "per": 1, "num_hash": 1, "part_size": count * d_v}
-        work = partial(smoothing.work, tables=smoothed, **whole)
-        share(heads * smoothing.columns, work, num_threads=num_threads, cost=heads * smoothing.cost)
+        step = smoothing_step(count, d_v, oversample, dtype)
+        step.by_all_threads(
+            heads, {"tables": smoothed, "part0": 0, "parts": 1, "per": 1, "num_hash": 1, "part_size": count * d_v}, num_threads
+        )
     np.copyto(smoothed, np.nan, where=np.isinf(smoothed))
     return smoothed.reshape(table.shape).astype(table.dtype, copy=False)

@@ -13,8 +13,8 @@ from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, to_index
 
 @helper
 def find_buckets(buckets, part, code, slot, i, count, d_v, stored):
-    """Where in the tables the buckets of vectors ``i ... i + count - 1``, 16 at most, begin: that
-    of vector ``i + t`` in the part's ``hash`` at ``buckets[hash * 16 + t]``.
+    """The rows of the tables that are the buckets of vectors ``i ... i + count - 1``, 16 at most:
+    that of vector ``i + t`` in the part's ``hash`` is ``buckets[hash * 16 + t]``.
 
     ``slot`` is the index of a head among those whose codes are there. ``stored``, a constant, says
     that they lie as the caller gave them, ``code (heads, n, m)``, and are unchecked: what is out of
@@ -22,16 +22,17 @@ def find_buckets(buckets, part, code, slot, i, count, d_v, stored):
     own.
     """
     capacity = part.table_size // max(d_v, 1)
+    first = part.start // max(d_v, 1)
     for hash in range(part.hashes):
-        start = part.start + hash * part.table_size
+        start = first + hash * capacity
         if not stored and count == LANES:
             number = to_index(load(code, (slot, part.hash0 + hash, i)))
-            store(buckets, hash * LANES, number * fill(np.intp(d_v)) + fill(np.intp(start)))
+            store(buckets, hash * LANES, number + fill(np.intp(start)))
         else:
             for t in range(count):
                 number = np.intp(code[slot, i + t, part.hash0 + hash] if stored else code[slot, part.hash0 + hash, i + t])
                 known = not stored or 0 <= number < capacity
-                buckets[hash * LANES + t] = start + number * d_v if known else -1
+                buckets[hash * LANES + t] = start + number if known else -1
 
 
 @helper
@@ -48,7 +49,7 @@ def scatter_row(tables, buckets, t, hashes, value, head, i, stored):
         v2, v3 = load(value, (*head, i, c + 2 * LANES)), load(value, (*head, i, c + 3 * LANES))
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                at = buckets[bucket] + c
+                at = buckets[bucket] * d_v + c
                 store(tables, at, load(tables, at) + v0)
                 store(tables, at + LANES, load(tables, at + LANES) + v1)
                 store(tables, at + 2 * LANES, load(tables, at + 2 * LANES) + v2)
@@ -57,25 +58,22 @@ def scatter_row(tables, buckets, t, hashes, value, head, i, stored):
         v0 = load(value, (*head, i, c))
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                store(tables, buckets[bucket] + c, load(tables, buckets[bucket] + c) + v0)
+                at = buckets[bucket] * d_v + c
+                store(tables, at, load(tables, at) + v0)
     for c in range(full, d_v):
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                tables[buckets[bucket] + c] += value[(*head, i, c)]
+                tables[buckets[bucket] * d_v + c] += value[(*head, i, c)]
 
 
 @helper
-def gather_row(tables, buckets, t, hashes, fresh, spread, unit, out, head, i, stored):
+def gather_row(tables, buckets, t, hashes, fresh, out, head, i, stored):
     """Add the ``buckets[hash * 16 + t]`` of query ``i`` to its output row, or begin it, if
-    ``fresh``.
-
-    ``stored`` as in `find_buckets`. With ``spread``, a constant, returns the squares of all that
-    was added, each times ``unit`` before, else 0.
+    ``fresh``. ``stored`` as in `find_buckets`.
     """
     d_v = out.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     zero = fill(out.dtype.type(0))
-    squares, more = zero, zero
     for c in range(0, wide, 4 * LANES):
         y0, y1, y2, y3 = zero, zero, zero, zero
         if not fresh:
@@ -83,13 +81,9 @@ def gather_row(tables, buckets, t, hashes, fresh, spread, unit, out, head, i, st
             y2, y3 = load(out, (*head, i, c + 2 * LANES)), load(out, (*head, i, c + 3 * LANES))
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                at = buckets[bucket] + c
-                r0, r1 = load(tables, at), load(tables, at + LANES)
-                r2, r3 = load(tables, at + 2 * LANES), load(tables, at + 3 * LANES)
-                y0, y1, y2, y3 = y0 + r0, y1 + r1, y2 + r2, y3 + r3
-                if spread:
-                    squares, more = add_square(squares, r0, unit), add_square(more, r1, unit)
-                    squares, more = add_square(squares, r2, unit), add_square(more, r3, unit)
+                at = buckets[bucket] * d_v + c
+                y0, y1 = y0 + load(tables, at), y1 + load(tables, at + LANES)
+                y2, y3 = y2 + load(tables, at + 2 * LANES), y3 + load(tables, at + 3 * LANES)
         store(out, (*head, i, c), y0)
         store(out, (*head, i, c + LANES), y1)
         store(out, (*head, i, c + 2 * LANES), y2)
@@ -98,25 +92,35 @@ def gather_row(tables, buckets, t, hashes, fresh, spread, unit, out, head, i, st
         y0 = zero if fresh else load(out, (*head, i, c))
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                r0 = load(tables, buckets[bucket] + c)
-                y0 = y0 + r0
-                if spread:
-                    squares = add_square(squares, r0, unit)
+                y0 = y0 + load(tables, buckets[bucket] * d_v + c)
         store(out, (*head, i, c), y0)
-    found = total(squares + more) if spread else out.dtype.type(0)
     for c in range(full, d_v):
         y = out.dtype.type(0) if fresh else out[(*head, i, c)]
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                r = tables[buckets[bucket] + c]
-                y += r
-                found += (r * unit) * (r * unit)
+                y += tables[buckets[bucket] * d_v + c]
         out[(*head, i, c)] = y
+
+
+@helper
+def gather_squares(row_squares, buckets, t, hashes, stored):
+    """The sum of what ``row_squares`` holds for the ``buckets[hash * 16 + t]`` of a query."""
+    found = row_squares.dtype.type(0)
+    for bucket in range(t, t + hashes * LANES, LANES):
+        if not stored or buckets[bucket] >= 0:
+            found += row_squares[buckets[bucket]]
     return found
 
 
 @helper
-def add_square(squares, row, unit):
-    """``squares + (row * unit)**2``, lane by lane."""
-    scaled = row * fill(unit)
-    return multiply_add(scaled, scaled, squares)
+def squares_of(tables, start, d_v, unit):
+    """Those of the entries of a row, each times ``unit`` before, summed."""
+    full = d_v - d_v % LANES
+    squares = fill(tables.dtype.type(0))
+    for c in range(start, start + full, LANES):
+        scaled = load(tables, c) * fill(unit)
+        squares = multiply_add(scaled, scaled, squares)
+    found = total(squares)
+    for c in range(start + full, start + d_v):
+        found += (tables[c] * unit) * (tables[c] * unit)
+    return found

@@ -41,9 +41,11 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
         dtype = from_dtype(np.dtype(name))
         of_dtype: dict[str, Callable[..., Any]] = {
             "cumulation, merge": rounds._merge_kernel,
+            "cumulation, squares of rows": cumulation._squares_kernel,
             "smoothing by neighbors": neighbors._neighbors_kernel,
             "weighted cumulation": buckets._buckets_kernel,
             "finish": finishing._finish_kernel,
+            "units": finishing._units_kernel,
             "rows": partial(rows._rows_kernel, unit=False),
             "unit rows": partial(rows._rows_kernel, unit=True),
             "expectation": partial(expectation._expectation_kernel, polynomials=POLYNOMIALS[dtype]),
