@@ -425,3 +425,38 @@ def test_memory_of_sampled_gradients_is_that_of_one_head():
     tracemalloc.stop()
     scratch = 2 * 16384 * 3 * 64 * 4
     assert peak - sum(x.nbytes for x in gradients) < 2 * scratch
+
+
+@pytest.mark.long
+def test_no_piece_that_counts_no_references_makes_or_returns_an_array(tmp_path: Path) -> None:
+    """Such an array would be freed while its caller still uses it. Every family of kernels is
+    compiled anew, for Numba to say what its pieces return.
+    """
+    code = """
+    import pkgutil, importlib
+    from numba import types
+    from numba.core.dispatcher import Dispatcher
+    from yoso_core import cpu
+    from yoso_core.cpu import compiling, scratch, spans
+    from yoso_core.cpu.warmup import all_kernels
+
+    compiling.KernelCache.load_overload = lambda self, signature, target: None
+    WANTED = ("relabel", "smoothing", "weighted", "rows", "expectation", "gradient", "units", "squares", "checked", "hash, chained, uint8")
+    for name, make in all_kernels([32], ["float32"]):
+        if any(part in name for part in WANTED):
+            make()
+
+    def holds_array(kind):
+        return isinstance(kind, types.Array) or isinstance(kind, types.BaseTuple) and any(map(holds_array, kind))
+
+    modules = [importlib.import_module(f"yoso_core.cpu.{module.name}") for module in pkgutil.iter_modules(cpu.__path__)]
+    pieces = {found for module in modules for found in vars(module).values() if isinstance(found, Dispatcher)}
+    careless = {piece for piece in pieces if piece.targetoptions["_nrt"] is False}
+    compiled = [(piece, made.signature.return_type) for piece in careless for made in piece.overloads.values()]
+    assert len(compiled) > 40, len(compiled)
+    assert not [piece for piece, kind in compiled if holds_array(kind)]
+    counting = scratch.aligned, spans.list_kept
+    assert all(holds_array(made.signature.return_type) for piece in counting for made in piece.overloads.values())
+    """
+    result = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
