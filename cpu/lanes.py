@@ -110,12 +110,11 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        hint = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0i8"
-        )
-        for_writing, near, of_data = (ir.Constant(number, value) for value in (0, 3, 1))
-        builder.call(hint, [builder.bitcast(address, byte), for_writing, near, of_data])
+        byte = ir.IntType(8).as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+        hint = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        to_read, near, of_data = (ir.Constant(_INT32, value) for value in (0, 3, 1))
+        builder.call(hint, [builder.bitcast(address, byte), to_read, near, of_data])
         return context.get_dummy_value()
 
     return types.void(array, index), codegen
