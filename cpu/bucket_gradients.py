@@ -61,17 +61,23 @@ def sides_of(begins, sizes, hash, bucket):
 
 
 @helper
+def triple_of(order, side, row, sizes):
+    """Where the triple of a row of a side begins."""
+    return side.start + np.intp(order[side.first + row]) * sizes.triple
+
+
+@helper
 def triple_offsets(offsets, order, side, first, count, sizes):
     """Where the triples of rows ``first ... first + count - 1`` of a side begin."""
     for t in range(count):
-        offsets[t] = side.start + np.intp(order[side.first + first + t]) * sizes.triple
+        offsets[t] = triple_of(order, side, first + t, sizes)
 
 
 @helper
 def prefetch_triples(triples, order, side, sizes):
     """Those of the first tile of a side, while something else is computed."""
     for t in range(min(side.size, TILE)):
-        at = side.start + np.intp(order[side.first + t]) * sizes.triple
+        at = triple_of(order, side, t, sizes)
         for c in range(at, at + sizes.triple, LANES):
             prefetch(triples, c)
 

@@ -208,8 +208,7 @@ def _buckets_kernel(dtype: Any) -> Any:
     buckets: it sorts queries and keys by bucket, and adds to the output rows of its group.
 
     By pairs, 16 keys at a time: their products with four queries at once, then their values on top
-    of the queries' rows. These loops stand here, since a helper that holds them would count
-    references to its arrays for every bucket, a fifth of the time of small buckets.
+    of the queries' rows.
     """
 
     @kernel(

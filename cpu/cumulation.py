@@ -18,7 +18,7 @@ from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, make_plan, part_of, scatter_task
 from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.smoothing import smoothing_step
-from yoso_core.cpu.steps import TableStep
+from yoso_core.cpu.steps import TableStep, table_at
 from yoso_core.cpu.tables import find_buckets, gather_row, gather_squares, scatter_row, squares_of
 from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import whole_table_pays
@@ -191,11 +191,9 @@ def _squares_kernel(dtype: Any) -> Any:
     )
     def add_squares(first, last, tables, row_squares, units, head0, part0, parts, per, num_hash, part_size, count, d_v):
         for task in range(first, last):
-            slot, hash = divmod(task, per)
-            head_index, part = divmod(slot, parts)
-            if (part0 + part) * per + hash < num_hash:
+            head_index, start, there = table_at(task, part0, parts, per, num_hash, part_size, count * d_v)
+            if there:
                 unit = units[divmod(head0 + head_index, units.shape[1])]
-                start = slot * part_size + hash * count * d_v
                 for row in range(count):
                     row_squares[start // d_v + row] = squares_of(tables, start + row * d_v, d_v, unit)
 

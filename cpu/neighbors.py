@@ -17,6 +17,7 @@ from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.relabeling import find_slot, number_occupied, slots_for
 from yoso_core.cpu.scratch import aligned, clear
 from yoso_core.cpu.sorting import read_labels
+from yoso_core.cpu.tables import squares_of
 from yoso_core.cpu.threads import default_threads, in_steps, share
 from yoso_core.cpu.views import Array, input_array, output_array
 from yoso_core.reference.smoothing import neighbors, smoothing_weights
@@ -116,9 +117,7 @@ def _neighbors_kernel(dtype: Any) -> Any:
                                 add_scaled(one, 0, table, numbers[slot] * d_v, weights[k], d_v)
                         add_scaled(flat, i * d_v, one, 0, out.dtype.type(1), d_v)
                     if spread:
-                        found = out.dtype.type(0)
-                        for c in range(d_v):
-                            found += (one[c] * units[head]) * (one[c] * units[head])
+                        found = squares_of(one, 0, d_v, units[head])
                         squares[(*head, i)] = found if hash == 0 else squares[(*head, i)] + found
                 if hash == num_hash - 1:
                     finish_rows(

@@ -19,7 +19,7 @@ from numba import from_dtype, types
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.lanes import LANES, fill, load, store
 from yoso_core.cpu.scratch import aligned
-from yoso_core.cpu.steps import TableStep
+from yoso_core.cpu.steps import TableStep, table_at
 from yoso_core.cpu.views import Array, input_array, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import smoothing_weights
 
@@ -197,9 +197,9 @@ def _smooth_kernel(dtype: Any, oversample: int) -> Any:
         scratch = aligned((count + 1) * LANES if oversample == 1 else (oversample + 1) * size, tables.dtype)
         for task in range(first, last):
             table, column = divmod(task, columns)
-            slot, hash = divmod(table, per)
-            if (part0 + slot % parts) * per + hash < num_hash:
-                start = slot * part_size + hash * count * d_v + column * LANES
+            _, start, there = table_at(table, part0, parts, per, num_hash, part_size, count * d_v)
+            if there:
+                start += column * LANES
                 width = min(LANES, d_v - column * LANES)
                 if oversample == 1:
                     average_one_bit(scratch, weights, count, tables, start, d_v, width)

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from yoso_core.cpu.compiling import helper
 from yoso_core.cpu.threads import BATCH_COST, share
+
+
+@helper
+def table_at(table, part0, parts, per, num_hash, part_size, table_size):
+    """The index of a table's head, where the table begins, and whether its hash is there, in the
+    layout of `TableStep`.
+    """
+    slot, hash = divmod(table, per)
+    head_index, part = divmod(slot, parts)
+    return head_index, slot * part_size + hash * table_size, (part0 + part) * per + hash < num_hash
 
 
 @dataclass(frozen=True)
