@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import from_dtype, types
 
+from yoso_core import processor
 from yoso_core.cpu.codes import Codes
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.scratch import aligned_empty, clear
@@ -34,11 +35,11 @@ THREAD_TABLE_BYTES = 2 << 20
 scattered, smoothed and read again while they are near.
 """
 
-PART_BYTES = 256 << 10
+PART_BYTES = (processor.caches()["l2"] or 512 << 10) // 2
 HASHES_AT_LEAST, HASHES_AT_MOST = 4, 8
-"""Hashes that a vector is added to, or read from, in one go: as many as have tables in half of a
-small second-level cache, within these limits. Fewer than four would fetch values and outputs too
-often, which costs more than tables that do not fit.
+"""Hashes that a vector is added to, or read from, in one go: as many as have tables in half of the
+second-level cache, within these limits. Fewer than four would fetch values and outputs too often,
+which costs more than tables that do not fit.
 """
 
 KEY_BLOCK = QUERY_BLOCK = 2048
@@ -51,21 +52,23 @@ SMALL_QUERY_BLOCK = 512
 
 SPLIT_TASKS = 16
 SPLIT_KEYS = 4096
-"""Where there are fewer (head, part) pairs than `SPLIT_TASKS`, the keys are split as well, in
-pieces of at least `SPLIT_KEYS`.
+"""Where there are fewer pairs of a head and four hashes than `SPLIT_TASKS`, the keys are split as
+well, in pieces of at least `SPLIT_KEYS`.
 """
 
 
 class Cut(NamedTuple):
-    """How the hashes and keys of a head are cut up. This decides what is added up with what, so it
-    follows from shapes alone.
-    """
+    """How the hashes and keys of a head are cut up."""
 
     num_hash: int
     per: int
-    """Hashes to a part (the last may have fewer)."""
+    """Hashes to a part (the last may have fewer). They are added up one after the other, however
+    many there are.
+    """
     splits: int
-    """Pieces of the keys."""
+    """Pieces of the keys. They decide what is added up with what, so they follow from shapes alone,
+    on every machine.
+    """
     table_size: int
     """Entries of one hash's table."""
 
@@ -95,8 +98,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is dealt out. What depends on the number of threads changes no sum; `Cut` does
-    not depend on it.
+    """How the work is dealt out. What depends on the number of threads, or on the size of a cache,
+    changes no sum.
     """
 
     cut: Cut
@@ -118,12 +121,13 @@ class Plan:
 def make_plan(out: Array, n_k: int, *, num_hash: int, table_size: int, num_threads: int | None) -> Plan:
     """``out (batch, heads, n_q, d_v)`` is where the result goes."""
     num_heads, threads = out.shape[0] * out.shape[1], num_threads or default_threads()
-    fitting = PART_BYTES // max(table_size * out.itemsize, 1)
-    per = min(num_hash, max(HASHES_AT_LEAST, min(HASHES_AT_MOST, fitting)))
+    table_bytes = max(table_size * out.itemsize, 1)
+    per = min(num_hash, max(HASHES_AT_LEAST, min(HASHES_AT_MOST, PART_BYTES // table_bytes)))
     parts = -(-num_hash // per)
-    part_bytes = max(per * table_size * out.itemsize, 1)
+    part_bytes = per * table_bytes
     affordable = max(1, TABLE_BYTES // part_bytes)
-    splits = max(1, min(SPLIT_TASKS // max(num_heads * parts, 1), n_k // SPLIT_KEYS, affordable))
+    tasks = max(1, num_heads * -(-num_hash // HASHES_AT_LEAST))
+    splits = max(1, min(SPLIT_TASKS // tasks, n_k // SPLIT_KEYS, TABLE_BYTES // (min(num_hash, HASHES_AT_MOST) * table_bytes)))
     cut = Cut(num_hash=num_hash, per=per, splits=splits, table_size=table_size)
     if splits == 1 and num_heads >= 2 * threads and affordable >= threads:
         near = max(1, THREAD_TABLE_BYTES // part_bytes)

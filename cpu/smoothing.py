@@ -1,13 +1,16 @@
-"""Tables of buckets averaged over their neighbors, by spheres: see
-`yoso_core.reference.smooth_table`. Sixteen columns of a table at a time.
+"""Tables of buckets averaged over their neighbors: see `yoso_core.reference.smooth_table`. Sixteen
+columns of a table at a time, in cache.
 
-One bit of oversampling: the columns are copied to scratch, and each row adds up those that are one
-bit away.
+Let ``S`` replace every row by the sum of those that are one bit away. The sums ``T_r`` over all
+rows at a distance of ``r`` bits follow from each other, since a neighbor of such a row is one bit
+nearer or further: ``S T_r = (r + 1) T_(r+1) + (B - r + 1) T_(r-1)`` for ``B`` bits. So what is
+wanted, ``sum_r a_r T_r``, is a polynomial in ``S``, and `recurrence` (Clenshaw's) applies ``S`` to
+the table ``s`` times in all::
 
-More of them: scratch holds ``T_0 ... T_s``, where every bit adds to each ``T_r`` what stands across
-it in ``T_(r-1)``. The rows come in *blocks*. First the bits that connect rows of a block are done,
-block after block; then those that connect blocks, for one row of every block after the other. So
-what is at work stays in first-level cache, and the scratch as a whole passes through it twice.
+    b_r = a_r T_0 - (B - r) / (r + 2) b_(r+2) + 1 / (r + 1) S b_(r+1)     for r = s ... 0
+
+where ``b_0`` is the smoothed table, and ``b`` beyond ``s`` is zero. What is subtracted from a row,
+it or nearer ones have put there, so a row that nothing reaches stays exactly zero.
 """
 
 from functools import cache, partial
@@ -17,163 +20,100 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.lanes import LANES, fill, load, store
+from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store
 from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.steps import TableStep, table_at
 from yoso_core.cpu.views import Array, input_array, output_array, rows, working_dtype
 from yoso_core.reference.smoothing import smoothing_weights
 
-BLOCK = 64
-"""Rows to a block."""
 
-PLACE = (BLOCK + 1) * LANES
-"""From one block to the next: an empty row after each keeps rows of different blocks from competing
-for the same lines of the cache.
-"""
+def recurrence(bits: int, oversample: int) -> list[tuple[float, float, float]]:
+    """For ``r = s - 1 ... 0`` the factors of the table, of ``b_(r+2)`` and of ``S b_(r+1)`` in
+    ``b_r``. Of the first two, ``b_(r+1)`` and ``b_(r+2)`` stand for the table, since
+    ``b_s = a_s T_0``.
+
+    >>> recurrence(9, 1)
+    [(1.0, 0.0, 0.1111111111111111)]
+    """
+    weights = smoothing_weights(bits - oversample, oversample)
+    steps = [(weights[r], -(bits - r) / (r + 2), 1 / (r + 1)) for r in range(oversample)]
+    last = weights[oversample]
+    own, _, across = steps[-1]
+    steps[-1] = own, 0.0, across * last
+    if oversample > 1:
+        own, lost, across = steps[-2]
+        steps[-2] = own + lost * last, 0.0, across
+    return steps[::-1]
 
 
 @helper
-def load_columns(spheres, at, tables, source, width):
-    """16 columns of a row of the table, fewer at its end, where ``spheres[at]`` helps out."""
+def load_columns(scratch, at, tables, source, width):
+    """16 columns of a row of the table, fewer at its end, where ``scratch[at]`` helps out."""
     if width < LANES:
-        store(spheres, at, fill(spheres.dtype.type(0)))
+        store(scratch, at, fill(scratch.dtype.type(0)))
         for c in range(width):
-            spheres[at + c] = tables[source + c]
-        return load(spheres, at)
+            scratch[at + c] = tables[source + c]
+        return load(scratch, at)
     return load(tables, source)
 
 
 @helper
-def store_columns(spheres, at, tables, source, width, smoothed):
-    """The opposite; what ``spheres[at]`` held is lost."""
+def store_columns(scratch, at, tables, source, width, smoothed):
+    """The opposite; what ``scratch[at]`` held is lost."""
     if width < LANES:
-        store(spheres, at, smoothed)
+        store(scratch, at, smoothed)
         for c in range(width):
-            tables[source + c] = spheres[at + c]
+            tables[source + c] = scratch[at + c]
     else:
         store(tables, source, smoothed)
 
 
 @helper
-def average_one_bit(columns, weights, count, tables, start, d_v, width):
-    """``T_0 + a_1 T_1`` of some columns of a table; ``columns`` is scratch for ``count + 1``
-    rows. Four rows at a time share the sums of their neighbors among themselves.
+def neighbors_of_four(source, count, a):
+    """``S`` for the four rows from ``a`` on, which share the sums of their neighbors among
+    themselves.
     """
-    for row in range(count):
-        store(columns, row * LANES, load_columns(columns, row * LANES, tables, start + row * d_v, width))
-    weight = fill(weights[1])
-    for a in range(0, count * LANES, 4 * LANES):
-        b, c, d = a + LANES, a + 2 * LANES, a + 3 * LANES
-        inner, outer = load(columns, b) + load(columns, c), load(columns, a) + load(columns, d)
-        y_a, y_b, y_c, y_d = inner, outer, outer, inner
-        bit = 4 * LANES
-        while bit < count * LANES:
-            across = a ^ bit
-            y_a, y_b = y_a + load(columns, across), y_b + load(columns, across + LANES)
-            y_c, y_d = y_c + load(columns, across + 2 * LANES), y_d + load(columns, across + 3 * LANES)
-            bit *= 2
-        spare, source = count * LANES, start + a // LANES * d_v
-        store_columns(columns, spare, tables, source, width, load(columns, a) + y_a * weight)
-        store_columns(columns, spare, tables, source + d_v, width, load(columns, b) + y_b * weight)
-        store_columns(columns, spare, tables, source + 2 * d_v, width, load(columns, c) + y_c * weight)
-        store_columns(columns, spare, tables, source + 3 * d_v, width, load(columns, d) + y_d * weight)
-
-
-@helper
-def begin_four(spheres, size, oversample, a, tables, source, d_v, width):
-    """``T_0`` of four rows of the table, and what `add_four` makes of it."""
     b, c, d = a + LANES, a + 2 * LANES, a + 3 * LANES
-    x_a, x_b = load_columns(spheres, a, tables, source, width), load_columns(spheres, b, tables, source + d_v, width)
-    x_c, x_d = load_columns(spheres, c, tables, source + 2 * d_v, width), load_columns(spheres, d, tables, source + 3 * d_v, width)
-    put_four(spheres, a, LANES, x_a, x_b, x_c, x_d)
-    put_four(spheres, a + size, LANES, x_b + x_c, x_a + x_d, x_a + x_d, x_b + x_c)
-    if oversample > 1:
-        put_four(spheres, a + 2 * size, LANES, x_d, x_c, x_b, x_a)
-    zero = fill(spheres.dtype.type(0))
-    for r in range(3, oversample + 1):
-        put_four(spheres, a + r * size, LANES, zero, zero, zero, zero)
+    inner, outer = load(source, b) + load(source, c), load(source, a) + load(source, d)
+    y_a, y_b, y_c, y_d = inner, outer, outer, inner
+    bit = 4 * LANES
+    while bit < count * LANES:
+        across = a ^ bit
+        y_a, y_b = y_a + load(source, across), y_b + load(source, across + LANES)
+        y_c, y_d = y_c + load(source, across + 2 * LANES), y_d + load(source, across + 3 * LANES)
+        bit *= 2
+    return y_a, y_b, y_c, y_d
 
 
 @helper
-def put_four(spheres, at, apart, a, b, c, d):
-    """Rows at ``at``, ``at + apart`` and so on."""
-    store(spheres, at, a)
-    store(spheres, at + apart, b)
-    store(spheres, at + 2 * apart, c)
-    store(spheres, at + 3 * apart, d)
-
-
-@helper
-def add_two(spheres, size, oversample, here, apart):
-    """Two rows, ``apart`` from each other, which one bit tells apart: each gets in ``T_r`` what the
-    other has in ``T_(r-1)``.
+def average(scratch, size, steps, count, tables, start, d_v, width):
+    """Some columns of a table, by the ``steps`` of `recurrence`. ``scratch`` has room for the table
+    and, if they are needed, for two ``b``: ``size`` numbers each, a row more than there are.
     """
-    there = here + apart
-    for r in range(oversample, 0, -1):
-        at, below = r * size, (r - 1) * size
-        x, y = load(spheres, below + here), load(spheres, below + there)
-        store(spheres, at + here, load(spheres, at + here) + y)
-        store(spheres, at + there, load(spheres, at + there) + x)
-
-
-@helper
-def add_four(spheres, size, oversample, a, apart):
-    """Four rows, ``apart`` from each other, which two bits tell apart, the outer ones and the inner
-    ones by both: each gets in ``T_r`` what its two neighbors have in ``T_(r-1)`` and the opposite
-    one in ``T_(r-2)``.
-    """
-    b, c, d = a + apart, a + 2 * apart, a + 3 * apart
-    for r in range(oversample, 0, -1):
-        at, below, further = r * size, (r - 1) * size, (r - 2) * size
-        inner = load(spheres, below + b) + load(spheres, below + c)
-        outer = load(spheres, below + a) + load(spheres, below + d)
-        y_a, y_b = load(spheres, at + a) + inner, load(spheres, at + b) + outer
-        y_c, y_d = load(spheres, at + c) + outer, load(spheres, at + d) + inner
-        if r > 1:
-            y_a, y_b = y_a + load(spheres, further + d), y_b + load(spheres, further + c)
-            y_c, y_d = y_c + load(spheres, further + b), y_d + load(spheres, further + a)
-        put_four(spheres, at + a, apart, y_a, y_b, y_c, y_d)
-
-
-@helper
-def add_bits(spheres, size, oversample, start, step, bit, count):
-    """Bits of the numbers ``0 ... count - 1`` of rows that stand ``step`` apart, from ``bit`` on,
-    two at a time.
-    """
-    while 2 * bit < count:
-        for first in range(0, count, 4 * bit):
-            for row in range(first, first + bit):
-                add_four(spheres, size, oversample, start + row * step, bit * step)
-        bit *= 4
-    if bit < count:
-        for row in range(bit):
-            add_two(spheres, size, oversample, start + row * step, bit * step)
-
-
-@helper
-def average_spheres(spheres, size, oversample, weights, count, tables, start, d_v, width):
-    """``T_0 + sum_r a_r T_r`` of some columns of a table; ``spheres`` is scratch for ``s + 1``
-    times ``size`` numbers.
-    """
-    block = min(count, BLOCK)
-    blocks = count // block
-    for number in range(blocks):
-        at, source = number * PLACE, start + number * block * d_v
-        for row in range(0, block, 4):
-            begin_four(spheres, size, oversample, at + row * LANES, tables, source + row * d_v, d_v, width)
-        add_bits(spheres, size, oversample, at, LANES, 4, block)
-    for row in range(block):
-        add_bits(spheres, size, oversample, row * LANES, PLACE, 1, blocks)
-        for number in range(blocks):
-            at, source = number * PLACE + row * LANES, start + (number * block + row) * d_v
-            smoothed = load(spheres, at)
-            for r in range(1, oversample + 1):
-                smoothed = smoothed + load(spheres, r * size + at) * fill(weights[r])
-            store_columns(spheres, at, tables, source, width, smoothed)
+    last = len(steps) - 1
+    for row in range(count):
+        at = row * LANES
+        store(scratch, at, load_columns(scratch, at, tables, start + row * d_v, width))
+    source = scratch[:size]
+    for step in range(len(steps)):
+        own, older, across = fill(steps[step, 0]), fill(steps[step, 1]), fill(steps[step, 2])
+        target = scratch[size : 2 * size] if step % 2 == 0 else scratch[2 * size :]
+        for a in range(0, count * LANES, 4 * LANES):
+            sums = neighbors_of_four(source, count, a)
+            for t in range(4):
+                at = a + t * LANES
+                y = multiply_add(sums[t], across, load(scratch, at) * own)
+                if step > 1:
+                    y = multiply_add(load(target, at), older, y)
+                if step < last:
+                    store(target, at, y)
+                else:
+                    store_columns(scratch, size - LANES, tables, start + (a // LANES + t) * d_v, width, y)
+        source = target
 
 
 @cache
-def _smooth_kernel(dtype: Any, oversample: int) -> Any:
+def _smooth_kernel(dtype: Any) -> Any:
     """A task is 16 columns of the table of a hash: ``s bits`` additions an entry, in cache.
 
     The tables of ``parts`` parts of some heads, ``per`` to a part, begin ``part_size`` entries
@@ -182,7 +122,7 @@ def _smooth_kernel(dtype: Any, oversample: int) -> Any:
 
     @kernel(
         tables=output_array(dtype, 1),
-        weights=input_array(dtype, 1),
+        steps=input_array(dtype, 2),
         part0=types.intp,
         parts=types.intp,
         per=types.intp,
@@ -191,20 +131,17 @@ def _smooth_kernel(dtype: Any, oversample: int) -> Any:
         count=types.intp,
         d_v=types.intp,
     )
-    def smooth(first, last, tables, weights, part0, parts, per, num_hash, part_size, count, d_v):
+    def smooth(first, last, tables, steps, part0, parts, per, num_hash, part_size, count, d_v):
         columns = (d_v + LANES - 1) // LANES
-        size = (count + BLOCK - 1) // BLOCK * PLACE
-        scratch = aligned((count + 1) * LANES if oversample == 1 else (oversample + 1) * size, tables.dtype)
+        size = (count + 1) * LANES
+        scratch = aligned(min(len(steps), 3) * size, tables.dtype)
         for task in range(first, last):
             table, column = divmod(task, columns)
             _, start, there = table_at(table, part0, parts, per, num_hash, part_size, count * d_v)
             if there:
                 start += column * LANES
                 width = min(LANES, d_v - column * LANES)
-                if oversample == 1:
-                    average_one_bit(scratch, weights, count, tables, start, d_v, width)
-                else:
-                    average_spheres(scratch, size, oversample, weights, count, tables, start, d_v, width)
+                average(scratch, size, steps, count, tables, start, d_v, width)
 
     return smooth
 
@@ -212,15 +149,15 @@ def _smooth_kernel(dtype: Any, oversample: int) -> Any:
 def smoothing_step(count: int, d_v: int, oversample: int, dtype: Any) -> TableStep:
     """Tables of ``count`` rows, smoothed in place."""
     bits = count.bit_length() - 1
-    weights = np.array(smoothing_weights(bits - oversample, oversample), dtype)
-    work = partial(_smooth_kernel(from_dtype(np.dtype(dtype)), oversample), weights=weights, count=count, d_v=d_v)
-    return TableStep(work, tasks=-(-d_v // LANES), cost=3.0 * oversample * (bits + 1) * count * d_v)
+    steps = np.array(recurrence(bits, oversample), dtype)
+    work = partial(_smooth_kernel(from_dtype(np.dtype(dtype))), steps=steps, count=count, d_v=d_v)
+    return TableStep(work, tasks=-(-d_v // LANES), cost=2.0 * oversample * (bits + 1) * count * d_v)
 
 
 def smooth_table(table: Array, oversample: int, *, num_threads: int | None = None) -> Array:
     """See `yoso_core.reference.smooth_table`.
 
-    Working memory: ``16 (s + 1)`` columns a thread; 16 for ``s = 1``.
+    Working memory: ``min(s, 3)`` times 16 columns of the table a thread.
     """
     dtype = working_dtype(table)
     x = rows(table, dtype)

@@ -26,9 +26,9 @@ from yoso_core.operations import OPERATIONS, Operation, Output
 FACE = Path(yoso_core.__file__).parent
 
 LAYERS = (
-    {"reference"},
+    {"reference", "processor"},
     {"cpu", "gpu"},
-    {"arrays", "checks", "files", "memory", "processor", "backends", "operations", "own_kernel", "registry", "ops"},
+    {"arrays", "checks", "files", "memory", "backends", "operations", "own_kernel", "registry", "ops"},
     {"truth", "inputs", "adaptive"},
     {"model"},
     {"attend"},

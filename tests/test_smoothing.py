@@ -57,7 +57,7 @@ def by_transform(table: Array, s: int) -> Array:
 
 
 @pytest.mark.parametrize(("tau", "s"), SMALL)
-@pytest.mark.parametrize("variant", ["numpy:pairs", "numpy:spheres", "cpu:spheres"])
+@pytest.mark.parametrize("variant", ["numpy:pairs", "numpy:spheres", "cpu:recurrence"])
 def test_a_table_is_convolved(tau: int, s: int, variant: str) -> None:
     table = np.random.default_rng(1).standard_normal((2, 1 << (tau + s), 19))
     got = yoso_core.smooth_table(table, s, variant=variant)
@@ -87,7 +87,7 @@ def test_far_from_every_key_there_is_nothing() -> None:
     table = np.zeros((64, 3), np.float32)
     table[5] = 1e6, 0.1, 1e-6
     far = np.array([bin(row ^ 5).count("1") > 2 for row in range(64)])
-    for variant in ("numpy:pairs", "numpy:spheres", "cpu:spheres"):
+    for variant in ("numpy:pairs", "numpy:spheres", "cpu:recurrence"):
         got = yoso_core.smooth_table(table, 2, variant=variant)
         assert (got[far] == 0).all()
         assert (got[~far] > 0).all()

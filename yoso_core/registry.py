@@ -143,7 +143,7 @@ KERNELS: tuple[Kernel, ...] = (
         "add_keys_to_table cross_bit weigh_spheres read_table",
         deterministic=False,
     ),
-    Kernel("smooth_table", "cpu:spheres", "yoso_core.cpu:smooth_table", "16 columns at a time, in cache"),
+    Kernel("smooth_table", "cpu:recurrence", "yoso_core.cpu:smooth_table", "a polynomial in flips of a bit, 16 columns at a time"),
     Kernel("smooth_table", "numpy:spheres", "yoso_core.reference:smooth_table", "neighbors by distance, bit by bit"),
     Kernel("smooth_table", "numpy:pairs", "yoso_core.reference:smooth_table_pairs", "every pair of codes"),
     *_cuda("smooth_table", "spheres", "neighbors by distance, rows in registers and shared memory", "smooth_spheres"),
