@@ -26,9 +26,6 @@ KEPT_CODES = ((types.int32, False), (types.uint8, True), (types.uint16, True), (
 attention.
 """
 
-KEPT_OVERSAMPLES = (1, 2, 3, 4)
-"""Those that `yoso_core.plan` chooses from."""
-
 
 def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The name of every kernel, and what compiles it or loads it from disk.
@@ -42,6 +39,7 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
         of_dtype: dict[str, Callable[..., Any]] = {
             "cumulation, merge": rounds._merge_kernel,
             "cumulation, squares of rows": cumulation._squares_kernel,
+            "smoothing": smoothing._smooth_kernel,
             "smoothing by neighbors": neighbors._neighbors_kernel,
             "weighted cumulation": buckets._buckets_kernel,
             "finish": finishing._finish_kernel,
@@ -52,8 +50,6 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
             "gradient, sampled": _backward_kernel,
             "gradient, finish": gradients._finish_kernel,
         }
-        for oversample in KEPT_OVERSAMPLES:
-            of_dtype[f"smoothing, oversample {oversample}"] = partial(smoothing._smooth_kernel, oversample=oversample)
         for code, stored in ((types.int32, True), (types.uint8, False), (types.uint16, False), (types.int32, False)):
             kept_in = f"{code}, {'checked' if stored else 'trusted'}"
             of_dtype[f"cumulation, scatter, {kept_in}"] = partial(cumulation._scatter_kernel, code=code, stored=stored)

@@ -252,7 +252,7 @@ def test_the_list_of_kernels_is_whole() -> None:
                 there.add((found.name, name))
     listed = list(warmup.all_kernels([16, 32], ["float32", "float64"]))
     assert {factory(make) for _, make in listed} == there
-    assert len({name for name, _ in listed}) == len(listed) == 1 + 2 * (34 + 2 * 9)
+    assert len({name for name, _ in listed}) == len(listed) == 1 + 2 * (31 + 2 * 9)
     for _, make in listed:
         inspect.signature(make).bind()
 
