@@ -10,7 +10,8 @@ from yoso_core.cpu.codes import MadeCodes
 from yoso_core.cpu.cumulation import by_stored_codes, by_tables, tables_pay
 from yoso_core.cpu.expectation import expect
 from yoso_core.cpu.hashing import all_codes, check_dim, hash_maker, narrowest
-from yoso_core.cpu.views import Array, common_dtype, heads, kept, rows
+from yoso_core.cpu.precision import common_dtype, rounded, rows, stored_alike, stored_rows
+from yoso_core.cpu.views import Array, heads, kept
 from yoso_core.reference.hashing import Layout
 
 
@@ -47,12 +48,14 @@ def yoso_attention(
     dtype, bits = common_dtype(query, value), hash_code_len + oversample
     if signs is not None:
         check_dim("query", signs.shape[-1])
-    q, k, v = rows(query, dtype), rows(key, dtype), rows(value, dtype)
+    q, k = stored_alike(query, key, dtype=dtype, num_threads=num_threads)
+    v = stored_rows(value, dtype)
     keep = kept(query_mask, query.shape[:-1]), kept(key_mask, key.shape[:-1])
     batch, num_heads, n_q, _ = q.shape
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
     rest: dict[str, Any] = {
         "keep": keep,
+        "dtype": dtype,
         "nonfinite": nonfinite,
         "normalize": normalize_output,
         "spread": return_error,
@@ -61,7 +64,7 @@ def yoso_attention(
     make_hash = hash_maker(signs, planes, num_hash, bits, layout)
     if tables_pay(1 << bits, oversample, n_q, k.shape[2]):
         code = narrowest(bits)
-        hash = make_hash(leading=query.shape[:-2], dtype=dtype, code=code, by_hash=True)
+        hash = make_hash(leading=query.shape[:-2], dtype=dtype, stored=q.dtype, code=code, by_hash=True)
         of_queries, of_keys = nonfinite.reshape(-1, 1 + n_q), np.zeros((batch * num_heads, k.shape[2]), np.uint8)
 
         def mark_heads(head0: int, count: int) -> None:
@@ -77,11 +80,12 @@ def yoso_attention(
         found_rows = by_tables(codes, code, v, 1 << bits, oversample, num_hash=num_hash, stored=False, **rest)
     else:
         query_code, key_code = (heads(all_codes(x, make_hash, num_threads)) for x in (query, key))
+        q, k = rows(q, dtype, num_threads), rows(k, dtype, num_threads)
         nonfinite[:, :, 0] = (keep[1] & ~np.isfinite(k).all(axis=-1)).any(axis=-1)
         nonfinite[:, :, 1:] = ~np.isfinite(q).all(axis=-1)
         found_rows = by_stored_codes(query_code, key_code, v, 1 << bits, oversample, **rest)
     leading = query.shape[:-1]
     asked = [found_rows.lengths.reshape(*leading, 1)] if return_length else []
     asked += [found_rows.errors.reshape(leading)] if return_error else []
-    out = found_rows.out.reshape(*leading, value.shape[-1]).astype(value.dtype, copy=False)
+    out = rounded(found_rows.out.reshape(*leading, value.shape[-1]), value.dtype, num_threads)
     return (out, *asked) if asked else out

@@ -16,11 +16,12 @@ from numba import from_dtype, types
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.finishing import finish
 from yoso_core.cpu.lanes import LANES, fill, fill_from, load, load_transposed, multiply_add, store
+from yoso_core.cpu.precision import rounded, rows, working_dtype
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
 from yoso_core.cpu.scratch import aligned, clear, padded_width
 from yoso_core.cpu.sorting import HASHES_AT_ONCE, read_labels, sort_by_label
 from yoso_core.cpu.threads import BATCH_COST, in_steps, share
-from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
+from yoso_core.cpu.views import Array, heads, input_array, kept, output_array
 
 ENOUGH_TASKS = 16
 """Where there are fewer heads, the hashes of a head are dealt to several tasks, each with sums of
@@ -339,7 +340,7 @@ def lsh_weighted_cumulation(
     """
     dtype = working_dtype(value)
     query_code, key_code = heads(query_hash_code), heads(key_hash_code)
-    qw, kw, v = rows(query_weight, dtype), rows(key_weight, dtype), rows(value, dtype)
+    qw, kw, v = (rows(x, dtype, num_threads) for x in (query_weight, key_weight, value))
     keep_query, keep_key = kept(query_mask, query_hash_code.shape[:-1]), kept(key_mask, key_hash_code.shape[:-1])
     batch, num_heads, n_q, num_hash = query_code.shape
     n_k, d_v = v.shape[2:]
@@ -372,4 +373,4 @@ def lsh_weighted_cumulation(
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
     nonfinite[:, :, 1:] = ~np.isfinite(qw).all(axis=-1)
     finish(out, keep_query, nonfinite, 1 / num_hash, num_threads)
-    return out.reshape(*query_hash_code.shape[:-1], d_v).astype(value.dtype, copy=False)
+    return rounded(out.reshape(*query_hash_code.shape[:-1], d_v), value.dtype, num_threads)

@@ -14,18 +14,19 @@ from yoso_core.cpu.compiling import kernel
 from yoso_core.cpu.finishing import Rows, empty_rows, finish_rows
 from yoso_core.cpu.lanes import LANES
 from yoso_core.cpu.neighbors import read_neighbors
+from yoso_core.cpu.precision import rounded, rows, stored_rows, working_dtype
 from yoso_core.cpu.relabeling import dense_tables_fit, relabeled
-from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, accumulate, clear_piece, make_plan, part_of, scatter_task
+from yoso_core.cpu.rounds import KEY_BLOCK, Cut, Group, Sizes, accumulate, clear_piece, make_plan, part_of, scatter_task
 from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.smoothing import smoothing_step
 from yoso_core.cpu.steps import TableStep, table_at
 from yoso_core.cpu.tables import find_buckets, gather_row, gather_squares, scatter_row, squares_of
-from yoso_core.cpu.views import Array, heads, input_array, kept, output_array, rows, working_dtype
+from yoso_core.cpu.views import Array, heads, input_array, kept, output_array
 from yoso_core.reference.smoothing import whole_table_pays
 
 
 @cache
-def _scatter_kernel(dtype: Any, code: Any, stored: bool) -> Any:
+def _scatter_kernel(dtype: Any, stored_value: Any, code: Any, stored: bool) -> Any:
     """The tables of one group, from codes ``(heads, m, n)`` of its heads. A task is (head,
     ``together`` parts, piece of the keys), a step of it a block of its keys. The first one clears
     the tables, as long as they fit in the cache; otherwise ``clears`` steps before it do.
@@ -47,7 +48,7 @@ def _scatter_kernel(dtype: Any, code: Any, stored: bool) -> Any:
         splits=types.intp,
         table_size=types.intp,
         key_code=input_array(code, 3),
-        value=input_array(dtype, 4),
+        value=input_array(stored_value, 4),
         keep=input_array(types.uint8, 3),
     )
     def scatter(
@@ -82,7 +83,8 @@ def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
     """Output rows from the tables of one group. A task is (head, block of queries). Reads
     ``n m d_v`` entries of the tables. With ``spread``, a constant, ``errors`` become the relative
     standard errors of the rows; ``squares`` is their scratch, ``row_squares`` holds the squares of
-    every row of the tables, and ``units`` is as in `yoso_core.cpu.finishing.units`.
+    every row of the tables, and ``units`` is as in `yoso_core.cpu.finishing.units`. Heads of
+    ``out`` may share their memory.
     """
 
     @kernel(
@@ -99,7 +101,7 @@ def _gather_kernel(dtype: Any, code: Any, stored: bool, spread: bool) -> Any:
         query_code=input_array(code, 3),
         keep=input_array(types.uint8, 3),
         nonfinite=input_array(types.uint8, 3),
-        out=output_array(dtype, 4),
+        out=types.Array(dtype, 4, "A"),
         lengths=output_array(dtype, 3),
         normalize=types.boolean,
         units=input_array(dtype, 2),
@@ -224,6 +226,7 @@ def by_tables(
     *,
     num_hash: int,
     stored: bool,
+    dtype: Any,
     keep: tuple[Array, Array],
     nonfinite: Array,
     normalize: bool,
@@ -231,28 +234,29 @@ def by_tables(
     num_threads: int | None,
 ) -> Rows:
     """From codes of queries and keys in the integer type ``code``; ``keep`` likewise. ``stored`` as
-    in `yoso_core.cpu.tables.find_buckets`.
+    in `yoso_core.cpu.tables.find_buckets`. The ``value`` (`stored_rows`) is added up in ``dtype``;
+    rows are in that, or rounded to what the value is stored in.
     """
     n_k, d_v = value.shape[2:]
-    found = empty_rows(value, keep, spread, num_threads)
-    out, rest = found.out, found._asdict()
-    plan = make_plan(out, n_k, num_hash=num_hash, table_size=hashtable_capacity * d_v, num_threads=num_threads)
-    types_of = from_dtype(out.dtype), from_dtype(np.dtype(code)), stored
+    sizes = Sizes(value.shape[0], value.shape[1], keep[0].shape[2], n_k, d_v)
+    plan = make_plan(sizes, dtype, num_hash=num_hash, capacity=hashtable_capacity, num_threads=num_threads)
+    found = empty_rows(value, dtype, value.dtype if plan.by_head else dtype, keep, spread, num_threads)
+    working, code_type = from_dtype(np.dtype(dtype)), from_dtype(np.dtype(code))
     accumulate(
         plan,
-        out,
-        n_k,
+        sizes,
         codes,
-        partial(_scatter_kernel(*types_of), value=value, keep=keep[1], **plan.cut._asdict()),
+        partial(_scatter_kernel(working, from_dtype(value.dtype), code_type, stored), value=value, keep=keep[1], **plan.cut._asdict()),
         partial(
-            _gather_kernel(*types_of, spread),
+            _gather_kernel(working, code_type, stored, spread),
             keep=keep[0],
             nonfinite=nonfinite,
             normalize=normalize,
-            **rest,
+            **{name: array for name, array in found._asdict().items() if name != "out"},
             **plan.cut._asdict(),
         ),
-        smoothing=smoothing_step(hashtable_capacity, d_v, oversample, out.dtype) if oversample else None,
+        found.out,
+        smoothing=smoothing_step(hashtable_capacity, d_v, oversample, dtype) if oversample else None,
         squares=_squares_step(hashtable_capacity, d_v, found.units) if spread else None,
         num_threads=num_threads,
     )
@@ -266,6 +270,7 @@ def by_stored_codes(
     hashtable_capacity: int,
     oversample: int,
     *,
+    dtype: Any,
     keep: tuple[Array, Array],
     nonfinite: Array,
     normalize: bool,
@@ -279,12 +284,12 @@ def by_stored_codes(
     rest: dict[str, Any] = {"keep": keep, "nonfinite": nonfinite, "normalize": normalize, "spread": spread, "num_threads": num_threads}
     if not tables_pay(hashtable_capacity, oversample, query_code.shape[2], key_code.shape[2]):
         if oversample:
-            return read_neighbors(query_code, key_code, value, hashtable_capacity, oversample, **rest)
+            return read_neighbors(query_code, key_code, rows(value, dtype, num_threads), hashtable_capacity, oversample, **rest)
         query_code, key_code = relabeled(query_code, key_code, *keep, hashtable_capacity, num_threads)
         hashtable_capacity = key_code.shape[2] + 1
     codes = StoredCodes(query_code), StoredCodes(key_code)
     num_hash = query_code.shape[3]
-    return by_tables(codes, np.int32, value, hashtable_capacity, oversample, num_hash=num_hash, stored=True, **rest)
+    return by_tables(codes, np.int32, value, hashtable_capacity, oversample, num_hash=num_hash, stored=True, dtype=dtype, **rest)
 
 
 def lsh_cumulation(
@@ -306,16 +311,18 @@ def lsh_cumulation(
     """
     query_code, key_code = heads(query_hash_code), heads(key_hash_code)
     batch, num_heads, n_q, _ = query_code.shape
+    dtype = working_dtype(value)
     found = by_stored_codes(
         query_code,
         key_code,
-        rows(value, working_dtype(value)),
+        stored_rows(value, dtype),
         hashtable_capacity,
         oversample,
+        dtype=dtype,
         keep=(kept(query_mask, query_hash_code.shape[:-1]), kept(key_mask, key_hash_code.shape[:-1])),
         nonfinite=np.broadcast_to(np.zeros(1, np.uint8), (batch, num_heads, 1 + n_q)),
         normalize=False,
         spread=False,
         num_threads=num_threads,
     )
-    return found.out.reshape(*query_hash_code.shape[:-1], value.shape[-1]).astype(value.dtype, copy=False)
+    return rounded(found.out.reshape(*query_hash_code.shape[:-1], value.shape[-1]), value.dtype, num_threads)

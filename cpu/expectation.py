@@ -12,6 +12,7 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import kernel
 from yoso_core.cpu.finishing import finish_row
+from yoso_core.cpu.precision import common_dtype, rounded, stored_rows
 from yoso_core.cpu.rows import packed_rows, store_row, unit_rows
 from yoso_core.cpu.scratch import aligned, clear, padded_width
 from yoso_core.cpu.spans import (
@@ -27,7 +28,7 @@ from yoso_core.cpu.spans import (
     transpose_span,
 )
 from yoso_core.cpu.threads import share
-from yoso_core.cpu.views import Array, common_dtype, input_array, int_tuple, kept, output_array, rows
+from yoso_core.cpu.views import Array, input_array, int_tuple, kept, output_array
 from yoso_core.cpu.weights import POLYNOMIALS, SCRATCH, STEEP, weigh
 
 ENOUGH_TASKS = 64
@@ -151,9 +152,9 @@ def expect(
     Returns the rows, and the length of each before that.
     """
     dtype = common_dtype(query, value)
-    q, k, v = (rows(x, dtype) for x in (query, key, value))
-    unit_query, _, nonfinite_query = unit_rows(q, num_threads)
-    unit_key, _, _ = unit_rows(k, num_threads)
+    q, k, v = (stored_rows(x, dtype) for x in (query, key, value))
+    unit_query, _, nonfinite_query = unit_rows(q, dtype, num_threads)
+    unit_key, _, _ = unit_rows(k, dtype, num_threads)
     batch, num_heads, n_q, d = q.shape
     n_k, d_v = v.shape[2:]
     nonfinite = np.zeros((batch, num_heads, 1 + n_q), np.uint8)
@@ -169,7 +170,7 @@ def expect(
         sizes=Sizes(dim=d, hash_code_len=hash_code_len, span=span, pieces=pieces),
         unit_query=unit_query,
         unit_key=unit_key,
-        value=packed_rows(v, num_threads),
+        value=packed_rows(v, dtype, num_threads),
         keep_query=kept(query_mask, query.shape[:-1]),
         keep_key=kept(key_mask, key.shape[:-1]),
         nonfinite=nonfinite,
@@ -180,4 +181,4 @@ def expect(
     cost = float(batch * num_heads) * n_q * n_k * (d + d_v)
     share(batch * num_heads * -(-n_q // span) * pieces, attend, num_threads=num_threads, cost=cost)
     leading = query.shape[:-1]
-    return out.reshape(*leading, d_v).astype(value.dtype, copy=False), lengths.reshape(*leading, 1)
+    return rounded(out.reshape(*leading, d_v), value.dtype, num_threads), lengths.reshape(*leading, 1)

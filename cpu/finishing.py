@@ -10,7 +10,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.lanes import LANES, absolute, fill, largest, load, multiply_add, store, total, where_less
+from yoso_core.cpu.lanes import LANES, absolute, fill, largest, load, multiply_add, read, read_one, store, total, where_less
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.views import Array, input_array, output_array
 from yoso_core.reference.normalize import TINY_NORM
@@ -123,16 +123,18 @@ class Rows(NamedTuple):
     """``(batch, heads)``: see `units`."""
 
 
-def empty_rows(value: Array, keep: tuple[Array, Array], spread: bool, num_threads: int | None) -> Rows:
-    """Room for the rows of queries and keys with these masks; ``spread``: and for their errors."""
+def empty_rows(value: Array, dtype: Any, stored: Any, keep: tuple[Array, Array], spread: bool, num_threads: int | None) -> Rows:
+    """Room for the rows of queries and keys with these masks, computed in ``dtype``, ``stored`` in
+    another; ``spread``: and for their errors.
+    """
     rows = *value.shape[:2], keep[0].shape[2]
     of_errors = rows if spread else (0, 0, 0)
     return Rows(
-        out=np.empty((*rows, value.shape[3]), value.dtype),
-        lengths=np.empty(rows, value.dtype),
+        out=np.empty((*rows, value.shape[3]), stored),
+        lengths=np.empty(rows, dtype),
         errors=np.zeros(of_errors, np.float32),
-        squares=np.empty(of_errors, value.dtype),
-        units=units(value, keep[1], num_threads) if spread else np.broadcast_to(np.ones(1, value.dtype), rows[:2]),
+        squares=np.empty(of_errors, dtype),
+        units=units(value, dtype, keep[1], num_threads) if spread else np.broadcast_to(np.ones(1, dtype), rows[:2]),
     )
 
 
@@ -175,26 +177,27 @@ def finish_rows(out, lengths, errors, squares, units, keep, nonfinite, head, beg
 
 
 @cache
-def _units_kernel(dtype: Any) -> Any:
+def _units_kernel(dtype: Any, stored: Any) -> Any:
     """See `units`. A task is a head; reads its values once."""
 
-    @kernel(value=input_array(dtype, 4), keep=input_array(types.uint8, 3), units=output_array(dtype, 2))
+    @kernel(value=input_array(stored, 4), keep=input_array(types.uint8, 3), units=output_array(dtype, 2))
     def find_units(first, last, value, keep, units):
         n, d_v = value.shape[2:]
         full = d_v - d_v % LANES
-        zero = fill(value.dtype.type(0))
+        nothing = units.dtype.type(0)
+        zero = fill(nothing)
         for task in range(first, last):
             head = divmod(task, value.shape[1])
-            of_lanes, of_rest = zero, value.dtype.type(0)
+            of_lanes, of_rest = zero, nothing
             for j in range(n):
                 if keep[(*head, j)]:
                     of_row, rest = zero, zero
                     for c in range(0, full, LANES):
-                        y = load(value, (*head, j, c))
+                        y = read(value, (*head, j, c))
                         of_row, rest = where_less(of_row, absolute(y), absolute(y), of_row), rest + (y - y)
-                    last_of_row, left = value.dtype.type(0), total(rest)
+                    last_of_row, left = nothing, total(rest)
                     for c in range(full, d_v):
-                        y = value[(*head, j, c)]
+                        y = read_one(value, (*head, j, c))
                         last_of_row, left = max(last_of_row, abs(y)), left + (y - y)
                     if left == 0:  # NaN where an entry is not finite
                         of_lanes, of_rest = where_less(of_lanes, of_row, of_row, of_lanes), max(of_rest, last_of_row)
@@ -203,13 +206,13 @@ def _units_kernel(dtype: Any) -> Any:
     return find_units
 
 
-def units(value: Array, keep: Array, num_threads: int | None) -> Array:
+def units(value: Array, dtype: Any, keep: Array, num_threads: int | None) -> Array:
     """A power of two for each head, by which its values ``(batch, heads, n, d_v)`` are multiplied
     before they are squared, so that no square overflows or vanishes: one over the largest kept
     value, about.
     """
-    found = np.empty(value.shape[:2], value.dtype)
-    find = partial(_units_kernel(from_dtype(value.dtype)), value=value, keep=keep, units=found)
+    found = np.empty(value.shape[:2], dtype)
+    find = partial(_units_kernel(from_dtype(found.dtype), from_dtype(value.dtype)), value=value, keep=keep, units=found)
     share(found.size, find, num_threads=num_threads, cost=float(value.size), moved=float(value.nbytes))
     return found
 

@@ -23,6 +23,7 @@ from numba import from_dtype, types
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.cumulation import lsh_cumulation
 from yoso_core.cpu.lanes import LANES, load, store
+from yoso_core.cpu.precision import common_dtype, rounded, stored_rows
 from yoso_core.cpu.rows import l2_normalize_backward, packed_rows, store_row, unit_rows
 from yoso_core.cpu.sampled_gradients import lsh_lower_bound_backward
 from yoso_core.cpu.scratch import aligned, aligned_empty, clear, padded_width
@@ -40,7 +41,7 @@ from yoso_core.cpu.spans import (
     transpose_span,
 )
 from yoso_core.cpu.threads import in_steps, share
-from yoso_core.cpu.views import Array, common_dtype, heads, input_array, int_tuple, kept, output_array, rows
+from yoso_core.cpu.views import Array, heads, input_array, int_tuple, kept, output_array
 from yoso_core.cpu.weights import POLYNOMIALS, SCRATCH, STEEP_FOR_GRADIENTS, collision_rates, weigh, weigh_exactly
 from yoso_core.reference.expectation import Grad
 from yoso_core.reference.smoothing import plain_codes
@@ -336,8 +337,8 @@ def _by_pairs(
     ``codes``.
     """
     dtype = common_dtype(query, value)
-    q, k, v, g = (rows(x, dtype) for x in (query, key, value, grad_out))
-    (unit_query, query_length, _), (unit_key, key_length, _) = (unit_rows(x, num_threads) for x in (q, k))
+    q, k, v, g = (stored_rows(x, dtype) for x in (query, key, value, grad_out))
+    (unit_query, query_length, _), (unit_key, key_length, _) = (unit_rows(x, dtype, num_threads) for x in (q, k))
     keep_key = kept(key_mask, key.shape[:-1])
     query_code, key_code = (np.empty((1, 1, 1, 0), np.int32),) * 2 if codes is None else map(heads, codes)
     batch, num_heads, n_q, d = q.shape
@@ -355,11 +356,11 @@ def _by_pairs(
         sizes=Sizes(parts=parts, span=span, pieces=pieces, value_dim=d_v, hash_code_len=hash_code_len),
         unit_query=unit_query,
         query_length=query_length,
-        grad_out=packed_rows(g, num_threads),
+        grad_out=packed_rows(g, dtype, num_threads),
         query_code=query_code,
         keep_query=kept(query_mask, query.shape[:-1]),
         unit_key=unit_key,
-        value=packed_rows(v, num_threads),
+        value=packed_rows(v, dtype, num_threads),
         key_code=key_code,
         keep_key=keep_key,
         grad_query=grad_q,
@@ -382,11 +383,9 @@ def _by_pairs(
     )
     in_sums = key_sums.nbytes + value_sums.nbytes
     share(heads_in_all * n_k, finish, num_threads=num_threads, cost=in_sums / grad_q.itemsize, moved=in_sums)
-    return (
-        grad_q.reshape(query.shape).astype(query.dtype, copy=False),
-        grad_k.reshape(key.shape).astype(key.dtype, copy=False),
-        grad_v.reshape(value.shape).astype(value.dtype, copy=False),
-    )
+    grads = (grad_q, query), (grad_k, key), (grad_v, value)
+    grad_q, grad_k, grad_v = (rounded(grad.reshape(x.shape), x.dtype, num_threads) for grad, x in grads)
+    return grad_q, grad_k, grad_v
 
 
 def expectation_attention_backward(

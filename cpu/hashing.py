@@ -11,10 +11,11 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.lanes import LANES, fill, fill_from, load, multiply_add, store, weight_where_positive
+from yoso_core.cpu.precision import rounded, rows, stored_rows, working_dtype
 from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.threads import share
 from yoso_core.cpu.tiles import MAX_DIM, hadamard, load_tile, pack, rotate, tame_tile
-from yoso_core.cpu.views import Array, heads, input_array, output_array, rows, working_dtype
+from yoso_core.cpu.views import Array, heads, input_array, output_array
 from yoso_core.reference.hashing import WARM_UP, Layout, chain_factor
 
 BLOCK = 64
@@ -61,7 +62,7 @@ def _hadamard_kernel(dim: int, dtype: Any) -> Any:
 
 def hadamard_transform(x: Array, *, num_threads: int | None = None) -> Array:
     """See `yoso_core.reference.hadamard_transform`; the same bits."""
-    vectors = rows(np.atleast_2d(x), working_dtype(x))
+    vectors = rows(np.atleast_2d(x), working_dtype(x), num_threads)
     batch, num_heads, n, dim = vectors.shape
     check_dim("x", dim)
     out = np.empty((batch, num_heads, n, dim), vectors.dtype)
@@ -71,7 +72,7 @@ def hadamard_transform(x: Array, *, num_threads: int | None = None) -> Array:
         num_threads=num_threads,
         cost=out.size * dim.bit_length() / 4,
     )
-    return out.reshape(x.shape).astype(x.dtype, copy=False)
+    return rounded(out.reshape(x.shape), x.dtype, num_threads)
 
 
 # The kernels of the hashes. A task is a block of vectors of one head; ``head0`` is the number of
@@ -111,13 +112,13 @@ def store_codes(codes, packed, by_hash, slot, i, hash0, count):
 
 
 @cache
-def _chain_kernel(dim: int, dtype: Any, code: Any, by_hash: bool) -> Any:
+def _chain_kernel(dim: int, dtype: Any, stored: Any, code: Any, by_hash: bool) -> Any:
     """A tile of 16 vectors goes through the whole chain, and the bits of every round are or-ed into
     the codes as it goes by. ``n R D log2 D`` additions for ``R`` rounds; reads each vector once.
     """
 
     @kernel(
-        x=input_array(dtype, 4),
+        x=input_array(stored, 4),
         signs=input_array(dtype, 4),
         codes=output_array(code, 3),
         nonfinite=types.Array(types.uint8, 2, "A"),
@@ -127,7 +128,7 @@ def _chain_kernel(dim: int, dtype: Any, code: Any, by_hash: bool) -> Any:
     def hash_block(first, last, x, signs, codes, nonfinite, head0, hash_code_len):
         num_hash, rounds = codes.shape[1 if by_hash else 2], signs.shape[2]
         apart = (rounds - WARM_UP) * dim // hash_code_len
-        tile, packed = aligned(dim * LANES, x.dtype), aligned(num_hash * LANES, np.int32)
+        tile, packed = aligned(dim * LANES, signs.dtype), aligned(num_hash * LANES, np.int32)
         finite = np.ones(LANES, np.uint8)
         blocks = (x.shape[2] + BLOCK - 1) // BLOCK
         for task in range(first, last):
@@ -163,11 +164,11 @@ def add_rotation_bits(tile, dim, packed, start, apart, num_hash, hash_code_len):
 
 
 @cache
-def _triples_kernel(dim: int, dtype: Any, code: Any, by_hash: bool) -> Any:
+def _triples_kernel(dim: int, dtype: Any, stored: Any, code: Any, by_hash: bool) -> Any:
     """The paper's layout: every part rotates the same tile of 16 vectors, from cache."""
 
     @kernel(
-        x=input_array(dtype, 4),
+        x=input_array(stored, 4),
         signs=input_array(dtype, 5),
         codes=output_array(code, 3),
         nonfinite=types.Array(types.uint8, 2, "A"),
@@ -177,7 +178,7 @@ def _triples_kernel(dim: int, dtype: Any, code: Any, by_hash: bool) -> Any:
     def hash_block(first, last, x, signs, codes, nonfinite, head0, hash_code_len):
         num_hash, parts = codes.shape[1 if by_hash else 2], signs.shape[3]
         per = dim // hash_code_len
-        tile = aligned(dim * LANES, x.dtype)
+        tile = aligned(dim * LANES, signs.dtype)
         packed = aligned(max(per, num_hash) * LANES, np.int32)
         finite = np.ones(LANES, np.uint8)
         blocks = (x.shape[2] + BLOCK - 1) // BLOCK
@@ -215,11 +216,11 @@ def add_stream_bits(tile, dim, packed, start, num_hash, hash_code_len):
 
 
 @cache
-def _hyperplane_kernel(dtype: Any, code: Any, by_hash: bool) -> Any:
+def _hyperplane_kernel(dtype: Any, stored: Any, code: Any, by_hash: bool) -> Any:
     """Every plane against a tile of 16 vectors. ``n d m tau`` multiplications."""
 
     @kernel(
-        x=input_array(dtype, 4),
+        x=input_array(stored, 4),
         planes=input_array(dtype, 4),
         codes=output_array(code, 3),
         nonfinite=types.Array(types.uint8, 2, "A"),
@@ -228,7 +229,7 @@ def _hyperplane_kernel(dtype: Any, code: Any, by_hash: bool) -> Any:
     )
     def hash_block(first, last, x, planes, codes, nonfinite, head0, hash_code_len):
         d = x.shape[3]
-        tile = aligned(d * LANES, x.dtype)
+        tile = aligned(d * LANES, planes.dtype)
         packed = aligned(LANES, np.int32)
         finite = np.ones(LANES, np.uint8)
         blocks = (x.shape[2] + BLOCK - 1) // BLOCK
@@ -240,7 +241,7 @@ def _hyperplane_kernel(dtype: Any, code: Any, by_hash: bool) -> Any:
                 for hash in range(codes.shape[1 if by_hash else 2]):
                     found = fill(types.int32(0))
                     for bit in range(hash_code_len):
-                        projection = fill(x.dtype.type(0))
+                        projection = fill(planes.dtype.type(0))
                         for c in range(d):
                             plane = fill_from(planes, (*head, hash * hash_code_len + bit, c))
                             projection = multiply_add(load(tile, c * LANES), plane, projection)
@@ -273,9 +274,20 @@ def _spread(draw: Array, leading: tuple[int, ...], tail: int) -> Array:
 
 
 def hash_by_signs(
-    signs: Array, num_hash: int, hash_code_len: int, layout: Layout, *, leading: tuple[int, ...], dtype: Any, code: Any, by_hash: bool
+    signs: Array,
+    num_hash: int,
+    hash_code_len: int,
+    layout: Layout,
+    *,
+    leading: tuple[int, ...],
+    dtype: Any,
+    stored: Any,
+    code: Any,
+    by_hash: bool,
 ) -> Hash:
-    """By fast rotations, for vectors of these leading dims, computed in ``dtype``."""
+    """By fast rotations, for vectors of these leading dims, stored in one type (see
+    `yoso_core.cpu.precision`) and computed in ``dtype``.
+    """
     floats, dim = signs.astype(dtype, order="C"), signs.shape[-1]
     if layout == "chained":  # every diagonal with the exact factor of its round
         factors = [chain_factor(round, dim) for round in range(1, signs.shape[-2] + 1)]
@@ -283,17 +295,18 @@ def hash_by_signs(
     else:
         spread = _spread(floats, leading, 3)
     make = _chain_kernel if layout == "chained" else _triples_kernel
-    kernel = make(dim, from_dtype(np.dtype(dtype)), from_dtype(np.dtype(code)), by_hash)
+    kernel = make(dim, *(from_dtype(np.dtype(kind)) for kind in (dtype, stored, code)), by_hash)
     work = partial(kernel, signs=spread, hash_code_len=hash_code_len)
     return Hash(work, num_hash, cost=math.prod(spread.shape[2:]) * dim.bit_length() / 3)
 
 
 def hash_by_planes(
-    planes: Array, num_hash: int, hash_code_len: int, *, leading: tuple[int, ...], dtype: Any, code: Any, by_hash: bool
+    planes: Array, num_hash: int, hash_code_len: int, *, leading: tuple[int, ...], dtype: Any, stored: Any, code: Any, by_hash: bool
 ) -> Hash:
     """By hyperplanes, likewise."""
-    normals = np.ascontiguousarray(np.swapaxes(planes.astype(dtype, copy=False), -1, -2))  # a plane's entries next to each other
-    kernel = _hyperplane_kernel(from_dtype(np.dtype(dtype)), from_dtype(np.dtype(code)), by_hash)
+    floats = rows(planes, dtype, None).reshape(planes.shape)
+    normals = np.ascontiguousarray(np.swapaxes(floats, -1, -2))  # a plane's entries next to each other
+    kernel = _hyperplane_kernel(*(from_dtype(np.dtype(kind)) for kind in (dtype, stored, code)), by_hash)
     return Hash(
         partial(kernel, planes=_spread(normals, leading, 2), hash_code_len=hash_code_len),
         num_hash,
@@ -312,8 +325,8 @@ def hash_maker(signs: Array | None, planes: Array | None, num_hash: int, hash_co
 def all_codes(vectors: Array, make: Callable[..., Hash], num_threads: int | None) -> Array:
     """Every code by a `hash_maker`, as the caller gets them: int32 ``(..., n, m)``."""
     dtype = working_dtype(vectors)
-    hash = make(leading=vectors.shape[:-2], dtype=dtype, code=np.int32, by_hash=False)
-    x = rows(vectors, dtype)
+    x = stored_rows(vectors, dtype)
+    hash = make(leading=vectors.shape[:-2], dtype=dtype, stored=x.dtype, code=np.int32, by_hash=False)
     batch, num_heads, n, _ = x.shape
     codes = np.empty((batch * num_heads, n, hash.num_hash), np.int32)
     share(

@@ -24,7 +24,7 @@ intrinsic: Any = extending.intrinsic
 one that kernels call.
 """
 
-_INT32 = ir.IntType(32)
+_INT16, _INT32 = ir.IntType(16), ir.IntType(32)
 
 
 class Lanes(types.Type):
@@ -102,6 +102,98 @@ def store(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, index, lanes), codegen
+
+
+# Numbers that are stored in half precision. Neither NumPy nor Numba computes with them, so kernels
+# see their bits: int16 are those of float16, uint16 those of bfloat16. They are widened to float32
+# where they are read, and rounded to nearest, ties to even, where they are written.
+
+
+def float_type(stored: Any) -> Any:
+    """Numba's type of what is computed with numbers of a stored type."""
+    return types.float32 if stored in (types.int16, types.uint16) else stored
+
+
+def _shaped(like: Any, scalar: Any) -> Any:
+    """A scalar type, or lanes of it where ``like`` has lanes."""
+    return ir.VectorType(scalar, LANES) if isinstance(like, ir.VectorType) else scalar
+
+
+def _widened(builder: Any, value: Any, stored: Any) -> Any:
+    """One number or lanes, as they are computed with."""
+    if stored == types.int16:
+        return builder.fpext(builder.bitcast(value, _shaped(value.type, ir.HalfType())), _shaped(value.type, ir.FloatType()))
+    if stored == types.uint16:
+        wide = _shaped(value.type, _INT32)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), _each(wide, 16)), _shaped(value.type, ir.FloatType()))
+    return value
+
+
+def _rounded(builder: Any, value: Any, stored: Any) -> Any:
+    """The opposite."""
+    if stored == types.int16:
+        return builder.bitcast(builder.fptrunc(value, _shaped(value.type, ir.HalfType())), _shaped(value.type, _INT16))
+    if stored == types.uint16:
+        wide = _shaped(value.type, _INT32)
+        bits = builder.bitcast(value, wide)
+        last = builder.and_(builder.lshr(bits, _each(wide, 16)), _each(wide, 1))
+        nearest = builder.lshr(builder.add(bits, builder.add(last, _each(wide, 0x7FFF))), _each(wide, 16))
+        not_a_number = builder.fcmp_unordered("uno", value, value)
+        return builder.trunc(builder.select(not_a_number, _each(wide, 0x7FC0), nearest), _shaped(value.type, _INT16))
+    return value
+
+
+def _each(shape: Any, number: int) -> Any:
+    """A constant, in every lane."""
+    return ir.Constant(shape, [number] * LANES if isinstance(shape, ir.VectorType) else number)
+
+
+@intrinsic
+def read(typingctx: Any, array: Any, index: Any) -> Any:
+    """`load`, of numbers that may be stored in half precision."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
+        value = builder.load(pointer)
+        value.align = align
+        return _widened(builder, value, array.dtype)
+
+    return Lanes(float_type(array.dtype))(array, index), codegen
+
+
+@intrinsic
+def read_one(typingctx: Any, array: Any, index: Any) -> Any:
+    """``array[index]``, likewise; the last axis must be contiguous."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        indices = _indices(context, builder, signature.args[1], args[1])
+        return _widened(builder, builder.load(_address(context, builder, signature.args[0], args[0], indices)), array.dtype)
+
+    return float_type(array.dtype)(array, index), codegen
+
+
+@intrinsic
+def write(typingctx: Any, array: Any, index: Any, lanes: Any) -> Any:
+    """`store`, to numbers that may be stored in half precision."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
+        builder.store(_rounded(builder, args[2], array.dtype), pointer).align = align
+        return context.get_dummy_value()
+
+    return types.void(array, index, lanes), codegen
+
+
+@intrinsic
+def write_one(typingctx: Any, array: Any, index: Any, number: Any) -> Any:
+    """``array[index] = number``, likewise; the last axis must be contiguous."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        indices = _indices(context, builder, signature.args[1], args[1])
+        builder.store(_rounded(builder, args[2], array.dtype), _address(context, builder, signature.args[0], args[0], indices))
+        return context.get_dummy_value()
+
+    return types.void(array, index, float_type(array.dtype)), codegen
 
 
 @intrinsic
@@ -306,8 +398,8 @@ def transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic
 def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: Any) -> Any:
-    """Read 16 rows of 16 entries from ``array[*index]`` on and write them to ``tile[start:]`` as 16
-    columns, one row of the tile each.
+    """`read` 16 rows of 16 entries from ``array[*index]`` on and store them to ``tile[start:]`` as
+    16 columns, one row of the tile each.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -319,7 +411,7 @@ def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: An
             pointer, align = _pointer(context, builder, array_type, args[0], at)
             row = builder.load(pointer)
             row.align = align
-            rows.append(row)
+            rows.append(_widened(builder, row, array_type.dtype))
         rows = transposed(builder, rows)
         start = context.cast(builder, args[3], signature.args[3], types.intp)
         for r in range(LANES):

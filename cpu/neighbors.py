@@ -161,7 +161,7 @@ def read_neighbors(
     bits = capacity.bit_length() - 1
     across = neighbors(bits, oversample)
     weights = np.repeat(smoothing_weights(bits - oversample, oversample), [len(masks) for masks in across]).astype(value.dtype)
-    found = empty_rows(value, keep, spread, num_threads)
+    found = empty_rows(value, value.dtype, value.dtype, keep, spread, num_threads)
     threads = num_threads or default_threads()
     pieces = 1 if batch * num_heads >= 2 * threads else min(threads, max(n_q, 1))
     of_a_hash = n_k * (d_v + 30.0) + n_q / pieces * len(weights) * (LOOKUP_COST + d_v)

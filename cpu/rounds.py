@@ -20,6 +20,7 @@ from numba import from_dtype, types
 from yoso_core import processor
 from yoso_core.cpu.codes import Codes
 from yoso_core.cpu.compiling import helper, kernel
+from yoso_core.cpu.precision import round_to
 from yoso_core.cpu.scratch import aligned_empty, clear
 from yoso_core.cpu.steps import TableStep
 from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, in_steps, share
@@ -55,6 +56,20 @@ SPLIT_KEYS = 4096
 """Where there are fewer pairs of a head and four hashes than `SPLIT_TASKS`, the keys are split as
 well, in pieces of at least `SPLIT_KEYS`.
 """
+
+
+class Sizes(NamedTuple):
+    """Of one attention."""
+
+    batch: int
+    heads: int
+    n_q: int
+    n_k: int
+    d_v: int
+
+    @property
+    def heads_in_all(self) -> int:
+        return self.batch * self.heads
 
 
 class Cut(NamedTuple):
@@ -118,16 +133,17 @@ class Plan:
         return self.heads_at_once * self.parts_at_once * self.cut.splits * self.cut.per * self.cut.table_size
 
 
-def make_plan(out: Array, n_k: int, *, num_hash: int, table_size: int, num_threads: int | None) -> Plan:
-    """``out (batch, heads, n_q, d_v)`` is where the result goes."""
-    num_heads, threads = out.shape[0] * out.shape[1], num_threads or default_threads()
-    table_bytes = max(table_size * out.itemsize, 1)
+def make_plan(sizes: Sizes, dtype: Any, *, num_hash: int, capacity: int, num_threads: int | None) -> Plan:
+    """For tables of ``capacity`` rows in ``dtype``."""
+    num_heads, threads = sizes.heads_in_all, num_threads or default_threads()
+    table_size = capacity * sizes.d_v
+    table_bytes = max(table_size * np.dtype(dtype).itemsize, 1)
     per = min(num_hash, max(HASHES_AT_LEAST, min(HASHES_AT_MOST, PART_BYTES // table_bytes)))
     parts = -(-num_hash // per)
     part_bytes = per * table_bytes
     affordable = max(1, TABLE_BYTES // part_bytes)
     tasks = max(1, num_heads * -(-num_hash // HASHES_AT_LEAST))
-    splits = max(1, min(SPLIT_TASKS // tasks, n_k // SPLIT_KEYS, TABLE_BYTES // (min(num_hash, HASHES_AT_MOST) * table_bytes)))
+    splits = max(1, min(SPLIT_TASKS // tasks, sizes.n_k // SPLIT_KEYS, TABLE_BYTES // (min(num_hash, HASHES_AT_MOST) * table_bytes)))
     cut = Cut(num_hash=num_hash, per=per, splits=splits, table_size=table_size)
     if splits == 1 and num_heads >= 2 * threads and affordable >= threads:
         near = max(1, THREAD_TABLE_BYTES // part_bytes)
@@ -182,11 +198,11 @@ def _merge_kernel(dtype: Any) -> Any:
 
 def accumulate(
     plan: Plan,
-    out: Array,
-    n_k: int,
+    sizes: Sizes,
     codes: tuple[Codes, Codes],
     scatter: Callable[..., None],
     gather: Callable[..., None],
+    out: Array,
     *,
     smoothing: TableStep | None,
     squares: TableStep | None,
@@ -199,19 +215,20 @@ def accumulate(
     key_code=)`` does a range of tasks of one `Group`, ``together`` parts to a task. Its steps are
     blocks of keys, and the first one clears the tables; where these are large, ``clears`` steps
     before it do. ``gather(first, last, tables=, row_squares=, head0=, part0=, parts=, block=,
-    query_code=)`` likewise, ``block`` queries to a task. Between them the tables are smoothed, and
-    ``squares`` fills ``row_squares``, a number for each of their rows. All numbers come one by one,
-    since a NamedTuple costs two microseconds where Python calls a kernel.
+    query_code=, out=)`` likewise, ``block`` queries to a task; the rows are those of ``out (batch,
+    heads, n_q, d_v)``, which may be stored in half precision where the plan goes by heads. Between
+    them the tables are smoothed, and ``squares`` fills ``row_squares``, a number for each of their
+    rows. All numbers come one by one, since a NamedTuple costs two microseconds where Python calls
+    a kernel.
     """
-    work = _Work(plan, out, n_k, *codes, scatter, gather, smoothing, squares)
-    heads_in_all = out.shape[0] * out.shape[1]
+    work = _Work(plan, sizes, *codes, scatter, gather, out, smoothing, squares)
     if plan.by_head:
-        cost = heads_in_all * work.cost_of_a_head
-        share(heads_in_all, work.head_by_head, num_threads=num_threads, cost=cost)
+        cost = sizes.heads_in_all * work.cost_of_a_head
+        share(sizes.heads_in_all, work.head_by_head, num_threads=num_threads, cost=cost)
         return
     scratch = work.scratch()
-    for head0 in range(0, heads_in_all, plan.heads_at_once):
-        work.by_all_threads(scratch, head0, min(plan.heads_at_once, heads_in_all - head0), num_threads)
+    for head0 in range(0, sizes.heads_in_all, plan.heads_at_once):
+        work.by_all_threads(scratch, head0, min(plan.heads_at_once, sizes.heads_in_all - head0), num_threads)
 
 
 class Scratch(NamedTuple):
@@ -220,6 +237,8 @@ class Scratch(NamedTuple):
     tables: Array
     row_squares: Array
     """A number for each row of the tables, or empty."""
+    rows: Array
+    """``(n_q, d_v)``: the sums of a head that are rounded when they are complete, or empty."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +246,24 @@ class _Work:
     """What `accumulate` does, in either order."""
 
     plan: Plan
-    out: Array
-    n_k: int
+    sizes: Sizes
     queries: Codes
     keys: Codes
     scatter: Callable[..., None]
     gather: Callable[..., None]
+    out: Array
     smoothing: TableStep | None
     squares: TableStep | None
+
+    @property
+    def dtype(self) -> Any:
+        """What is added up in: half precision is added up in float32."""
+        return np.dtype(np.float64 if self.out.dtype == np.float64 else np.float32)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether rows are rounded when they are complete."""
+        return bool(self.out.dtype != self.dtype)
 
     @property
     def part_size(self) -> int:
@@ -243,17 +272,17 @@ class _Work:
     @property
     def row_work(self) -> int:
         """Operations for a row, in either round."""
-        return self.plan.cut.num_hash * (self.out.shape[3] + 64)
+        return self.plan.cut.num_hash * (self.sizes.d_v + 64)
 
     @property
     def cost_of_a_head(self) -> float:
-        n_q, codes = self.out.shape[2], (self.queries.cost + self.keys.cost)
+        codes = self.queries.cost + self.keys.cost
         between = sum(step.cost for step in (self.smoothing, self.squares) if step is not None) * self.plan.cut.num_hash
-        return codes + self.row_work * (n_q + self.n_k) + self.plan.parts * self.part_size + between
+        return codes + self.row_work * (self.sizes.n_q + self.sizes.n_k) + self.plan.parts * self.part_size + between
 
     @property
     def key_blocks(self) -> int:
-        return max(1, -(-self.n_k // (self.plan.cut.splits * KEY_BLOCK)))
+        return max(1, -(-self.sizes.n_k // (self.plan.cut.splits * KEY_BLOCK)))
 
     def groups(self) -> Iterator[tuple[int, int, bool]]:
         """The first part and the number of parts that have tables at the same time, and whether
@@ -265,9 +294,12 @@ class _Work:
 
     def scratch(self) -> Scratch:
         """Room for the tables of one group."""
-        entries = self.plan.entries
-        rows = entries // max(self.out.shape[3], 1) if self.squares is not None else 0
-        return Scratch(aligned_empty(entries, self.out.dtype), np.empty(rows, self.out.dtype))
+        entries, d_v = self.plan.entries, self.sizes.d_v
+        return Scratch(
+            tables=aligned_empty(entries, self.dtype),
+            row_squares=np.empty(entries // max(d_v, 1) if self.squares is not None else 0, self.dtype),
+            rows=np.empty((self.sizes.n_q if self.rounds else 0, d_v), self.dtype),
+        )
 
     def between(self, scratch: Scratch, head0: int, part0: int, parts: int) -> Iterator[tuple[TableStep, dict[str, Any]]]:
         """What is done to the tables of a group between the rounds, with the arguments of it."""
@@ -281,10 +313,13 @@ class _Work:
 
     def head_by_head(self, first: int, last: int) -> Iterator[None]:
         """All of a head, then the next, by one thread in tables of its own."""
-        plan, n_q = self.plan, self.out.shape[2]
+        plan, n_q = self.plan, self.sizes.n_q
         query_blocks = -(-n_q // QUERY_BLOCK)
         blocks_at_once = max(1, BATCH_COST // (self.row_work * KEY_BLOCK))
         scratch = self.scratch()
+        out = self.out
+        if self.rounds:
+            out = np.lib.stride_tricks.as_strided(scratch.rows, self.out.shape, (0, 0, *scratch.rows.strides))
         for head in range(first, last):
             query_code = None
             key_code = yield from self.keys.of_head(head)
@@ -299,14 +334,18 @@ class _Work:
                     yield from to_do.in_pieces(parts * plan.cut.per, call)
                 if query_code is None:
                     query_code = yield from self.queries.of_head(head)
-                group |= {"row_squares": scratch.row_squares, "block": QUERY_BLOCK, "query_code": query_code}
+                group |= {"row_squares": scratch.row_squares, "block": QUERY_BLOCK, "query_code": query_code, "out": out}
                 for block in range(0, query_blocks, blocks_at_once):
-                    self.gather(block, min(block + blocks_at_once, query_blocks), **group)
+                    end = min(block + blocks_at_once, query_blocks)
+                    self.gather(block, end, **group)
+                    if self.rounds and not more:
+                        done = slice(block * QUERY_BLOCK, min(end * QUERY_BLOCK, n_q))
+                        round_to(scratch.rows[done], self.out[(*divmod(head, self.sizes.heads), done)])
                     yield
 
     def by_all_threads(self, scratch: Scratch, head0: int, heads: int, num_threads: int | None) -> None:
         """One round of some heads after the other, all threads at work in each."""
-        plan, n_q = self.plan, self.out.shape[2]
+        plan, n_q = self.plan, self.sizes.n_q
         query_code, key_code = None, self.keys.of_heads(head0, heads, num_threads)
         for part0, parts, more in self.groups():
             group: dict[str, Any] = {"tables": scratch.tables, "head0": head0, "part0": part0, "parts": parts}
@@ -316,7 +355,7 @@ class _Work:
                 to_do.by_all_threads(heads * parts * plan.cut.per, call, num_threads)
             if query_code is None:
                 query_code = self.queries.of_heads(head0, heads, num_threads)
-            group |= {"row_squares": scratch.row_squares, "block": SMALL_QUERY_BLOCK, "query_code": query_code}
+            group |= {"row_squares": scratch.row_squares, "block": SMALL_QUERY_BLOCK, "query_code": query_code, "out": self.out}
             share(
                 heads * -(-n_q // SMALL_QUERY_BLOCK),
                 partial(self.gather, **group),
@@ -327,12 +366,12 @@ class _Work:
     def _fill(self, group: dict[str, Any], heads: int, key_code: Array, num_threads: int | None) -> None:
         """The tables of a group of ``heads``, by all threads."""
         splits, slots, part_size = self.plan.cut.splits, heads * group["parts"], self.part_size
-        part_bytes = part_size * self.out.itemsize
+        part_bytes = part_size * self.dtype.itemsize
         clears, tasks = part_bytes // BATCH_BYTES, slots * splits
-        steps, cost = clears + self.key_blocks, float(heads * self.row_work * self.n_k + slots * part_size)
+        steps, cost = clears + self.key_blocks, float(heads * self.row_work * self.sizes.n_k + slots * part_size)
         cost_of_a_task = cost / tasks if clears == 0 else float(steps * BATCH_COST)  # a large table: step by step
         scatter = partial(self.scatter, **group, together=1, clears=clears, key_code=key_code)
         share(tasks, in_steps(scatter, steps, cost_of_a_task), num_threads=num_threads, cost=cost, moved=tasks * part_bytes)
         if splits > 1:
-            merge = partial(_merge_kernel(from_dtype(self.out.dtype)), tables=group["tables"], splits=splits, part_size=part_size)
+            merge = partial(_merge_kernel(from_dtype(self.dtype)), tables=group["tables"], splits=splits, part_size=part_size)
             share(slots, merge, num_threads=num_threads, cost=slots * splits * part_size)

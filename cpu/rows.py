@@ -14,7 +14,23 @@ from llvmlite import ir
 from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel, subroutine
-from yoso_core.cpu.lanes import LANES, Lanes, absolute, fill, intrinsic, load, multiply_add, square_root, store, total, where_less
+from yoso_core.cpu.lanes import (
+    LANES,
+    Lanes,
+    absolute,
+    fill,
+    intrinsic,
+    load,
+    multiply_add,
+    read,
+    read_one,
+    square_root,
+    store,
+    total,
+    where_less,
+    write,
+    write_one,
+)
 from yoso_core.cpu.products import some_of, transpose
 from yoso_core.cpu.scratch import CACHE_LINE, aligned, aligned_empty, padded_width
 from yoso_core.cpu.threads import share
@@ -154,20 +170,20 @@ def pack_rows(out, block, x, head, nonfinite):
         if full < d:
             store(out, at + full, zero)
             for c in range(full, d):
-                out[at + c] = x[(*head, i, c)]
+                out[at + c] = read_one(x, (*head, i, c))
             nothing = load(out, at + full) - load(out, at + full)
         for c in range(0, full, LANES):
-            row = load(x, (*head, i, c))
+            row = read(x, (*head, i, c))
             store(out, at + c, row)
             nothing = nothing + (row - row)  # 0 for a finite number, NaN for any other
         nonfinite[i] = total(nothing) != 0
 
 
 @cache
-def _rows_kernel(dtype: Any, unit: bool) -> Any:
+def _rows_kernel(dtype: Any, stored: Any, unit: bool) -> Any:
     """`pack_unit_rows` or `pack_rows`. A task is a block of rows of a head."""
 
-    @kernel(x=input_array(dtype, 4), out=output_array(dtype, 1), lengths=output_array(dtype, 3), nonfinite=output_array(types.uint8, 3))
+    @kernel(x=input_array(stored, 4), out=output_array(dtype, 1), lengths=output_array(dtype, 3), nonfinite=output_array(types.uint8, 3))
     def prepare(first, last, x, out, lengths, nonfinite):
         n, width = x.shape[2], padded_width(x.shape[3])
         blocks = (n + ROW_BLOCK - 1) // ROW_BLOCK
@@ -183,12 +199,12 @@ def _rows_kernel(dtype: Any, unit: bool) -> Any:
     return prepare
 
 
-def _prepared(x: Array, unit: bool, num_threads: int | None) -> tuple[Array, Array, Array]:
-    out = aligned_empty(math.prod(x.shape[:-1]) * padded_width(x.shape[-1]), x.dtype)
-    lengths, nonfinite = np.empty(x.shape[:-1] if unit else (0, 0, 0), x.dtype), np.empty(x.shape[:-1], np.uint8)
+def _prepared(x: Array, dtype: Any, unit: bool, num_threads: int | None) -> tuple[Array, Array, Array]:
+    out = aligned_empty(math.prod(x.shape[:-1]) * padded_width(x.shape[-1]), dtype)
+    lengths, nonfinite = np.empty(x.shape[:-1] if unit else (0, 0, 0), dtype), np.empty(x.shape[:-1], np.uint8)
     share(
         x.shape[0] * x.shape[1] * -(-x.shape[2] // ROW_BLOCK),
-        partial(_rows_kernel(from_dtype(x.dtype), unit), x=x, out=out, lengths=lengths, nonfinite=nonfinite),
+        partial(_rows_kernel(from_dtype(out.dtype), from_dtype(x.dtype), unit), x=x, out=out, lengths=lengths, nonfinite=nonfinite),
         num_threads=num_threads,
         cost=3.0 * x.size,
         moved=2.0 * out.nbytes,
@@ -196,24 +212,24 @@ def _prepared(x: Array, unit: bool, num_threads: int | None) -> tuple[Array, Arr
     return out, lengths, nonfinite
 
 
-def unit_rows(x: Array, num_threads: int | None) -> tuple[Array, Array, Array]:
-    """Rows of ``x (batch, heads, n, d)`` scaled to unit length (zero rows stay zero), packed and
-    flat; their lengths; and uint8 ``(batch, heads, n)``: 1 where a row is not finite, whose unit
-    row is NaN.
+def unit_rows(x: Array, dtype: Any, num_threads: int | None) -> tuple[Array, Array, Array]:
+    """`stored_rows` ``x (batch, heads, n, d)`` scaled to unit length (zero rows stay zero), packed
+    and flat; their lengths; and uint8 ``(batch, heads, n)``: 1 where a row is not finite, whose
+    unit row is NaN.
     """
-    return _prepared(x, True, num_threads)
+    return _prepared(x, dtype, True, num_threads)
 
 
-def packed_rows(x: Array, num_threads: int | None) -> Array:
-    """Rows of ``x (batch, heads, n, d)``, packed and flat, from the start of a cache line: a view
-    if they stand like that already.
+def packed_rows(x: Array, dtype: Any, num_threads: int | None) -> Array:
+    """`stored_rows` ``x (batch, heads, n, d)``, packed and flat, from the start of a cache line: a
+    view if they stand like that already.
 
     A load of a vector that crosses from one cache line into the next counts twice. Beside a product
     over all pairs a copy costs nothing.
     """
-    if x.shape[-1] % LANES == 0 and x.flags.c_contiguous and x.ctypes.data % CACHE_LINE == 0:
+    if x.dtype == dtype and x.shape[-1] % LANES == 0 and x.flags.c_contiguous and x.ctypes.data % CACHE_LINE == 0:
         return x.reshape(-1)
-    return _prepared(x, False, num_threads)[0]
+    return _prepared(x, dtype, False, num_threads)[0]
 
 
 @helper
@@ -222,9 +238,9 @@ def store_row(x, head, i, packed, at):
     d = x.shape[3]
     full = d - d % LANES
     for c in range(0, full, LANES):
-        store(x, (*head, i, c), load(packed, at + c))
+        write(x, (*head, i, c), load(packed, at + c))
     for c in range(full, d):
-        x[(*head, i, c)] = packed[at + c]
+        write_one(x, (*head, i, c), packed[at + c])
 
 
 @helper

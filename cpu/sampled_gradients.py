@@ -27,12 +27,13 @@ from numba import from_dtype, types
 from yoso_core.cpu.bucket_gradients import HeadSizes, walk_buckets
 from yoso_core.cpu.compiling import helper, kernel, subroutine
 from yoso_core.cpu.lanes import LANES, fill, load, store
+from yoso_core.cpu.precision import common_dtype, rounded, stored_alike
 from yoso_core.cpu.relabeling import dense_tables_fit, number_occupied, slots_for
 from yoso_core.cpu.rows import RowBlock, l2_normalize_backward, pack_rows, pack_unit_rows, store_row
 from yoso_core.cpu.scratch import aligned_empty, clear, padded_width
 from yoso_core.cpu.sorting import HASHES_AT_ONCE, MOVED_TO_SORT, read_labels, sort_by_label
 from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, share
-from yoso_core.cpu.views import Array, common_dtype, heads, input_array, int_tuple, kept, output_array, rows
+from yoso_core.cpu.views import Array, heads, input_array, int_tuple, kept, output_array
 
 ROW_BLOCK = 256
 """Rows to a task, where threads share a head."""
@@ -131,7 +132,7 @@ def finish_side(grad, triples, block, keep, head, scale, lengths, nonfinite):
 
 
 @cache
-def _backward_kernel(dtype: Any) -> Any:
+def _backward_kernel(dtype: Any, stored: Any, stored_value: Any) -> Any:
     """All of a head for each task, or one stage of one head, whose scratch all threads share: see
     `Job`.
 
@@ -143,16 +144,16 @@ def _backward_kernel(dtype: Any) -> Any:
 
     @kernel(
         job=int_tuple(Job),
-        grad_out=input_array(dtype, 4),
-        query=input_array(dtype, 4),
-        key=input_array(dtype, 4),
-        value=input_array(dtype, 4),
+        grad_out=input_array(stored_value, 4),
+        query=input_array(stored, 4),
+        key=input_array(stored, 4),
+        value=input_array(stored_value, 4),
         query_code=input_array(types.int32, 4),
         key_code=input_array(types.int32, 4),
         keep_query=input_array(types.uint8, 3),
         keep_key=input_array(types.uint8, 3),
-        grad_query=output_array(dtype, 4),
-        grad_key=output_array(dtype, 4),
+        grad_query=output_array(stored, 4),
+        grad_key=output_array(stored, 4),
         triples=output_array(dtype, 1),
         lengths=output_array(dtype, 1),
         nonfinite=output_array(types.uint8, 1),
@@ -329,7 +330,8 @@ def lsh_lower_bound_backward(
     larger head is in work alone, shared by all threads.
     """
     dtype = common_dtype(query, value)
-    q, k, v, g = (rows(x, dtype) for x in (query, key, value, grad_out))
+    q, k = stored_alike(query, key, dtype=dtype, num_threads=num_threads)
+    v, g = stored_alike(value, grad_out, dtype=dtype, num_threads=num_threads)
     query_code, key_code = map(heads, codes)
     keep_query, keep_key = kept(query_mask, query.shape[:-1]), kept(key_mask, key.shape[:-1])
     batch, num_heads, n_q, d = q.shape
@@ -337,7 +339,7 @@ def lsh_lower_bound_backward(
     capacity = 1 << hash_code_len
     buckets = capacity if dense_tables_fit(capacity, n_k) else n_k
     triple = 2 * padded_width(d) + padded_width(d_v)
-    grad_query, grad_key = np.empty(q.shape, dtype), np.empty(k.shape, dtype)
+    grad_query, grad_key = np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype)
 
     def scratch() -> dict[str, Array]:
         return {
@@ -349,7 +351,7 @@ def lsh_lower_bound_backward(
         }
 
     backward = partial(
-        _backward_kernel(from_dtype(np.dtype(dtype))),
+        _backward_kernel(*(from_dtype(np.dtype(kind)) for kind in (dtype, q.dtype, v.dtype))),
         grad_out=g,
         query=q,
         key=k,
@@ -364,7 +366,7 @@ def lsh_lower_bound_backward(
     sorted_at_once = max(1, min(HASHES_AT_ONCE, int(BATCH_BYTES / MOVED_TO_SORT) // max(n_q + n_k, 1)))
     job = Job(stage=ALL, head=0, hash0=0, hash1=0, sorted_at_once=sorted_at_once, ranges=1, hash_code_len=hash_code_len, buckets=buckets)
     threads = num_threads or default_threads()
-    bytes_of_a_head = (n_q + n_k) * triple * grad_query.itemsize + 4 * num_hash * (n_q + n_k + 2 * buckets)
+    bytes_of_a_head = (n_q + n_k) * triple * np.dtype(dtype).itemsize + 4 * num_hash * (n_q + n_k + 2 * buckets)
     cost = num_hash * _walk_cost(n_q + n_k, triple)
     sizes = {"n_q": n_q, "n_k": n_k, "num_hash": num_hash, "triple": triple}
     if min(threads, heads_in_all) * bytes_of_a_head <= CACHE_BYTES and (heads_in_all >= 2 * threads or cost < 1e7):
@@ -374,4 +376,5 @@ def lsh_lower_bound_backward(
         for head in range(heads_in_all):
             for stage in _stages(job._replace(head=head), **sizes, hashes=1):  # all threads work on one head, a stage at a time
                 share(stage.tasks, partial(shared, job=stage.job), num_threads=num_threads, cost=stage.cost, moved=stage.moved)
-    return grad_query.reshape(query.shape).astype(query.dtype, copy=False), grad_key.reshape(key.shape).astype(key.dtype, copy=False)
+    grad_query, grad_key = (rounded(grad, x.dtype, num_threads) for grad, x in ((grad_query, query), (grad_key, key)))
+    return grad_query.reshape(query.shape), grad_key.reshape(key.shape)

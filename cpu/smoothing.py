@@ -21,9 +21,10 @@ from numba import from_dtype, types
 
 from yoso_core.cpu.compiling import helper, kernel
 from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store
+from yoso_core.cpu.precision import rounded, rows, working_dtype
 from yoso_core.cpu.scratch import aligned
 from yoso_core.cpu.steps import TableStep, table_at
-from yoso_core.cpu.views import Array, input_array, output_array, rows, working_dtype
+from yoso_core.cpu.views import Array, input_array, output_array
 from yoso_core.reference.smoothing import smoothing_weights
 
 
@@ -160,7 +161,7 @@ def smooth_table(table: Array, oversample: int, *, num_threads: int | None = Non
     Working memory: ``min(s, 3)`` times 16 columns of the table a thread.
     """
     dtype = working_dtype(table)
-    x = rows(table, dtype)
+    x = rows(table, dtype, num_threads)
     heads, (count, d_v) = x.shape[0] * x.shape[1], x.shape[2:]
     smoothed = np.array(x, order="C", copy=True).reshape(-1)
     if smoothed.size and oversample:
@@ -169,4 +170,4 @@ def smooth_table(table: Array, oversample: int, *, num_threads: int | None = Non
             heads, {"tables": smoothed, "part0": 0, "parts": 1, "per": 1, "num_hash": 1, "part_size": count * d_v}, num_threads
         )
     np.copyto(smoothed, np.nan, where=np.isinf(smoothed))
-    return smoothed.reshape(table.shape).astype(table.dtype, copy=False)
+    return rounded(smoothed.reshape(table.shape), table.dtype, num_threads)

@@ -8,7 +8,7 @@ buckets, or reads them.
 import numpy as np
 
 from yoso_core.cpu.compiling import helper
-from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, store, to_index, total
+from yoso_core.cpu.lanes import LANES, fill, load, multiply_add, read, read_one, store, to_index, total
 
 
 @helper
@@ -45,8 +45,8 @@ def scatter_row(tables, buckets, t, hashes, value, head, i, stored):
     d_v = value.shape[3]
     wide, full = d_v - d_v % (4 * LANES), d_v - d_v % LANES
     for c in range(0, wide, 4 * LANES):
-        v0, v1 = load(value, (*head, i, c)), load(value, (*head, i, c + LANES))
-        v2, v3 = load(value, (*head, i, c + 2 * LANES)), load(value, (*head, i, c + 3 * LANES))
+        v0, v1 = read(value, (*head, i, c)), read(value, (*head, i, c + LANES))
+        v2, v3 = read(value, (*head, i, c + 2 * LANES)), read(value, (*head, i, c + 3 * LANES))
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
                 at = buckets[bucket] * d_v + c
@@ -55,7 +55,7 @@ def scatter_row(tables, buckets, t, hashes, value, head, i, stored):
                 store(tables, at + 2 * LANES, load(tables, at + 2 * LANES) + v2)
                 store(tables, at + 3 * LANES, load(tables, at + 3 * LANES) + v3)
     for c in range(wide, full, LANES):
-        v0 = load(value, (*head, i, c))
+        v0 = read(value, (*head, i, c))
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
                 at = buckets[bucket] * d_v + c
@@ -63,7 +63,7 @@ def scatter_row(tables, buckets, t, hashes, value, head, i, stored):
     for c in range(full, d_v):
         for bucket in range(t, t + hashes * LANES, LANES):
             if not stored or buckets[bucket] >= 0:
-                tables[buckets[bucket] * d_v + c] += value[(*head, i, c)]
+                tables[buckets[bucket] * d_v + c] += read_one(value, (*head, i, c))
 
 
 @helper

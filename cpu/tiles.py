@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import overload
 
 from yoso_core.cpu.compiling import MERGED, helper
-from yoso_core.cpu.lanes import LANES, absolute, all_at_most, fill, fill_from, load, load_transposed, store, weight_where_positive
+from yoso_core.cpu.lanes import LANES, absolute, all_at_most, fill, fill_from, load, load_transposed, read_one, store, weight_where_positive
 from yoso_core.reference.hashing import HUGE
 
 MAX_DIM = 1 << 18
@@ -155,16 +155,16 @@ def load_tile(tile, dim, x, head, i):
     full = d - d % LANES if count == LANES else 0
     for c in range(0, full, LANES):
         load_transposed(x, (*head, i, c), tile, c * LANES)
-    zero = fill(x.dtype.type(0))
+    zero = fill(tile.dtype.type(0))
     for c in range(full, dim):
         store(tile, c * LANES, zero)
     for t in range(count):
         for c in range(full, d):
-            tile[c * LANES + t] = x[(*head, i + t, c)]
+            tile[c * LANES + t] = read_one(x, (*head, i + t, c))
     magnitude = zero
     for c in range(d):
         magnitude = magnitude + absolute(load(tile, c * LANES))
-    return all_at_most(magnitude, x.dtype.type(HUGE))
+    return all_at_most(magnitude, tile.dtype.type(HUGE))
 
 
 @helper

@@ -10,31 +10,12 @@ from numba import types
 Array = Any
 
 
-def working_dtype(x: Array) -> Any:
-    """float64 is computed in float64, everything else in float32."""
-    return np.float64 if x.dtype == np.float64 else np.float32
-
-
-def common_dtype(query: Array, value: Array) -> Any:
-    """What attention of these is computed in."""
-    return np.promote_types(working_dtype(query), working_dtype(value))
-
-
 def heads(x: Array, tail: int = 2) -> Array:
     """``(..., *dims)`` as ``(batch, heads, *dims)``, where ``tail`` is the number of ``dims``."""
     leading = x.ndim - tail
     if leading < 2:
         return x.reshape((1,) * (2 - leading) + x.shape)
     return x if leading == 2 else x.reshape(-1, *x.shape[leading - 1 :])
-
-
-def rows(x: Array, dtype: Any) -> Array:
-    """``(..., n, d)`` as ``(batch, heads, n, d)`` in ``dtype``, the entries of a row next to each
-    other.
-    """
-    x = heads(x.astype(dtype, copy=False))
-    packed = x.flags.aligned and (x.shape[-1] <= 1 or x.strides[-1] == x.itemsize)
-    return x if packed else np.ascontiguousarray(x)
 
 
 def kept(mask: Array | None, shape: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ import pytest
 
 import yoso_core
 from yoso_core import cpu, reference
-from yoso_core.cpu import expectation, rounds, rows, sampled_gradients, scratch, spans, threads, views, weights
+from yoso_core.cpu import expectation, rounds, rows, sampled_gradients, scratch, spans, threads, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -342,7 +342,7 @@ def test_where_an_array_starts_changes_no_bit():
             shifted.append(flat.reshape(x.shape))
         _, query, key, value = shifted
         results.append((cpu.expectation_attention(query, key, value, 5), *cpu.expectation_attention_backward(*shifted, 5)))
-        packed = rows.packed_rows(views.rows(value, np.float32), 1)
+        packed = rows.packed_rows(value[None], np.float32, 1)
         assert packed.ctypes.data % 64 == 0
         assert np.shares_memory(packed, value) == (offset == 0)
         np.testing.assert_array_equal(packed, arrays[3].reshape(-1))

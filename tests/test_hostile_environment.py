@@ -250,9 +250,9 @@ def test_the_list_of_kernels_is_whole() -> None:
         for name, thing in vars(importlib.import_module(found.name)).items():
             if name.endswith("_kernel") and hasattr(thing, "cache_info") and thing.__module__ == found.name:
                 there.add((found.name, name))
-    listed = list(warmup.all_kernels([16, 32], ["float32", "float64"]))
+    listed = list(warmup.all_kernels([16, 32], ["float32", "float64", "float16", "bfloat16"]))
     assert {factory(make) for _, make in listed} == there
-    assert len({name for name, _ in listed}) == len(listed) == 1 + 2 * (31 + 2 * 9)
+    assert len({name for name, _ in listed}) == len(listed) == 1 + 2 * (19 + 2 * 1) + 4 * (12 + 2 * 8) + 2 * 2
     for _, make in listed:
         inspect.signature(make).bind()
 
@@ -264,7 +264,7 @@ def test_warmup_says_what_is_kept_where(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"CPU kernels: [01] compiled, [01] there already\n[\d.]+ KiB in \S+\n", result.stdout)
     assert yoso("warmup", "--dim", "0").stderr == "yoso warmup: --dim: need an integer between 1 and 1024, got 0\n"
-    assert yoso("warmup", "--dtype", "float16").stderr.startswith("yoso warmup: --dtype: need one of 'float32', 'float64'")
+    assert yoso("warmup", "--dtype", "int8").stderr.startswith("yoso warmup: --dtype: need one of 'float16', 'bfloat16', 'float32'")
 
 
 def test_warmup_for_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,16 +71,11 @@ def _call_numpy(function: Callable[..., Any], caller: Caller, arguments: Mapping
     return function(**_each(caller.to_numpy, arguments))
 
 
-def _call_cpu(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
-    return _call_numpy(function, caller, {**arguments, "num_threads": caller.num_threads})
-
-
 def _back_from_numpy(caller: Caller, result: Any, like: Array | None) -> Array:
     return caller.from_numpy(result, like)
 
 
-# GPU kernels, on a GPU and without one. A bfloat16 travels as its bits, since neither NumPy nor
-# CuPy has the type.
+# Compiled kernels. A bfloat16 travels as its bits, since neither NumPy nor CuPy has the type.
 
 
 def _bits_numpy(caller: Caller) -> Callable[[Array], np.ndarray[Any, Any]]:
@@ -103,7 +98,11 @@ def _back_from_bits(caller: Caller, result: Any, like: Array | None) -> Array:
     torch = sys.modules["torch"]
     if result.dtype == np.uint16:
         return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(result)
+    return torch.from_numpy(np.ascontiguousarray(result))
+
+
+def _call_cpu(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
+    return function(**_each(_bits_numpy(caller), arguments), num_threads=caller.num_threads)
 
 
 def _call_emulated(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
@@ -211,7 +210,7 @@ def _missing_stepper() -> str | None:
 
 _ALL = (
     Backend("numpy", "the reference", "cpu", True, lambda: None, _call_numpy, _back_from_numpy),
-    Backend("cpu", "Numba", "cpu", True, _missing_cpu, _call_cpu, _back_from_numpy),
+    Backend("cpu", "Numba", "cpu", True, _missing_cpu, _call_cpu, _back_from_bits),
     Backend(
         "cupy",
         "CUDA C++ on a GPU",

@@ -650,7 +650,7 @@ def warmup(
     dim: Annotated[list[int] | None, typer.Option(help="Head dims; repeatable.", show_default="32, 64 and 128")] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32 (half precision is computed in it) or float64; repeatable.", show_default="both"),
+        typer.Option(help="float32, float64, float16 or bfloat16; repeatable.", show_default="the first two"),
     ] = None,
     emulate: Annotated[bool, typer.Option("--emulate", help="The CUDA kernels too, for the emulator.")] = False,
 ) -> None:

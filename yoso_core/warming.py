@@ -89,7 +89,9 @@ def warm_emulator(dims: Sequence[int], dtypes: Sequence[str], *, progress: bool 
     with _bar("compiling for the emulator", len(calls), progress) as advance:
         for operation, name, dim, dtype in calls:
             advance(f"{operation.name} {name} {dim} {dtype}")
-            args, kwargs = example_inputs(operation.name, heads=1, n=8, dim=dim, dtype=dtype)
+            args, kwargs = example_inputs(
+                operation.name, heads=1, n=8, dim=dim, dtype=dtype, library="torch" if dtype == "bfloat16" else "numpy"
+            )
             try:
                 operation.function(*args, **kwargs, variant=name)
             except DoesNotFit:
@@ -104,7 +106,7 @@ def _check(dims: Sequence[int], dtypes: Sequence[str]) -> None:
     for dim in dims:
         checks.integer("dim", dim, 1, 1024)
     for dtype in dtypes:
-        checks.one_of("dtype", dtype, ("float32", "float64"))
+        checks.one_of("dtype", dtype, ("float16", "bfloat16", "float32", "float64"))
 
 
 def _by_folder(files: set[Path]) -> dict[str, int]:
