@@ -130,8 +130,8 @@ class Training(FaceFunction):
 
         attend = model.yoso_attention if self.op == "yoso_attention" else getattr(model.ops, self.op)
         leaves = _leaves(given)
-        arguments = self.arguments(workload, {**given, **leaves})
-        return _forward_and_backward(partial(attend, **arguments, variant=workload.variant), leaves, grad_out(workload))
+        arguments = {**self.arguments(workload, {**given, **leaves}), **_fewer(workload), "variant": workload.variant}
+        return _forward_and_backward(partial(attend, **arguments), leaves, grad_out(workload))
 
     def steps(self, workload: Workload) -> tuple[tuple[str, str | None], ...]:
         chosen = automatic(self.backward, workload.device)
@@ -142,13 +142,18 @@ class Training(FaceFunction):
         last head.
         """
         shapes = replace(workload, run="", variant=None)
-        rows, exact, allowed = _right(self.op, self.arguments, self.rows, shapes)
+        rows, exact, allowed = _right(self.op, self.arguments, self.rows, replace(shapes, backward_num_hash=None))
         found = self.bind(workload, tensors(workload))()
         compared = [x.detach()[-1:, -1:, rows].double().cpu().numpy() for x in found]
         right = ((exact, allowed), *_right_gradients(self, shapes))
         checks = [Check.of(x, exact, allowed, len(rows)) for x, (exact, allowed) in zip(compared, right, strict=True)]
         used, error = (np.max([getattr(check, name) for check in checks]) for name in ("tolerance_used", "largest_error"))
         return Check(float(used), float(error), len(rows))
+
+
+def _fewer(workload: Workload) -> dict[str, int]:
+    """What the backward pass of sampled attention is told beside the hashes of the forward pass."""
+    return {} if workload.backward_num_hash is None else {"backward_num_hash": workload.backward_num_hash}
 
 
 @lru_cache(maxsize=16)
@@ -174,7 +179,7 @@ def _right_gradients(training: Training, workload: Workload) -> tuple[tuple[Arra
             (side[f"{name}_hash_code"],) = truth("fast_hash", hashed, {})
     found: list[tuple[Array, Array]] = []
     for few, many, outputs in ((of_query, of_key, slice(1)), (of_key, of_query, slice(1, 3))):
-        problem = {**{name: x[:, :, rows] for name, x in few.items()}, **many, "hash_code_len": workload.hash_code_len}
+        problem = {**{name: x[:, :, rows] for name, x in few.items()}, **many, "hash_code_len": workload.hash_code_len, **_fewer(workload)}
         wide_here, own_here = (g[:, :, rows] if few is of_query else g for g in (wide, own))
         exact = truth(training.backward, (), {**problem, "grad_out": wide_here})
         allowed = tolerance(training.backward, (), {**problem, "grad_out": own_here}, true=exact)

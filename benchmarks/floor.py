@@ -116,6 +116,7 @@ def sizes_of(workload: Workload) -> Sizes:
         dim=workload.dim,
         num_hash=workload.num_hash,
         hash_code_len=workload.hash_code_len,
+        backward_num_hash=workload.backward_num_hash,
         item_size=ITEM_SIZE[workload.dtype],
     )
 

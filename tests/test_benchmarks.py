@@ -467,19 +467,40 @@ def test_the_cpu_suite_holds_the_numbers_to_reach() -> None:
 
 def test_the_cpu_suite_holds_the_numbers_to_reach_in_training() -> None:
     found = {
-        (case.ours.run, case.beside and case.beside.run, case.ours.n, case.ours.hash_code_len): (case.measure, case.limit, case.aim)
+        (case.ours.run, case.beside and case.beside.run, case.ours.n, case.ours.hash_code_len, case.ours.backward_num_hash): (
+            case.measure,
+            case.limit,
+            case.aim,
+        )
         for case in cases.TRAINING
     }
     assert found == {
-        ("yoso_training", "sdpa_training", 1024, 8): ("speedup", None, None),
-        ("yoso_training", "sdpa_training", 4096, 8): ("speedup", 3, 8),
-        ("yoso_training", "sdpa_training", 16384, 8): ("speedup", 6, 30),
-        ("yoso_training", "sdpa_training", 16384, 14): ("speedup", 8, None),
-        ("yoso_expectation_training", "transformers_expectation_training", 4096, 8): ("speedup", 6, None),
-        ("yoso_training", None, 65536, 8): ("memory", 256, None),
-        ("cumulation_operator", "cumulation_kernel", 16, 8): ("overhead", 50, None),
+        ("yoso_training", "sdpa_training", 1024, 8, None): ("speedup", None, None),
+        ("yoso_training", "sdpa_training", 4096, 8, None): ("speedup", 3, 8),
+        ("yoso_training", "sdpa_training", 16384, 8, None): ("speedup", 6, 30),
+        ("yoso_training", "sdpa_training", 16384, 14, None): ("speedup", 8, None),
+        ("yoso_training", "sdpa_training", 4096, 8, 8): ("speedup", 9, None),
+        ("yoso_training", "sdpa_training", 16384, 8, 8): ("speedup", 22, None),
+        ("yoso_expectation_training", "transformers_expectation_training", 4096, 8, None): ("speedup", 6, None),
+        ("yoso_training", None, 65536, 8, None): ("memory", 256, None),
+        ("cumulation_operator", "cumulation_kernel", 16, 8, None): ("overhead", 50, None),
     }
     assert set(cases.TRAINING) <= set(cases.SUITES["cpu"].cases)
+    assert all(case.beside is None or case.beside.backward_num_hash is None for case in cases.TRAINING)
+
+
+def test_gradients_from_fewer_hashes_are_checked_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Workload("yoso_training", 40, heads=2, dim=8, num_hash=6, hash_code_len=3, backward_num_hash=2)
+    contender = CONTENDERS["yoso_training"]
+    assert isinstance(contender, Ours)
+    assert contender.check(few).green
+    every = replace(few, backward_num_hash=None)
+    assert operations(few) < operations(every)
+    monkeypatch.setattr(
+        contenders, "_fewer", lambda workload, told=iter([{}, {}, {"backward_num_hash": 2}, {"backward_num_hash": 2}]): next(told)
+    )
+    contenders._right_gradients.cache_clear()
+    assert not contender.check(few).green
 
 
 def test_the_readme_shows_five_cases_of_the_cpu_suite() -> None:

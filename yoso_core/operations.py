@@ -112,6 +112,12 @@ class Sizes(NamedTuple):
     item_size: int
     """Bytes of a float."""
     oversample: int = 0
+    backward_num_hash: int | None = None
+
+    @property
+    def share_backward(self) -> float:
+        """Of the hashes, those that the gradients of query and key are made from."""
+        return 1.0 if self.backward_num_hash is None else self.backward_num_hash / self.num_hash
 
     @property
     def vectors(self) -> int:
@@ -538,7 +544,8 @@ LSH_ATTENTION_BACKWARD = Operation(
     },
     terms=_gradient_terms,
     multiply_adds=lambda sizes: (
-        min(4 * sizes.rows * sizes.num_hash * sizes.dim**2, sizes.colliding_pairs * 3 * sizes.dim) + _cumulation_additions(sizes)
+        round(sizes.share_backward * min(4 * sizes.rows * sizes.num_hash * sizes.dim**2, sizes.colliding_pairs * 3 * sizes.dim))
+        + _cumulation_additions(sizes)
     ),
     least_bytes=lambda sizes: 4 * sizes.vectors,
 )
