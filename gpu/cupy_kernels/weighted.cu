@@ -92,7 +92,7 @@ constexpr int HELD = 4;  // entries of a vector that a lane holds in registers: 
 //   sums of the bucket and 128 sums of the query. Moves, for each query, m codes and, mostly from
 //   cache, d_w + 128 numbers for each key that it meets, and d_v results. Any capacity.
 //   Deterministic: every sum is taken in the order of hash and key.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
 sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
              const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ key_weight,
              const VALUE* __restrict__ value, OUT* __restrict__ out, int n_q, int n_k, int num_hash, int capacity, int weight_dim,
