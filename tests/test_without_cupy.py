@@ -135,7 +135,7 @@ def using_allocator(allocate: Any) -> Iterator[None]:
 
 
 def memory(size: int) -> Any:
-    return np.empty(size, np.uint8) if GPU.allocator is None else GPU.allocator(size).cpu().numpy()
+    return np.zeros(size, np.uint8) if GPU.allocator is None else GPU.allocator(size).cpu().numpy()
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -193,6 +193,7 @@ def give_torch_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", on_its_device)
     monkeypatch.setattr(torch, "from_dlpack", to_torch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=GPU.of_torch))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "cuda", on_cuda)
 
 
@@ -245,6 +246,29 @@ def test_a_cuda_graph_captures_every_launch_and_no_wait(kernel: registry.Kernel)
     check_values(kernel.op, [support.as_float64(out.cpu()) for out in outs], case_of(kernel))
     assert {what for what, _ in GPU.queued} <= {*kernel.kernels, "memset"}
     assert {stream for _, stream in GPU.queued} == {7}
+
+
+@each_row
+def test_the_check_of_the_registry_takes_bfloat16(kernel: registry.Kernel) -> None:
+    """Which is there as tensors alone: they have to be on the GPU."""
+    support.check_variant(kernel.op, kernel.name, replace(case_of(kernel), dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_check_of_the_registry_sees_what_no_thread_writes(dtype: str) -> None:
+    """On a GPU fresh memory holds anything, often what the call before has written there."""
+    launcher = next(row for row in ROWS if row.name == "cupy:sorted_buckets").load()
+
+    def lsh_cumulation(device: Any, *args: Any, **masks: Any) -> Any:
+        right = launcher(device, *args, **masks)
+        out = device.empty(right.shape, right.dtype)
+        out[..., :-1, :] = right[..., :-1, :]
+        return out
+
+    case = replace(CASE, n_k=0, dtype=dtype)  # all zeros: fresh memory may well hold that
+    with registry.register("lsh_cumulation", "mine", gpu.CudaVariant(lsh_cumulation), where="cupy"):
+        with pytest.raises(AssertionError, match="an element was not written"):
+            support.check_variant("lsh_cumulation", "mine", case)
 
 
 def test_the_stand_in_knows_what_a_capture_forbids() -> None:
