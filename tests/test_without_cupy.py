@@ -266,9 +266,9 @@ def test_the_check_of_the_registry_sees_what_no_thread_writes(dtype: str) -> Non
         return out
 
     case = replace(CASE, n_k=0, dtype=dtype)  # all zeros: fresh memory may well hold that
-    with registry.register("lsh_cumulation", "mine", gpu.CudaVariant(lsh_cumulation), where="cupy"):
-        with pytest.raises(AssertionError, match="an element was not written"):
-            support.check_variant("lsh_cumulation", "mine", case)
+    mine = registry.register("lsh_cumulation", "mine", gpu.CudaVariant(lsh_cumulation), where="cupy")
+    with mine, pytest.raises(AssertionError, match="an element was not written"):
+        support.check_variant("lsh_cumulation", "mine", case)
 
 
 def test_the_stand_in_knows_what_a_capture_forbids() -> None:
@@ -282,6 +282,20 @@ def test_the_stand_in_knows_what_a_capture_forbids() -> None:
     GPU.of_cupy = 3
     with pytest.raises(CudaError, match="StreamCaptureIsolation"):
         to_torch(np.zeros(3))
+
+
+@pytest.mark.parametrize("n", [4096, 16384])
+def test_a_sampled_backward_makes_few_launches(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the host some 40 microseconds. Nothing runs: the sizes are those of a model."""
+    monkeypatch.setattr(Function, "__call__", lambda self, *launch, **shared: GPU.queue(self.name, GPU.of_cupy))
+    of_heads = {"grad_out": 64, "query": 64, "key": 64, "value": 64, "query_hash_code": 32, "key_hash_code": 32}
+    dtypes = {name: np.int32 if name.endswith("code") else np.float16 for name in of_heads}
+    given = {name: np.zeros((1, 12, n, last), dtypes[name]) for name, last in of_heads.items()}
+    with gpu.launches() as made:
+        yoso_core.lsh_attention_backward(**given, hash_code_len=8, validate=False, variant="cupy:outer_products")
+    kernels = [launch.kernel for launch in made]
+    assert len(kernels) <= 20
+    assert kernels.count("outer_products") == 2
 
 
 def test_a_file_is_compiled_once_for_each_set_of_macros() -> None:
