@@ -247,7 +247,7 @@ template <> __device__ inline void atomic_add(float* to, Four x) {
 //   and n_q d_v atomic additions. Does 2 (n_q + n_k) d_w d_v operations, however skewed the buckets,
 //   but one bucket is the work of one block. Deterministic: every sum is taken in the order of hash
 //   and key.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
 outer_products(const int* __restrict__ sorted_query_code, const int* __restrict__ query_order, const VALUE* __restrict__ query_weight,
                const int* __restrict__ sorted_key_code, const int* __restrict__ key_order, const VALUE* __restrict__ key_weight,
                const VALUE* __restrict__ value, ACC* __restrict__ sums, unsigned* __restrict__ turns, int heads, int heads_at_once,
