@@ -5,16 +5,19 @@ They show what is handed to CuPy: text, flags, arguments, shared memory, device 
 which stream waits for which. What CuPy makes of it only a GPU can show.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import support
+import test_gpu
 import torch
 from support import Case, build, check_values
 
@@ -296,6 +299,29 @@ def test_a_sampled_backward_makes_few_launches(n: int, monkeypatch: pytest.Monke
     kernels = [launch.kernel for launch in made]
     assert len(kernels) <= 20
     assert kernels.count("outer_products") == 2
+
+
+SANITIZER = """#!{python}
+import os, subprocess, sys
+print(os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"], *sys.argv[1:-3], flush=True)
+sys.exit(subprocess.run(sys.argv[-3:]).returncode and 9)
+"""
+
+
+def test_the_sanitizer_is_told_what_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for NVIDIA's sanitizer runs the program, as that does."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER.format(python=sys.executable), "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    done = test_gpu.under_the_sanitizer("racecheck", "import pathlib; print(pathlib.Path('test_gpu.py').exists())")
+    assert done.stdout.splitlines() == ["1 --tool racecheck --report-api-errors no --error-exitcode 9", "True"]
+    assert done.returncode == 0
+    assert test_gpu.under_the_sanitizer("memcheck", "raise ValueError").returncode == 9
+    rows = {(kernel.op, kernel.name) for kernel in registry.KERNELS}
+    assert len(test_gpu.SANITIZED) == 6
+    assert set(test_gpu.SANITIZED) <= rows
+    compile(test_gpu.RUN_SANITIZED, "sanitized", "exec")
 
 
 def test_a_file_is_compiled_once_for_each_set_of_macros() -> None:
