@@ -168,8 +168,11 @@ def _call_on_cuda(make: str) -> Callable[[Callable[..., Any], Caller, Mapping[st
     return call
 
 
+_CUDA_REMEDY = "pip install 'yoso-core[cuda12]' (or [cuda13], as the driver has it)"
+
+
 def _missing_cuda() -> str | None:
-    remedy = "pip install 'yoso-core[cuda12]' (or [cuda13], as the driver has it)"
+    remedy = _CUDA_REMEDY
     if reason := _not_installed("cupy", remedy):
         return reason
     try:
@@ -186,14 +189,20 @@ def _missing_cuda() -> str | None:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:  # whatever its loader raises: each release another
         return f"NVRTC, the compiler of CUDA, was not found ({error}): {remedy}"
+    from cuda.pathfinder import find_nvidia_header_directory  # which CuPy asks too
+
+    if find_nvidia_header_directory("cudart") is None:
+        return f"CUDA's headers were not found, and CuPy compiles no kernel without: {remedy}, or name a CUDA toolkit in CUDA_PATH"
     return None
 
 
 def _missing_numba_cuda() -> str | None:
     if reason := _missing_cuda() or _not_installed("numba", "pip install numba"):
         return reason
-    from numba import config, cuda
-
+    try:
+        from numba import config, cuda
+    except Exception as error:  # whatever the packages below it raise
+        return f"numba.cuda cannot be imported ({error}): {_CUDA_REMEDY}"
     if getattr(config, "ENABLE_CUDASIM", False):
         return "Numba simulates CUDA here (NUMBA_ENABLE_CUDASIM): unset it, or take the stepped variants"
     return None if cuda.is_available() else "Numba finds no CUDA (`numba -s` says why): pip install 'yoso-core[cuda12]' (or [cuda13])"
@@ -241,8 +250,13 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 @cache
 def missing(where: str) -> str | None:
-    """Why nothing runs on a backend, or ``None``."""
-    return BACKENDS[where].missing()
+    """Why nothing runs on a backend, or ``None``. A package that breaks while it is looked at takes
+    its own backend down, and no other.
+    """
+    try:
+        return BACKENDS[where].missing()
+    except Exception as error:
+        return f"what it needs could not be looked at ({type(error).__name__}: {error})"
 
 
 def wait(caller: Caller, where: str) -> None:
@@ -262,7 +276,7 @@ def gpu_report() -> dict[str, str]:
     if importlib.util.find_spec("cupy") is not None:
         try:
             import cupy
-        except ImportError as error:
+        except Exception as error:
             return found | {"CuPy": str(error)}
         runtime = cupy.cuda.runtime
         driver = runtime.driverGetVersion()
