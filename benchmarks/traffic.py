@@ -120,7 +120,7 @@ def _shared_table(s: _Sizes, out_bytes: int) -> list[Traffic]:
 
 
 def _sorting(s: _Sizes, sides: int) -> list[Traffic]:
-    passes = sides * _ceil_div(s.capacity.bit_length(), 4)
+    passes = sides * _ceil_div((s.capacity - 1).bit_length(), 4)
     return [
         Traffic("transpose_codes", sides, sides * s.codes_bytes, sides * 2 * s.codes_bytes),
         Traffic("sort_codes", passes, passes * 2 * s.codes_bytes, passes * 2 * s.codes_bytes, passes * s.codes_bytes),

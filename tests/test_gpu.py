@@ -156,7 +156,7 @@ def test_a_launch_error_is_raised_at_the_call() -> None:
 
     device = CupyDevice(0, 0)
     with pytest.raises(Exception, match=r"INVALID_VALUE|invalid argument"):
-        device.launch(gpu.CudaKernel("sort.cu", "sort_codes"), (1,), (4096,), (None, None, None, None, np.int32(0), np.int32(0)))
+        device.launch(gpu.CudaKernel("sort.cu", "sort_codes"), (1,), (4096,), (None, None, None, None, *[np.int32(0)] * 3))
 
 
 def test_a_text_of_ones_own_runs() -> None:

@@ -335,7 +335,7 @@ def lsh_cumulation_sorted_buckets(
     item = np.dtype(call.accumulator).itemsize
     row_bytes = call.n_k * call.value_dim * item
     budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of pairs of a head and a hash
-    together = max(1, min(call.num_hash, budget))
+    together = max(1, min(call.num_hash, budget, layout.MAX_GRID_YZ))
     if call.holds_own_rows:
         together = min(together, device.max_shared // (min(call.value_dim, _WARP) * item))
     head_groups = layout.grid_slices(call.heads, budget // together)
