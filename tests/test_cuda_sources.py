@@ -11,7 +11,7 @@ import pytest
 
 from yoso_core import registry
 from yoso_core.gpu.catalog import catalog
-from yoso_core.gpu.cupy_kernels.source import FILES, kernels_in, options, parameter_names, source, source_of
+from yoso_core.gpu.cupy_kernels.source import FILES, kernels_in, options, parameter_names, source, source_of, unit_of
 from yoso_core.gpu.device import CudaKernel, KernelText
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
@@ -86,15 +86,25 @@ def log_into(nvrtc: object, program: object, length: int) -> bytes:
 @pytest.mark.parametrize("target", [x if x == "sm_90" else pytest.param(x, marks=pytest.mark.long) for x in TARGETS])
 def test_compiles_without_a_warning_into_registers(file: str, target: str) -> None:
     """On an H100, sm_90, no variable of a thread is in local memory."""
-    for defines in builds(file):
-        made = compile_offline(source(file), options(CudaKernel(file, "", defines)), target)
-        assert made.log == "", defines
-        assert made.cubin.startswith(b"\x7fELF"), defines
-        for name in kernels_in(file):
-            assert name.encode() in made.cubin, defines
-        assert made.local, "ptxas has said nothing"
-        if target == "sm_90":
-            assert {name: size for name, size in made.local.items() if size} == {}, defines
+    for name, defines in product(kernels_in(file), builds(file)):
+        kernel = CudaKernel(file, name, defines)
+        made = compile_offline(unit_of(kernel), options(kernel), target)
+        assert made.log == "", kernel
+        assert made.cubin.startswith(b"\x7fELF"), kernel
+        assert set(made.local) == {name}
+        assert target != "sm_90" or made.local[name] == 0, kernel
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_unit_is_its_file_with_one_kernel(file: str) -> None:
+    """On the same lines, and with everything that is no kernel."""
+    whole = source(file).splitlines()
+    for name in kernels_in(file):
+        lines = unit_of(CudaKernel(file, name)).splitlines()
+        assert len(lines) == len(whole)
+        assert all(line in ("", there) for line, there in zip(lines, whole, strict=True))
+    left = [set(unit_of(CudaKernel(file, name)).splitlines()) for name in kernels_in(file)]
+    assert set.union(*left) == set(whole)
 
 
 def basic_blocks(ptx: str, kernel: str) -> list[str]:

@@ -24,7 +24,7 @@ from support import Case, build, check_values
 import yoso_core
 from yoso_core import backends, gpu, registry
 from yoso_core.gpu import emulator
-from yoso_core.gpu.cupy_kernels import cuda
+from yoso_core.gpu.cupy_kernels import cuda, source
 
 CASE = Case(9, 11, 20, 12, 5, 8, mask="masked")
 ROWS = [kernel for kernel in registry.KERNELS if kernel.where == "cupy"]
@@ -324,13 +324,22 @@ def test_the_sanitizer_is_told_what_to_report(tmp_path: Path, monkeypatch: pytes
     compile(test_gpu.RUN_SANITIZED, "sanitized", "exec")
 
 
-def test_a_file_is_compiled_once_for_each_set_of_macros() -> None:
+def test_a_kernel_is_compiled_once_for_each_set_of_macros_and_alone(caplog: pytest.LogCaptureFixture) -> None:
     given = {name: support.as_dtype(x, "float32") for name, x in build("lsh_cumulation", CASE).items()}
     for _ in range(3):
         yoso_core.lsh_cumulation(**given, variant="cupy:sorted_buckets")
-    assert len(RawModule.made) == 2, "sort.cu and cumulation.cu"
-    yoso_core.lsh_cumulation(**{**given, "value": given["value"].astype(np.float16)}, variant="cupy:sorted_buckets")
-    assert len(RawModule.made) == 3
+    assert [source.KERNEL.findall(made.code) for made in RawModule.made] == [
+        ["transpose_codes"],
+        ["sort_codes"],
+        ["sum_buckets"],
+        ["gather_buckets"],
+    ]
+    with caplog.at_level("INFO", logger="yoso_core"):
+        yoso_core.lsh_cumulation(**{**given, "value": given["value"].astype(np.float16)}, variant="cupy:sorted_buckets")
+    assert len(RawModule.made) == 6
+    assert [message.partition(": compiled")[0] for message in caplog.messages] == [
+        f"{name} of cumulation.cu (VALUE=float16 OUT=float16)" for name in ("sum_buckets", "gather_buckets")
+    ]
 
 
 def test_cpu_tensors_are_not_copied_in_silence() -> None:
