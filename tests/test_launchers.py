@@ -13,9 +13,9 @@ from support import Case, check_variant
 
 from yoso_core import registry
 from yoso_core.gpu import launches, layout
-from yoso_core.gpu.cupy_kernels import hashing, sorting, weighted
-from yoso_core.gpu.cupy_kernels.cumulation import lsh_cumulation_sorted_buckets
-from yoso_core.gpu.emulator import Emulator
+from yoso_core.gpu.cupy_kernels import cumulation, hashing, sorting, weighted
+from yoso_core.gpu.device import CudaKernel
+from yoso_core.gpu.emulator import Emulator, emulator
 from yoso_core.gpu.emulator.common import launch_sizes
 from yoso_core.reference.arrays import Array
 
@@ -44,7 +44,7 @@ ONE = np.ones((1, 2, 1), np.float32)
 
 MANY: dict[str, Callable[[Any], object]] = {
     "parts": lambda device: hashing.fast_hash_block_per_part(device, ONE, np.ones((3, 65_546, 1), np.int8), 5042, 13, layout="paper"),
-    "hashes": lambda device: lsh_cumulation_sorted_buckets(device, codes(70_000), codes(70_000), ONE, 2),
+    "hashes": lambda device: cumulation.lsh_cumulation_sorted_buckets(device, codes(70_000), codes(70_000), ONE, 2),
     "tiles of hashes": lambda device: sorting.sort_codes(device, codes(2_100_000), 2, None),
     "hashes of a weighted sum": lambda device: weighted.lsh_weighted_cumulation_outer_products(
         device, codes(70_000), ONE, codes(70_000), ONE, ONE, 2
@@ -70,6 +70,17 @@ def test_cut_grids_do_the_same(kernel: registry.Kernel, monkeypatch: pytest.Monk
         for variant in support.with_every_kernel(kernel, case):
             check_variant(kernel.op, kernel.name, variant)
     assert max(max(launch.grid[1:]) for launch in made) <= 2
+
+
+@pytest.mark.parametrize("smoothing", [(), (("OVERSAMPLE", 2), ("HELD_BITS", 3))])
+def test_the_largest_block_of_shared_table_is_what_it_is_compiled_for(smoothing: tuple[tuple[str, int], ...]) -> None:
+    """Else a thread may take so many registers that no multiprocessor has room for the block."""
+    support.need("emulated")
+    kernel = CudaKernel("cumulation.cu", "shared_table", (("LANES", 32), *smoothing))
+    compiled, _ = emulator._function(kernel, "plain")
+    assert compiled.max_threads == (cumulation._MOST_THREADS_SMOOTHING if smoothing else cumulation._MOST_THREADS)
+    lanes, _, width = cumulation.shared_table_layout(32, 48, 2, 227 << 10, 4, len(smoothing))
+    assert lanes * width == compiled.max_threads
 
 
 @pytest.mark.parametrize(("capacity", "rounds"), [(1, 1), (2, 1), (16, 1), (17, 2), (256, 2), (257, 3), (4096, 3), (1 << 30, 8)])

@@ -63,6 +63,12 @@ extern "C" __global__ void global_table_gather(const int* __restrict__ query_has
 constexpr int BATCH = 8;
 
 #ifdef OVERSAMPLE
+constexpr int MOST_THREADS = 384;  // of a block, as the launcher has it: a thread gets up to 168 registers
+#else
+constexpr int MOST_THREADS = 512;  // up to 128 registers
+#endif
+
+#ifdef OVERSAMPLE
 // Smooths a thread's own column: `capacity` rows that are `stride` numbers apart. T_1 ... T_s follow
 // the row for masked keys.
 __device__ inline void smooth_column(ACC* column, int stride, int capacity) {
@@ -147,11 +153,11 @@ template <int HALF> __device__ inline void add_by_halves(ACC* sum, int lane) {
 //   Grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
 //   cache, except for the first block), its slice of the values, and its slice of the result.
 //   Deterministic.
-extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code,
-                                        const VALUE* __restrict__ value, const unsigned char* __restrict__ query_mask,
-                                        const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished, OUT* __restrict__ out,
-                                        int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side,
-                                        const int* __restrict__ exponent, ACC* __restrict__ squares) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code, const VALUE* __restrict__ value,
+             const unsigned char* __restrict__ query_mask, const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished,
+             OUT* __restrict__ out, int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side,
+             const int* __restrict__ exponent, ACC* __restrict__ squares) {
   extern __shared__ double shared[];  // double, so that it is aligned for both types of ACC
   ACC* table = reinterpret_cast<ACC*>(shared);
 

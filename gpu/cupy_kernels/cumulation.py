@@ -16,8 +16,8 @@ _WARP = 32
 _ROWS = 8
 _STRETCH = 64
 _MOST_THREADS, _MOST_THREADS_SMOOTHING = 512, 384
-"""In a block of `shared_table`: a multiprocessor has 65,536 registers, and a thread takes up to 96,
-with oversampling up to 160.
+"""In a block of `shared_table`, which is compiled for as many: of the 65,536 registers of a
+multiprocessor a thread gets up to 128, with oversampling up to 168.
 """
 _REGISTERS = 48
 """For the rows that a thread of `shared_table` holds while it smooths."""
