@@ -153,7 +153,7 @@ template <int HALF> __device__ inline void add_by_halves(ACC* sum, int lane) {
 //   Grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
 //   cache, except for the first block), its slice of the values, and its slice of the result.
 //   Deterministic.
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
 shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code, const VALUE* __restrict__ value,
              const unsigned char* __restrict__ query_mask, const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished,
              OUT* __restrict__ out, int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side,
