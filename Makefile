@@ -2,7 +2,7 @@
 # Another interpreter: make PYTHON=python3.13 test (after make clean). More arguments for the program behind a target: make test ARGS="-k hash".
 
 PYTHON ?= python3
-CUDA ?= cuda12
+CUDA ?= $(shell $(BIN)/python -c 'import torch; print("cuda" + (torch.version.cuda or "13").partition(".")[0])')
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -45,7 +45,9 @@ tutorials: $(VENV)/installed-dev ## run every tutorial and build the notebooks a
 bench: $(VENV)/installed-dev ## measured cost beside the peers, on this machine's CPU
 	$(BIN)/yoso bench cpu $(ARGS)
 
-bench-gpu: $(VENV)/installed-dev $(VENV)/installed-$(CUDA) ## the same on this machine's NVIDIA GPU (CUDA=cuda13 where the driver is for that)
+# One CUDA for all in a process: that of torch, which is known once torch is there.
+bench-gpu: $(VENV)/installed-dev ## the same on this machine's NVIDIA GPU, with the CUDA that torch is built for (CUDA=cuda12 for another)
+	@$(MAKE) --no-print-directory $(VENV)/installed-$(CUDA)
 	$(BIN)/yoso bench gpu $(ARGS)
 
 clean: ## back to a fresh clone

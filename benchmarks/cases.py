@@ -315,6 +315,20 @@ def _bandwidth(n: int, dtype: str) -> Case:
     )
 
 
+def _training_on_gpu(n: int, dtype: str) -> Case:
+    ours, flash = _on_gpu("yoso_training", n, dtype, _FUSED[0]), _on_gpu("flash_training", n, "float16")
+    half = dtype == "float16"
+    return Case(
+        suite="gpu",
+        name=f"sampled forward + backward, {dtype}, n = {n:,}, beside {'flash attention' if half else 'SDPA'}",
+        measure="speedup",
+        ours=ours,
+        beside=flash if half else replace(ours, run="sdpa_training", variant=None),
+        also=() if half else (flash,),
+        quick=n <= 512,
+    )
+
+
 def _gpu_memory(n: int, variant: str) -> Case:
     return Case(
         suite="gpu",
@@ -335,6 +349,7 @@ GPU: tuple[Case, ...] = (
     *(_beside_the_paper(n, variant) for n in GPU_SIZES for variant in _FUSED),
     *(_beside_the_table(n) for n in _AIMED),
     *(_beside_flash(n, variant) for n in GPU_SIZES for variant in _FUSED),
+    *(_training_on_gpu(n, dtype) for n in (512, *_AIMED) for dtype in ("float16", "float32")),
     *(_bandwidth(n, dtype) for n in _AIMED for dtype in ("float32", "float16")),
     *(_gpu_memory(n, variant) for n in (4096, 16384, 65536) for variant in _FUSED),
     *(_alone("fast_hash", "hash", n, variant, _HASHES[-1]) for n in (512, 4096) for variant in _HASHES),

@@ -194,7 +194,8 @@ def _before_scaling(training: Training, workload: Workload, given: Tensors, grad
     sums = {**training.arguments(workload, given), "normalize_output": False}
     (wide,) = truth("yoso_attention", (), sums)
     (own,) = outputs_of(call("yoso_attention", sums, definition_of("yoso_attention").name))
-    return l2_normalize_backward(grad.astype(np.float64), wide, TINY_NORM), l2_normalize_backward(grad, own, TINY_NORM)
+    back = l2_normalize_backward(grad, own, TINY_NORM).astype(grad.dtype)  # half types are computed in float32
+    return l2_normalize_backward(grad.astype(np.float64), wide, TINY_NORM), back
 
 
 def tensors(workload: Workload) -> Tensors:
@@ -308,6 +309,12 @@ def _flash(workload: Workload, given: Tensors) -> Callable[[], Any]:
     return call
 
 
+def _flash_training(workload: Workload, given: Tensors) -> Callable[[], Any]:
+    """The backward pass takes the kernel of the forward pass."""
+    leaves = _leaves(given)
+    return _forward_and_backward(_flash(workload, leaves), leaves, grad_out(workload))
+
+
 def _folded(given: Tensors) -> Tensors:
     """Query, key and value with the heads folded into the batch; query and key as unit vectors."""
     from torch.nn.functional import normalize
@@ -384,6 +391,7 @@ CONTENDERS: dict[str, Ours | Peer] = {
         backward="expectation_attention_backward",
     ),
     "sdpa_training": Peer("torch scaled_dot_product_attention, forward + backward", ("torch",), _sdpa_training),
+    "flash_training": Peer("torch flash attention, forward + backward", ("torch",), _flash_training),
     "transformers_expectation_training": Peer(
         "transformers YosoCumulation, forward + backward", ("torch", "transformers"), _transformers_expectation_training
     ),

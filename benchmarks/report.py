@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yoso_core.benchmarks import error
+from yoso_core.benchmarks import error, static
 from yoso_core.benchmarks.bias import bias_table, relative_table, variance_table
 from yoso_core.benchmarks.cases import SUITES
 from yoso_core.benchmarks.contenders import CONTENDERS
@@ -410,6 +410,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "learning": lambda folder: learning_table(_read(folder / "learning.json")),
     "gpu": lambda folder: machines_block(folder, "gpu"),
     "gpu-bytes": bytes_block,
+    "gpu-static": lambda folder: static.static_table(_read(folder / static.FILE)),
 }
 """For each name, the function that writes the text between its markers, given the folder of
 results.

@@ -120,7 +120,7 @@ def _shared_table(s: _Sizes, out_bytes: int) -> list[Traffic]:
 
 
 def _sorting(s: _Sizes, sides: int) -> list[Traffic]:
-    passes = sides * _ceil_div(s.capacity.bit_length(), 4)
+    passes = sides * _ceil_div((s.capacity - 1).bit_length(), 4)
     return [
         Traffic("transpose_codes", sides, sides * s.codes_bytes, sides * 2 * s.codes_bytes),
         Traffic("sort_codes", passes, passes * 2 * s.codes_bytes, passes * 2 * s.codes_bytes, passes * s.codes_bytes),
@@ -211,12 +211,11 @@ def _finish_rows(s: _Sizes) -> Traffic:
 def _outer_products(s: _Sizes) -> list[Traffic]:
     from yoso_core.gpu.cupy_kernels import weighted
 
-    # One launch for each hash and group of heads. The weights, values and sums of a group stay in
-    # the cache from hash to hash, if they fit.
+    # A group of heads goes through all hashes before the next. Its weights, values and sums stay in
+    # the cache from hash to hash, if they fit. Sums are atomic additions, carried out there.
     padded = _ceil_div(s.dim, 4) * 4
     sums_bytes = s.rows * padded * s.acc
     at_once = weighted._CACHE_BYTES // (s.n * (3 * s.dim * s.item + padded * s.acc))
-    launches = s.num_hash * _ceil_div(s.heads, max(1, at_once))
     times = 1 if at_once else s.num_hash
     slices, pieces = _ceil_div(s.dim, 32 if s.acc == 8 else 64), _ceil_div(s.dim, 64)
     moved = 3 * s.vectors_bytes + sums_bytes  # both weights, the value, and the sums
@@ -225,7 +224,7 @@ def _outer_products(s: _Sizes) -> list[Traffic]:
     return [
         Traffic("(zeros)", 0, 0, sums_bytes),
         *_sorting(s, 2),
-        Traffic("outer_products", launches, s.num_hash * 16 * s.rows + times * moved, times * sums_bytes, cached),
+        Traffic("outer_products", 1, s.num_hash * 16 * s.rows + times * moved, times * sums_bytes, cached),
         _finish_rows(s),
     ]
 

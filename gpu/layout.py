@@ -6,8 +6,8 @@ import numpy as np
 
 from yoso_core.gpu.device import Array, Device, DoesNotFit, Shape
 
-MAX_GRID_YZ = 65_535
-"""The limit of the second and the third size of a grid."""
+MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
+"""The limits of the first size of a grid, and of the second and the third."""
 
 # uint16 holds the bits of a bfloat16.
 _C_TYPE = {"float32": "float", "float64": "double", "float16": "float16", "uint16": "bfloat16"}

@@ -4,8 +4,9 @@ one variant against its definition.
 
 import codecs
 import locale
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -208,7 +209,9 @@ def as_float64(x: Any) -> Array:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """``np.empty`` hands out NaN (integers: -1), so that an element nobody writes shows."""
+    """``np.empty`` and CuPy's hand out NaN (integers: -1), so that an element nobody writes
+    shows.
+    """
 
     def poisoned(allocate: Any) -> Any:
         def allocate_and_fill(*args: Any, **kwargs: Any) -> Array:
@@ -219,7 +222,11 @@ def poisoned_allocations() -> Iterator[None]:
 
         return allocate_and_fill
 
-    with mock.patch.object(np, "empty", poisoned(np.empty)), mock.patch.object(np, "empty_like", poisoned(np.empty_like)):
+    with ExitStack() as patches:
+        for library in (np, sys.modules.get("cupy")):
+            for name in ("empty", "empty_like"):
+                if hasattr(library, name):
+                    patches.enter_context(mock.patch.object(library, name, poisoned(getattr(library, name))))
         yield
 
 
@@ -274,24 +281,36 @@ def check_variant(op: str, name: str, case: Case) -> None:
     """Assert that a variant does what its definition does: kind, shape and dtype; codes exactly;
     sums within the derived tolerance.
     """
-    inputs = inputs_of(op, case)
+    (variant,) = (v for v in yoso_core.variants(op) if v.name == name)
+    device = variant.kernel.backend.device
+    inputs = {name: on_device(x, device) for name, x in inputs_of(op, case).items()}
 
-    def outputs(variant: str) -> tuple[Any, ...]:
-        return as_tuple(getattr(yoso_core, op)(**inputs, variant=variant))
+    def outputs() -> tuple[Any, ...]:
+        found = as_tuple(getattr(yoso_core, op)(**inputs, variant=name))
+        assert all(x.device.type == device for x in found if isinstance(x, torch.Tensor))
+        return tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in found)
 
-    got = outputs(name)
+    got = outputs()
     with poisoned_allocations():  # after a first call, since a compiler does not know the replacement
-        again = outputs(name)
+        again = outputs()
     for x, like in zip(got, defined(op, case), strict=True):
         assert type(x) is type(like)
         assert (x.dtype, x.shape) == (like.dtype, like.shape)
-    (variant,) = (v for v in yoso_core.variants(op) if v.name == name)
     if variant.deterministic:
         for x, y in zip(again, got, strict=True):
             np.testing.assert_array_equal(as_float64(x), as_float64(y), "the second call differs, or an element was not written")
     else:
         check_values(op, [as_float64(x) for x in again], case)
     check_values(op, [as_float64(x) for x in got], case)
+
+
+def on_device(x: Any, device: str) -> Any:
+    """A tensor where its kernel runs. NumPy arrays are copied there by the library."""
+    if not isinstance(x, torch.Tensor) or device == "cpu":
+        return x
+    if not torch.cuda.is_available():
+        pytest.skip("this build of torch has no CUDA")
+    return x.cuda()
 
 
 def inputs_of(op: str, case: Case) -> dict[str, Any]:

@@ -1111,7 +1111,10 @@ def test_kernels_pass_the_check(kernel: registry.Kernel, case: Case) -> None:
         run_checked(kernel, variant)
 
 
-BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
+BARRIER = re.compile(r"__sync(?:threads|warp)\(\);(?!  // .* before other blocks are told$)", re.MULTILINE)
+"""One that orders what a block does before what others do later is not tried: here blocks run one
+after the other.
+"""
 BARRIERS = [
     pytest.param(file, found.start(), id=f"{file}:{text.count(chr(10), 0, found.start()) + 1}")
     for file in source.FILES

@@ -5,6 +5,7 @@ what cannot is said in one line.
 import ast
 import errno
 import importlib
+import importlib.machinery
 import inspect
 import io
 import os
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -76,6 +78,60 @@ def test_a_numba_that_cannot_be_imported_is_missing(monkeypatch: pytest.MonkeyPa
     reason = backends.BACKENDS["cpu"].missing()
     assert reason is not None
     assert reason.startswith("numba cannot be imported (cannot import name 'config'")
+
+
+def whole_cupy(**runtime: Any) -> python_types.ModuleType:
+    """A CuPy that finds a GPU and NVRTC."""
+    cupy = python_types.ModuleType("cupy")
+    cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
+    vars(cupy)["cuda"] = SimpleNamespace(
+        runtime=SimpleNamespace(**{"getDeviceCount": lambda: 1, "CUDARuntimeError": RuntimeError} | runtime),
+        nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
+    )
+    return cupy
+
+
+def test_a_broken_numba_cuda_takes_cupy_down_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants are listed together: each is asked for by itself."""
+    monkeypatch.setattr(backends, "missing", backends.missing.__wrapped__)
+    monkeypatch.setitem(sys.modules, "cupy", whole_cupy())
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="cuda-pathfinder is not installed")
+    monkeypatch.setattr(pathfinder, "find_nvidia_header_directory", lambda library: "/cuda/include")
+    broken = python_types.ModuleType("numba")
+    broken.__spec__ = numba.__spec__
+    vars(broken)["config"] = numba.config
+
+    def fail(name: str) -> Any:
+        raise RuntimeError("cuda.bindings of another version")
+
+    vars(broken)["__getattr__"] = fail
+    monkeypatch.setitem(sys.modules, "numba", broken)
+    monkeypatch.delitem(sys.modules, "numba.cuda", raising=False)
+    found = {v.where: v.reason for v in yoso_core.variants("lsh_cumulation")}
+    assert found["cupy"] is None
+    assert found["numba_cuda"] is not None
+    assert found["numba_cuda"].startswith("numba.cuda cannot be imported (cuda.bindings of another version): pip install")
+
+
+def test_a_backend_that_breaks_while_it_is_looked_at_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise OSError("libcuda.so.1 is damaged")
+
+    monkeypatch.setattr(backends, "missing", backends.missing.__wrapped__)
+    monkeypatch.setitem(sys.modules, "cupy", whole_cupy(getDeviceCount=fail))
+    found = {v.where: v.reason for v in yoso_core.variants("fast_hash")}
+    assert found["cupy"] == "what it needs could not be looked at (OSError: libcuda.so.1 is damaged)"
+    assert found["numpy"] is found["cpu"] is None
+
+
+def test_the_headers_of_cuda_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy 14 refuses to compile anything without them."""
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="cuda-pathfinder is not installed")
+    monkeypatch.setitem(sys.modules, "cupy", whole_cupy())
+    for place, reason in (("/cuda/include", None), (None, "CUDA's headers were not found, and CuPy compiles no kernel without: pip")):
+        monkeypatch.setattr(pathfinder, "find_nvidia_header_directory", {"cudart": place}.get)
+        found = backends.BACKENDS["cupy"].missing()
+        assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
 # ---------------------------------------------------------------- the disk of compiled kernels

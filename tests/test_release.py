@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -177,3 +180,28 @@ def test_a_tag_has_to_be_that_of_the_version(
         else:
             with pytest.raises(SystemExit, match=message):
                 check_dist.check_version(Path(name), tag)
+
+
+# Make
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("of_torch", "asked", "extra"),
+    [("'13.0'", (), "cuda13"), ("'12.8'", (), "cuda12"), ("None", (), "cuda13"), ("'13.0'", ("CUDA=cuda12",), "cuda12")],
+)
+def test_the_benchmark_of_a_gpu_takes_the_cuda_of_torch(of_torch: str, asked: tuple[str, ...], extra: str, tmp_path: Path) -> None:
+    """In an environment whose programs say what they were called with."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {of_torch}\n", "utf-8")
+    (programs / "python").write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n', "utf-8")
+    for name in ("pip", "yoso"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@"\n', "utf-8")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    (tmp_path / "installed-dev").touch()
+    done = subprocess.run(["make", f"VENV={tmp_path}", *asked, "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"pip install --quiet --constraint constraints.txt --editable .[{extra}]" in done.stdout
+    assert done.stdout.endswith("yoso bench gpu\n")

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from yoso_core.arrays import Array, Caller
+
+Likes = Sequence[Array | None]
+"""For each result of a kernel the argument whose dtype it has, if any."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,8 @@ class Backend:
     """May be chosen where the caller names no variant."""
     missing: Callable[[], str | None]
     """Why nothing runs here, with what to do about it; ``None`` where it does. Asked once."""
-    call: Callable[[Callable[..., Any], Caller, Mapping[str, Any]], Any]
-    """Call a kernel with the caller's arrays, by name; its result as the kernel gave it."""
-    back: Callable[[Caller, Any, Array | None], Array]
-    """One result as the caller's kind of array; the last argument is the one whose dtype it has, if
-    any.
-    """
+    call: Callable[[Callable[..., Any], Caller, Mapping[str, Any], Likes], tuple[Array, ...]]
+    """Call a kernel with the caller's arrays, by name; its results as the caller's arrays."""
 
     def takes(self, caller: Caller) -> bool:
         """Whether a caller who names a variant here may hand in these arrays. NumPy arrays are
@@ -43,6 +42,12 @@ class Backend:
 
 def _each(view: Callable[[Array], Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: view(x) if hasattr(x, "dtype") else x for name, x in arguments.items()}
+
+
+def _handed_back(back: Callable[[Caller, Any, Array | None], Array], caller: Caller, found: Any, likes: Likes) -> tuple[Array, ...]:
+    """What a kernel returned, one array or a tuple of several, each by ``back``."""
+    results = found if len(likes) > 1 else (found,)
+    return tuple(back(caller, x, like) for x, like in zip(results, likes, strict=True))
 
 
 # On the host, in NumPy and Numba.
@@ -67,12 +72,8 @@ def _missing_cpu() -> str | None:
     return None
 
 
-def _call_numpy(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
-    return function(**_each(caller.to_numpy, arguments))
-
-
-def _back_from_numpy(caller: Caller, result: Any, like: Array | None) -> Array:
-    return caller.from_numpy(result, like)
+def _call_numpy(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any], likes: Likes) -> tuple[Array, ...]:
+    return _handed_back(Caller.from_numpy, caller, function(**_each(caller.to_numpy, arguments)), likes)
 
 
 # Compiled kernels. A bfloat16 travels as its bits, since neither NumPy nor CuPy has the type.
@@ -101,20 +102,21 @@ def _back_from_bits(caller: Caller, result: Any, like: Array | None) -> Array:
     return torch.from_numpy(np.ascontiguousarray(result))
 
 
-def _call_cpu(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
-    return function(**_each(_bits_numpy(caller), arguments), num_threads=caller.num_threads)
+def _call_cpu(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any], likes: Likes) -> tuple[Array, ...]:
+    found = function(**_each(_bits_numpy(caller), arguments), num_threads=caller.num_threads)
+    return _handed_back(_back_from_bits, caller, found, likes)
 
 
-def _call_emulated(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
+def _call_emulated(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any], likes: Likes) -> tuple[Array, ...]:
     from yoso_core.gpu.emulator import Emulator
 
-    return function(Emulator(), **_each(_bits_numpy(caller), arguments))
+    return _handed_back(_back_from_bits, caller, function(Emulator(), **_each(_bits_numpy(caller), arguments)), likes)
 
 
-def _call_stepped(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
+def _call_stepped(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any], likes: Likes) -> tuple[Array, ...]:
     from yoso_core.gpu.emulator.stepper import Stepper
 
-    return function(Stepper(), **_each(_bits_numpy(caller), arguments))
+    return _handed_back(_back_from_bits, caller, function(Stepper(), **_each(_bits_numpy(caller), arguments)), likes)
 
 
 def _cupy_view(caller: Caller) -> Callable[[Array], Array]:
@@ -152,19 +154,25 @@ def _callers_stream(caller: Caller) -> AbstractContextManager[tuple[int, int]]:
     return callers_stream(caller.library, int(caller.device.partition(":")[2]) if caller.kind == "cuda" else None)
 
 
-def _call_on_cuda(make: str) -> Callable[[Callable[..., Any], Caller, Mapping[str, Any]], Any]:
+def _call_on_cuda(make: str) -> Callable[[Callable[..., Any], Caller, Mapping[str, Any], Likes], tuple[Array, ...]]:
     module, device = make.split(":")
 
-    def call(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any]) -> Any:
+    def call(function: Callable[..., Any], caller: Caller, arguments: Mapping[str, Any], likes: Likes) -> tuple[Array, ...]:
         with _callers_stream(caller) as (index, stream):
             on_gpu = getattr(importlib.import_module(module), device)(index, stream)
-            return function(on_gpu, **_each(_cupy_view(caller), arguments))
+            found = function(on_gpu, **_each(_cupy_view(caller), arguments))
+            # Handed back while the caller's stream is current. Elsewhere CuPy would record an event
+            # on its own stream and make the caller's wait for it, which no CUDA graph can capture.
+            return _handed_back(_back_from_cupy, caller, found, likes)
 
     return call
 
 
+_CUDA_REMEDY = "pip install 'yoso-core[cuda12]' (or [cuda13], as the driver has it)"
+
+
 def _missing_cuda() -> str | None:
-    remedy = "pip install 'yoso-core[cuda12]' (or [cuda13], as the driver has it)"
+    remedy = _CUDA_REMEDY
     if reason := _not_installed("cupy", remedy):
         return reason
     try:
@@ -181,14 +189,20 @@ def _missing_cuda() -> str | None:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:  # whatever its loader raises: each release another
         return f"NVRTC, the compiler of CUDA, was not found ({error}): {remedy}"
+    from cuda.pathfinder import find_nvidia_header_directory  # which CuPy asks too
+
+    if find_nvidia_header_directory("cudart") is None:
+        return f"CUDA's headers were not found, and CuPy compiles no kernel without: {remedy}, or name a CUDA toolkit in CUDA_PATH"
     return None
 
 
 def _missing_numba_cuda() -> str | None:
     if reason := _missing_cuda() or _not_installed("numba", "pip install numba"):
         return reason
-    from numba import config, cuda
-
+    try:
+        from numba import config, cuda
+    except Exception as error:  # whatever the packages below it raise
+        return f"numba.cuda cannot be imported ({error}): {_CUDA_REMEDY}"
     if getattr(config, "ENABLE_CUDASIM", False):
         return "Numba simulates CUDA here (NUMBA_ENABLE_CUDASIM): unset it, or take the stepped variants"
     return None if cuda.is_available() else "Numba finds no CUDA (`numba -s` says why): pip install 'yoso-core[cuda12]' (or [cuda13])"
@@ -209,8 +223,8 @@ def _missing_stepper() -> str | None:
 
 
 _ALL = (
-    Backend("numpy", "the reference", "cpu", True, lambda: None, _call_numpy, _back_from_numpy),
-    Backend("cpu", "Numba", "cpu", True, _missing_cpu, _call_cpu, _back_from_bits),
+    Backend("numpy", "the reference", "cpu", True, lambda: None, _call_numpy),
+    Backend("cpu", "Numba", "cpu", True, _missing_cpu, _call_cpu),
     Backend(
         "cupy",
         "CUDA C++ on a GPU",
@@ -218,7 +232,6 @@ _ALL = (
         True,
         _missing_cuda,
         _call_on_cuda("yoso_core.gpu.cupy_kernels.cuda:CupyDevice"),
-        _back_from_cupy,
     ),
     Backend(
         "numba_cuda",
@@ -227,10 +240,9 @@ _ALL = (
         True,
         _missing_numba_cuda,
         _call_on_cuda("yoso_core.gpu.numba_kernels.cuda:NumbaCuda"),
-        _back_from_cupy,
     ),
-    Backend("emulated", "the same CUDA C++, run on the CPU", "cpu", False, _missing_emulator, _call_emulated, _back_from_bits),
-    Backend("stepped", "the same Numba CUDA, stepped through on the CPU", "cpu", False, _missing_stepper, _call_stepped, _back_from_bits),
+    Backend("emulated", "the same CUDA C++, run on the CPU", "cpu", False, _missing_emulator, _call_emulated),
+    Backend("stepped", "the same Numba CUDA, stepped through on the CPU", "cpu", False, _missing_stepper, _call_stepped),
 )
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
@@ -238,8 +250,13 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 @cache
 def missing(where: str) -> str | None:
-    """Why nothing runs on a backend, or ``None``."""
-    return BACKENDS[where].missing()
+    """Why nothing runs on a backend, or ``None``. A package that breaks while it is looked at takes
+    its own backend down, and no other.
+    """
+    try:
+        return BACKENDS[where].missing()
+    except Exception as error:
+        return f"what it needs could not be looked at ({type(error).__name__}: {error})"
 
 
 def wait(caller: Caller, where: str) -> None:
@@ -259,7 +276,7 @@ def gpu_report() -> dict[str, str]:
     if importlib.util.find_spec("cupy") is not None:
         try:
             import cupy
-        except ImportError as error:
+        except Exception as error:
             return found | {"CuPy": str(error)}
         runtime = cupy.cuda.runtime
         driver = runtime.driverGetVersion()

@@ -687,11 +687,21 @@ def bench(
     isa: Annotated[
         str | None, typer.Option(metavar="ISA", help="Limit both sides of cpu or model to these instructions: avx2 or avx512.")
     ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Of gpu, on a machine without one: what the compiler says that its kernels take.")
+    ] = False,
 ) -> None:
     """Measure beside the peers; every repeat is kept as JSON, written after every case."""
     with _one_line_errors(context):
         if output.exists() and not output.is_dir():
             raise ValueError(f"output: {output} is a file, need a folder")
+        if static:
+            from yoso_core.benchmarks.static import run_static
+
+            if name != "gpu":
+                raise ValueError(f"static: the suite {name!r} has no kernels of a GPU; `yoso bench gpu --static` compiles them")
+            typer.echo(f"written: {run_static(output)}")
+            return
         from yoso_core.benchmarks.runner import RedComparison, run_suite
 
         try:

@@ -72,10 +72,8 @@ class Kernel:
             function = own_kernel.adapted(OPERATIONS[self.op], function)
         outputs = OPERATIONS[self.op].outputs_of(arguments)
         likes = [None if output.dtype_of is None else arguments[output.dtype_of] for output in outputs]
-        found = self.backend.call(function, caller, arguments)
-        if len(outputs) == 1:
-            return self.backend.back(caller, found, likes[0])
-        return tuple(self.backend.back(caller, x, like) for x, like in zip(found, likes, strict=True))
+        found = self.backend.call(function, caller, arguments, likes)
+        return found[0] if len(found) == 1 else found
 
 
 def _cuda(op: str, algorithm: str, summary: str, kernels: str, *, deterministic: bool = True) -> list[Kernel]:

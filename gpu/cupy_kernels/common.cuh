@@ -22,17 +22,27 @@ template <> struct Computed<double> { typedef double type; };
 typedef Computed<VALUE>::type ACC;
 
 // Widening is exact. A subnormal float16 is a whole multiple of 2^-24, and that is a normal float,
-// so nothing is flushed to zero.
+// so nothing is flushed to zero. On a GPU one instruction converts a float16, either way: branches on
+// what was loaded would make one load wait for another. The emulator's compiler has no such
+// instruction and gets the arithmetic.
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+#ifdef __CUDACC__
 __device__ inline float widen(float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+#else
+inline float widen(float16 x) {
   const unsigned exponent = x.bits >> 10 & 31u, mantissa = x.bits & 1023u;
   const float size = exponent == 0    ? float(mantissa) * 5.9604644775390625e-8f
                      : exponent == 31 ? __uint_as_float(0x7f800000u | mantissa << 13)
                                       : __uint_as_float((exponent + 112) << 23 | mantissa << 13);
   return x.bits & 0x8000u ? -size : size;
 }
+#endif
 
 // Rounds to nearest, ties to even. Every NaN becomes the canonical NaN.
 template <class T> __device__ inline T narrow(ACC x) { return T(x); }
@@ -41,7 +51,14 @@ template <> __device__ inline bfloat16 narrow<bfloat16>(ACC x) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
   return {static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
+#ifdef __CUDACC__
 template <> __device__ inline float16 narrow<float16>(ACC x) {
+  float16 narrowed;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(float(x)));
+  return narrowed;
+}
+#else
+template <> inline float16 narrow<float16>(ACC x) {
   const unsigned bits = __float_as_uint(float(x)), size = bits & 0x7fffffffu;
   const unsigned short sign = static_cast<unsigned short>(bits >> 16 & 0x8000u);
   if (size > 0x7f800000u) return {0x7fff};
@@ -52,6 +69,7 @@ template <> __device__ inline float16 narrow<float16>(ACC x) {
   }
   return {static_cast<unsigned short>(sign | ((size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13))};
 }
+#endif
 
 __device__ inline ACC not_a_number() { return ACC(__uint_as_float(0x7fffffffu)); }
 

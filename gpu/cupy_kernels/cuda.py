@@ -2,6 +2,8 @@
 caller's stream.
 """
 
+import logging
+import time
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -9,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from yoso_core.gpu.cupy_kernels.source import options, parameter_names, source_of
+from yoso_core.gpu.cupy_kernels.source import options, parameter_names, unit_of
 from yoso_core.gpu.device import Arguments, Array, CudaKernel, KernelText, Launch, Shape, in_order, record
+
+log = logging.getLogger("yoso_core")
 
 _NO_POINTER = np.uint64(0)
 _WITHOUT_OPT_IN = 48 << 10
@@ -38,15 +42,19 @@ def _function(kernel: CudaKernel | KernelText, index: int) -> tuple[Any, tuple[s
     # A text of the reader's own may hold a template, or a kernel that is not extern "C": the
     # compiler must then be asked for its name.
     names = (kernel.name,) if isinstance(kernel, KernelText) and 'extern "C"' not in kernel.text else None
-    text = source_of(kernel)
-    return _module(text, options(kernel), names, index).get_function(kernel.name), parameter_names(text, kernel.name)
+    text, start = unit_of(kernel), time.perf_counter()
+    function = _module(text, options(kernel), names, index).get_function(kernel.name)
+    macros = " ".join(f"{name}={value}" for name, value in kernel.defines)
+    log.info("%s of %s (%s): compiled, or found in CuPy's cache, in %.1f s", kernel.name, kernel.file, macros, time.perf_counter() - start)
+    return function, parameter_names(text, kernel.name)
 
 
 class CupyDevice:
     """A GPU. CuPy's current device and stream must already be the caller's.
 
-    The first launch of a kernel compiles it (0.1 to 1 s; CuPy keeps the result on disk). Nothing
-    here waits for the GPU.
+    The first launch of a kernel compiles it, alone, and says so in the log: 0.03 to 0.6 s on an
+    idle core (NVRTC 13 for sm_90), several seconds on a busy or a slow one. CuPy keeps the machine
+    code on disk, in ``CUPY_CACHE_DIR``. Nothing here waits for the GPU.
 
     Parameters
     ----------

@@ -63,6 +63,12 @@ extern "C" __global__ void global_table_gather(const int* __restrict__ query_has
 constexpr int BATCH = 8;
 
 #ifdef OVERSAMPLE
+constexpr int MOST_THREADS = 384;  // of a block, as the launcher has it: a thread gets up to 168 registers
+#else
+constexpr int MOST_THREADS = 512;  // up to 128 registers
+#endif
+
+#ifdef OVERSAMPLE
 // Smooths a thread's own column: `capacity` rows that are `stride` numbers apart. T_1 ... T_s follow
 // the row for masked keys.
 __device__ inline void smooth_column(ACC* column, int stride, int capacity) {
@@ -102,6 +108,20 @@ __device__ inline void square_table(ACC* entries, int columns, int capacity, int
   }
 }
 
+// Adds up `sum` over a group of LANES threads, so that sum[0] of thread i becomes the whole sum of
+// entry i.
+template <int HALF> __device__ inline void add_by_halves(ACC* sum, int lane) {
+  if constexpr (HALF > 0) {
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+      const bool upper = lane & HALF;
+      const ACC given = upper ? sum[i] : sum[i + HALF], own = upper ? sum[i + HALF] : sum[i];
+      sum[i] = own + __shfl_xor_sync(FULL_WARP, given, HALF);
+    }
+    add_by_halves<HALF / 2>(sum, lane);
+  }
+}
+
 // shared_table
 //   A block takes a few value dims of one head and does the whole cumulation for them: it adds all
 //   keys to its tables, then all queries read. The tables are one array in shared memory, with
@@ -133,11 +153,11 @@ __device__ inline void square_table(ACC* entries, int columns, int capacity, int
 //   Grid (slices of value dims, heads). Moves, for each block, all codes of its head (from the L2
 //   cache, except for the first block), its slice of the values, and its slice of the result.
 //   Deterministic.
-extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code,
-                                        const VALUE* __restrict__ value, const unsigned char* __restrict__ query_mask,
-                                        const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished, OUT* __restrict__ out,
-                                        int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side,
-                                        const int* __restrict__ exponent, ACC* __restrict__ squares) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+shared_table(const int* __restrict__ query_hash_code, const int* __restrict__ key_hash_code, const VALUE* __restrict__ value,
+             const unsigned char* __restrict__ query_mask, const unsigned char* __restrict__ key_mask, ACC* __restrict__ unfinished,
+             OUT* __restrict__ out, int n_q, int n_k, int num_hash, int capacity, int value_dim, int width, int side_by_side,
+             const int* __restrict__ exponent, ACC* __restrict__ squares) {
   extern __shared__ double shared[];  // double, so that it is aligned for both types of ACC
   ACC* table = reinterpret_cast<ACC*>(shared);
 
@@ -160,11 +180,12 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
       const auto fetch = [&](int first_key) {
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
-          const long long row = head * n_k + first_key + b;
-          const bool valid = first_key + b < n_k && kept(key_mask, row);
-          const int code = valid ? key_hash_code[row * num_hash + hash] : capacity;
-          next_code[b] = in_range(code, capacity) ? code : capacity;
-          next_value[b] = valid ? widen(value[row * value_dim + dim]) : ACC(0);
+          const long long row = head * n_k + smaller(first_key + b, n_k - 1);
+          const int code = key_hash_code[row * num_hash + hash];
+          const ACC v = widen(value[row * value_dim + dim]);
+          const bool valid = kept(key_mask, row) & (first_key + b < n_k);
+          next_code[b] = valid & in_range(code, capacity) ? code : capacity;
+          next_value[b] = v;
         }
       };
       fetch(0);
@@ -211,15 +232,7 @@ extern "C" __global__ void shared_table(const int* __restrict__ query_hash_code,
           const int code = reads && first_query + i < n_q ? query_hash_code[row * num_hash + hash] : capacity;
           sum[i] = in_range(code, capacity) ? entries[code * columns] : ACC(0);
         }
-#pragma unroll
-        for (int half = LANES / 2; half > 0; half /= 2) {
-#pragma unroll
-          for (int i = 0; i < half; ++i) {
-            const bool upper = lane & half;
-            const ACC given = upper ? sum[i] : sum[i + half], own = upper ? sum[i + half] : sum[i];
-            sum[i] = own + __shfl_xor_sync(FULL_WARP, given, half);
-          }
-        }
+        add_by_halves<LANES / 2>(sum, lane);
         const int query = first_query + lane;
         if (!(has_dim || of_squares) || query >= n_q) continue;
         const long long row = head * n_q + query, at = row * value_dim + dim;

@@ -16,8 +16,8 @@ _WARP = 32
 _ROWS = 8
 _STRETCH = 64
 _MOST_THREADS, _MOST_THREADS_SMOOTHING = 512, 384
-"""In a block of `shared_table`: a multiprocessor has 65,536 registers, and a thread takes up to 96,
-with oversampling up to 160.
+"""In a block of `shared_table`, which is compiled for as many: of the 65,536 registers of a
+multiprocessor a thread gets up to 128, with oversampling up to 168.
 """
 _REGISTERS = 48
 """For the rows that a thread of `shared_table` holds while it smooths."""
@@ -335,7 +335,7 @@ def lsh_cumulation_sorted_buckets(
     item = np.dtype(call.accumulator).itemsize
     row_bytes = call.n_k * call.value_dim * item
     budget = min(_GROUP_BYTES, device.max_table) // row_bytes  # of pairs of a head and a hash
-    together = max(1, min(call.num_hash, budget))
+    together = max(1, min(call.num_hash, budget, layout.MAX_GRID_YZ))
     if call.holds_own_rows:
         together = min(together, device.max_shared // (min(call.value_dim, _WARP) * item))
     head_groups = layout.grid_slices(call.heads, budget // together)

@@ -31,16 +31,18 @@ union PairTile {
 };
 
 // Copies the codes of HEIGHT rows from first_row on to a tile: HASHES codes of each, from
-// first_hash on. Codes out of range, and codes of masked rows, become `nobody`.
+// first_hash on. Codes out of range, and codes of masked rows, become `nobody`. No load waits for the mask.
 template <int HEIGHT>
 __device__ inline void fetch_codes(FourCodes (*tile)[HASHES / 4 + 1], const int* codes, const unsigned char* mask, long long head, int rows,
                                    int first_row, int num_hash, int first_hash, int capacity, int nobody) {
   const int hash = threadIdx.x % HASHES;
-  for (int i = threadIdx.x / HASHES; i < HEIGHT; i += THREADS / HASHES) {
+#pragma unroll 4
+  for (int turn = 0; turn < HEIGHT * HASHES / THREADS; ++turn) {
+    const int i = turn * (THREADS / HASHES) + threadIdx.x / HASHES;
     const long long row = head * rows + first_row + i;
-    const bool inside = first_hash + hash < num_hash && first_row + i < rows && kept(mask, row);
+    const bool inside = first_hash + hash < num_hash && first_row + i < rows;
     const int code = inside ? codes[row * num_hash + first_hash + hash] : nobody;
-    tile[i][hash / 4].at[hash % 4] = in_range(code, capacity) ? code : nobody;
+    tile[i][hash / 4].at[hash % 4] = in_range(code, capacity) && kept(mask, row) ? code : nobody;
   }
 }
 

@@ -16,17 +16,17 @@ __device__ inline ACC butterfly(ACC mine, ACC other, bool upper) { return upper 
 // block_per_part
 //   A block rotates one vector by one part, and thread i holds entry i. Strides of 32 and more go
 //   through shared memory (D entries), smaller strides are shuffles within a warp. Grid (vectors,
-//   parts), max(D, 32) threads. If D is below 32, the lanes beyond D work on zeros that nobody
+//   parts from `first_part` on), max(D, 32) threads. If D is below 32, the lanes beyond D work on zeros that nobody
 //   reads. Moves, for each vector and part, d entries and 3 D signs in, and 4 bytes for each code
 //   out. Deterministic.
 extern "C" __global__ void __launch_bounds__(D < 32 ? 32 : D)
 block_per_part(const VALUE* __restrict__ vectors, const signed char* __restrict__ signs, int* __restrict__ codes,
-               long long vectors_per_head, int sign_sets, int dim, int num_hash, int hash_code_len) {
+               long long vectors_per_head, int sign_sets, int parts, int first_part, int dim, int num_hash, int hash_code_len) {
   __shared__ ACC buffer[D < 32 ? 32 : D];
   __shared__ unsigned words[33];  // the sign bits of the part, 32 to a word, and a zero: a code may need two neighboring words
   __shared__ ACC largest_of_warp[32];
 
-  const int i = threadIdx.x, lane = i % 32, part = blockIdx.y, parts = gridDim.y;
+  const int i = threadIdx.x, lane = i % 32, part = first_part + blockIdx.y;
   const long long vector = blockIdx.x;
   const int set = int(vector / vectors_per_head % sign_sets);
   const signed char* diagonal = signs + (static_cast<long long>(set) * 3 * parts + part) * D;

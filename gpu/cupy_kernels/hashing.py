@@ -51,18 +51,22 @@ def fast_hash_block_per_part(
     if not hashed.codes_per_part:
         codes[...] = 0  # the blocks of several parts add their bits to one code
     sets = _draws(device, signs, rows[:-1], 3)
-    device.launch(
-        _kernel("block_per_part", vectors, hashed.padded_dim),
-        grid=(gpu_layout.count(rows), hashed.parts),
-        block=(max(hashed.padded_dim, 32),),
-        args={
-            "vectors": gpu_layout.heads(device, vectors),
-            "signs": sets,
-            "codes": codes,
-            "vectors_per_head": np.int64(rows[-1]),
-            **gpu_layout.int32s(sign_sets=sets.shape[0], dim=vectors.shape[-1], num_hash=num_hash, hash_code_len=hash_code_len),
-        },
-    )
+    flat = gpu_layout.heads(device, vectors)
+    for part in gpu_layout.grid_slices(hashed.parts):
+        sizes = {"sign_sets": sets.shape[0], "parts": hashed.parts, "first_part": part.start}
+        sizes |= {"dim": vectors.shape[-1], "num_hash": num_hash, "hash_code_len": hash_code_len}
+        device.launch(
+            _kernel("block_per_part", vectors, hashed.padded_dim),
+            grid=(gpu_layout.count(rows), part.stop - part.start),
+            block=(max(hashed.padded_dim, 32),),
+            args={
+                "vectors": flat,
+                "signs": sets,
+                "codes": codes,
+                "vectors_per_head": np.int64(rows[-1]),
+                **gpu_layout.int32s(**sizes),
+            },
+        )
     return codes
 
 

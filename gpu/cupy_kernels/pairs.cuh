@@ -36,16 +36,19 @@ template <int STRIDE> __device__ inline ACC& entry(Four (*tile)[STRIDE], int row
 }
 
 // Copies HEIGHT rows of a head from first_row on to a tile: WIDTH entries of each, from first_dim
-// on. Masked rows and entries beyond the matrix become zeros; a masked row is not read.
+// on. Masked rows and entries beyond the matrix become zeros. No load waits for the mask.
 template <int HEIGHT, int WIDTH, int STRIDE, class T>
 __device__ inline void fetch_rows(Four (*tile)[STRIDE], const T* matrix, const unsigned char* mask, long long head, int rows, int first_row,
                                   int dim, int first_dim) {
+  static_assert(HEIGHT * WIDTH % THREADS == 0, "every thread copies as many entries");
   const int column = threadIdx.x % WIDTH;
 #pragma unroll 4
-  for (int i = threadIdx.x / WIDTH; i < HEIGHT; i += THREADS / WIDTH) {
+  for (int turn = 0; turn < HEIGHT * WIDTH / THREADS; ++turn) {
+    const int i = turn * (THREADS / WIDTH) + threadIdx.x / WIDTH;
     const long long row = head * rows + first_row + i;
-    const bool inside = first_dim + column < dim && first_row + i < rows && kept(mask, row);
-    entry(tile, i, column) = inside ? widen(matrix[row * dim + first_dim + column]) : ACC(0);
+    const bool inside = first_dim + column < dim && first_row + i < rows;
+    const ACC x = inside ? widen(matrix[row * dim + first_dim + column]) : ACC(0);
+    entry(tile, i, column) = inside && kept(mask, row) ? x : ACC(0);
   }
 }
 

@@ -45,7 +45,7 @@ def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Arra
     for part in layout.grid_slices(heads):
         device.launch(
             CudaKernel("sort.cu", "transpose_codes"),
-            grid=(layout.ceil_div(n, _TILE), layout.ceil_div(num_hash, _TILE), part.stop - part.start),
+            grid=(layout.ceil_div(n, _TILE) * layout.ceil_div(num_hash, _TILE), part.stop - part.start),
             block=(_TILE, 8),
             args={
                 "codes": codes[part],
@@ -56,13 +56,14 @@ def sort_codes(device: Device, codes: Array, hashtable_capacity: int, mask: Arra
             },
         )
     code_out, order_out = (device.empty(shape, np.int32) for _ in range(2))
-    for shift in range(0, hashtable_capacity.bit_length(), _DIGIT_BITS):
+    shifts = range(0, max(1, (hashtable_capacity - 1).bit_length()), _DIGIT_BITS)
+    for shift in shifts:
         arrays = {"code": code, "order": order, "code_out": code_out, "order_out": order_out}
         device.launch(
             CudaKernel("sort.cu", "sort_codes"),
             grid=(heads * num_hash,),
             block=(_THREADS,),
-            args={**arrays, **layout.int32s(n=n, shift=shift)},
+            args={**arrays, **layout.int32s(n=n, shift=shift, rest=shift == shifts[-1])},
         )
         code, order, code_out, order_out = code_out, order_out, code, order
     return SortedCodes(code, order)

@@ -48,6 +48,26 @@ def source_of(kernel: CudaKernel | KernelText) -> str:
 
 
 @cache
+def unit_of(kernel: CudaKernel | KernelText) -> str:
+    """What is compiled to launch a kernel on a GPU: its file without the other kernels there, which
+    take most of the compiler's time. Lines in messages stay those of the file.
+
+    >>> KERNEL.findall(unit_of(CudaKernel("sort.cu", "sort_codes")))
+    ['sort_codes']
+    """
+    text = source_of(kernel)
+    if isinstance(kernel, KernelText):
+        return text
+    parts, end = [], 0
+    for head in KERNEL.finditer(text):
+        if head[1] != kernel.name:
+            closed = text.index("\n}\n", head.start()) + 2  # alone at the start of its line
+            parts += [text[end : head.start()], "\n" * text.count("\n", head.start(), closed)]
+            end = closed
+    return "".join((*parts, text[end:]))
+
+
+@cache
 def kernels_in(file: str) -> tuple[str, ...]:
     """The names of the kernels that a file defines.
 

@@ -92,7 +92,7 @@ constexpr int HELD = 4;  // entries of a vector that a lane holds in registers: 
 //   sums of the bucket and 128 sums of the query. Moves, for each query, m codes and, mostly from
 //   cache, d_w + 128 numbers for each key that it meets, and d_v results. Any capacity.
 //   Deterministic: every sum is taken in the order of hash and key.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
 sorted_pairs(const int* __restrict__ query_hash_code, const VALUE* __restrict__ query_weight, const unsigned char* __restrict__ query_mask,
              const int* __restrict__ sorted_code, const int* __restrict__ order, const VALUE* __restrict__ key_weight,
              const VALUE* __restrict__ value, OUT* __restrict__ out, int n_q, int n_k, int num_hash, int capacity, int weight_dim,
@@ -210,32 +210,63 @@ __device__ inline void multiply_rows(Four (&sum)[4], const Four (*tile)[A], int 
   }
 }
 
+// Adds to four neighboring entries in global memory, each at once whoever else adds to it. An H100
+// does so by one instruction.
+template <class T> __device__ inline void atomic_add(T* to, Four x) {
+#pragma unroll
+  for (int u = 0; u < 4; ++u) atomicAdd(&to[u], x.at[u]);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+template <> __device__ inline void atomic_add(float* to, Four x) {
+  const float a = float(x.at[0]), b = float(x.at[1]), c = float(x.at[2]), d = float(x.at[3]);
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+#endif
+
 // outer_products
 //   Inside a bucket the weighted sum is linear attention: S = sum_j key_weight_j v_j^T, and every
 //   query of the bucket gets query_weight_i S. Keys and queries are sorted by the code of one hash,
 //   so a bucket is a run of keys and a run of queries. A block takes a stretch of sorted keys and
 //   does every bucket that starts in it, except those without a query.
+//
+//   In one hash a query is in one bucket, so one block adds to its row of `sums`; the hashes add one
+//   after the other. One launch does them all, in the order of a ticket that every block draws from
+//   turns[0]: group of `heads_at_once` heads, hash, head, slice of value dims, stretch. A block adds
+//   only when all blocks of the hash before, for its head and slice, have ended; turns[1 ...] counts
+//   those. They have lower tickets, so they are at work, whatever the order in which blocks start:
+//   nobody waits for ever, and by that time few wait at all. `turns` comes as zeros. Sums that other
+//   blocks have changed may not come from the L1 cache, so they are added to where they are, in the
+//   L2 cache, by atomic additions, of which only one at a time can be on its way to a row.
+//
 //   A block makes S in pieces of 64 coordinates by 64 value dims (32 in float64) in shared memory.
 //   First it adds the keys, 16 at a time; a thread takes 4 by 4 entries of S. Then it multiplies
 //   the queries, 32 at a time; a thread takes 4 queries by 4 value dims. Below, `rows` counts
 //   fours of coordinates or queries, and `columns` fours of value dims.
-//   Grid (stretches, slices of value dims, heads). There is one launch for each hash: in one hash a
-//   query is in one bucket, so one block writes its row. Shared memory: S, keys, values and
-//   queries, 33 KiB (45 in float64). Moves, for each hash, n_k (d_w + d_v) and n_q d_w numbers in
-//   and n_q d_v sums in and out. Does 2 (n_q + n_k) d_w d_v operations, however skewed the buckets,
+//   Grid (stretches x slices of value dims x heads x hashes). Shared memory: S, keys, values and
+//   queries, 33 KiB (45 in float64). Moves, for each hash, n_k (d_w + d_v) and n_q d_w numbers in,
+//   and n_q d_v atomic additions. Does 2 (n_q + n_k) d_w d_v operations, however skewed the buckets,
 //   but one bucket is the work of one block. Deterministic: every sum is taken in the order of hash
 //   and key.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
 outer_products(const int* __restrict__ sorted_query_code, const int* __restrict__ query_order, const VALUE* __restrict__ query_weight,
                const int* __restrict__ sorted_key_code, const int* __restrict__ key_order, const VALUE* __restrict__ key_weight,
-               const VALUE* __restrict__ value, Four* __restrict__ sums, int n_q, int n_k, int num_hash, int hash, int capacity,
-               int weight_dim, int value_dim) {
+               const VALUE* __restrict__ value, ACC* __restrict__ sums, unsigned* __restrict__ turns, int heads, int heads_at_once,
+               int stretches, int n_q, int n_k, int num_hash, int capacity, int weight_dim, int value_dim) {
+  __shared__ unsigned ticket;
   __shared__ Four outer[WEIGHTS][COLUMNS / 4];
   __shared__ Four key_tile[KEYS][WEIGHTS / 4];
   __shared__ Four value_tile[KEYS][COLUMNS / 4];
   __shared__ Four query_tile[QUERIES][WEIGHTS / 4 + 1];  // one more, so that neighboring rows start in different banks
 
-  const long long head = blockIdx.z, sorted = head * num_hash + hash;
+  if (threadIdx.x == 0) ticket = atomicAdd(&turns[0], 1u);
+  __syncthreads();
+  const unsigned slices = ceil_div(value_dim, COLUMNS), of_head = stretches * slices;  // blocks of a head and hash
+  const unsigned group = ticket / (of_head * num_hash * heads_at_once), in_group = ticket % (of_head * num_hash * heads_at_once);
+  const unsigned of_hash = of_head * smaller(heads_at_once, heads - static_cast<int>(group) * heads_at_once);  // blocks of a hash
+  const int hash = in_group / of_hash, slice = in_group % of_head / stretches;
+  const long long head = group * heads_at_once + in_group % of_hash / of_head, sorted = head * num_hash + hash;
+  unsigned* ended = &turns[1 + head * slices + slice];
+
   const int* key_codes = sorted_key_code + sorted * n_k;
   const int* query_codes = sorted_query_code + sorted * n_q;
   const int* keys = key_order + sorted * n_k;
@@ -243,10 +274,19 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
   const VALUE* key_weights = key_weight + head * n_k * weight_dim;
   const VALUE* query_weights = query_weight + head * n_q * weight_dim;
   const VALUE* values = value + head * n_k * value_dim;
-  const int first_column = blockIdx.y * COLUMNS;
+  const int first_column = slice * COLUMNS;
 
-  const int stretch = ceil_div(n_k, static_cast<int>(gridDim.x));
-  int next = smaller(static_cast<int>(blockIdx.x) * stretch, n_k);
+  bool may_add = hash == 0;
+  const auto wait_for_turn = [&] {  // all threads call it, before a barrier
+    if (!may_add && threadIdx.x == 0) {
+      while (atomicAdd(ended, 0u) < static_cast<unsigned>(hash * stretches)) {}
+      __threadfence();
+    }
+    may_add = true;
+  };
+
+  const int stretch = ceil_div(n_k, stretches);
+  int next = smaller(static_cast<int>(in_group % stretches) * stretch, n_k);
   const int last = smaller(next + stretch, n_k);
   if (next > 0 && next < last && key_codes[next] == key_codes[next - 1]) {  // the first bucket began in another stretch
     next += lower_bound(key_codes + next, n_k - next, key_codes[next] + 1);
@@ -283,18 +323,24 @@ outer_products(const int* __restrict__ sorted_query_code, const int* __restrict_
         const int count = smaller(QUERIES, last_asked - first);
         __syncthreads();  // the queries before have been multiplied
         fetch_rows<WEIGHTS>(query_tile, query_weights, queries + first, count, weight_dim, first_weight);
-        __syncthreads();  // these queries are in the tile, and S is complete
+        wait_for_turn();
+        __syncthreads();  // these queries are in the tile, S is complete, and it is this block's turn
         for (int piece = threadIdx.x; piece < ceil_div(count, 4) * (COLUMNS / 4); piece += THREADS) {
           const int rows = piece / (COLUMNS / 4), columns = piece % (COLUMNS / 4);
           Four sum[4] = {};
           multiply_rows(sum, query_tile, rows, outer, columns, fours);
           if (first_column + 4 * columns >= value_dim) continue;
           for (int u = 0; u < 4 && 4 * rows + u < count; ++u) {
-            Four* to = sums + (head * n_q + queries[first + 4 * rows + u]) * (padded(value_dim) / 4) + first_column / 4 + columns;
-            *to = *to + sum[u];
+            atomic_add(&sums[(head * n_q + queries[first + 4 * rows + u]) * padded(value_dim) + first_column + 4 * columns], sum[u]);
           }
         }
       }
     }
+  }
+  wait_for_turn();
+  __syncthreads();  // every thread has added, before other blocks are told
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(ended, 1u);
   }
 }

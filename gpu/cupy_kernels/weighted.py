@@ -23,8 +23,8 @@ _OUTER_THREADS = 128
 _STRETCH = 32
 """Sorted keys of a block of `outer_products`."""
 _CACHE_BYTES = 24 << 20
-"""A group of heads of this size goes through all hashes before the next group: half of the L2 cache
-of an H100, so that the group stays in it.
+"""A group of heads of this size goes through all hashes before the next group, in one launch: half
+of the L2 cache of an H100, so that the group stays in it.
 """
 
 
@@ -294,33 +294,38 @@ def lsh_weighted_cumulation_outer_products(
             sort_codes(device, call.query_hash_code, call.capacity, call.query_mask),
             sort_codes(device, call.key_hash_code, call.capacity, call.key_mask),
         )
-        columns = 32 if call.accumulator == np.float64 else 64
         head_bytes = sum(x[0].nbytes for x in (call.query_weight, call.key_weight, call.value, sums))
-        for part in layout.grid_slices(call.heads, _CACHE_BYTES // max(head_bytes, 1)):
-            for hash in range(call.num_hash):
-                device.launch(
-                    call.kernel("outer_products"),
-                    grid=(layout.ceil_div(call.n_k, _STRETCH), layout.ceil_div(call.value_dim, columns), part.stop - part.start),
-                    block=(_OUTER_THREADS,),
-                    args={
-                        "sorted_query_code": sorted_queries.code[part],
-                        "query_order": sorted_queries.order[part],
-                        "query_weight": call.query_weight[part],
-                        "sorted_key_code": sorted_keys.code[part],
-                        "key_order": sorted_keys.order[part],
-                        "key_weight": call.key_weight[part],
-                        "value": call.value[part],
-                        "sums": sums[part],
-                        **layout.int32s(
-                            n_q=call.n_q,
-                            n_k=call.n_k,
-                            num_hash=call.num_hash,
-                            hash=hash,
-                            capacity=call.capacity,
-                            weight_dim=call.weight_dim,
-                            value_dim=call.value_dim,
-                        ),
-                    },
-                )
+        slices = layout.ceil_div(call.value_dim, 32 if call.accumulator == np.float64 else 64)
+        stretches = min(layout.ceil_div(call.n_k, _STRETCH), max(1, layout.MAX_GRID_X // (slices * call.num_hash)))
+        of_head = stretches * slices * call.num_hash  # blocks
+        for part in layout.grid_slices(call.heads, layout.MAX_GRID_X // of_head):
+            heads = part.stop - part.start
+            device.launch(
+                call.kernel("outer_products"),
+                grid=(of_head * heads,),
+                block=(_OUTER_THREADS,),
+                args={
+                    "sorted_query_code": sorted_queries.code[part],
+                    "query_order": sorted_queries.order[part],
+                    "query_weight": call.query_weight[part],
+                    "sorted_key_code": sorted_keys.code[part],
+                    "key_order": sorted_keys.order[part],
+                    "key_weight": call.key_weight[part],
+                    "value": call.value[part],
+                    "sums": sums[part],
+                    "turns": device.zeros((1 + heads * slices,), np.uint32),
+                    **layout.int32s(
+                        heads=heads,
+                        heads_at_once=min(heads, max(1, _CACHE_BYTES // max(head_bytes, 1))),
+                        stretches=stretches,
+                        n_q=call.n_q,
+                        n_k=call.n_k,
+                        num_hash=call.num_hash,
+                        capacity=call.capacity,
+                        weight_dim=call.weight_dim,
+                        value_dim=call.value_dim,
+                    ),
+                },
+            )
     call.finish(sums)
     return out
