@@ -29,9 +29,12 @@ ThreadSanitizer.
 """
 
 # Matches declarations of shared memory. It also matches comments and strings, to skip them.
-_SHARED = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?\b__shared__\b(?P<declaration>[^;{}]*);', re.DOTALL)
+_SHARED = re.compile(
+    r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?(?P<before>(?:\b(?:static|volatile)\s+)*)\b__shared__\b(?P<declaration>[^;{}]*);',
+    re.DOTALL,
+)
 _TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
-_NAME = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
+_NAME = re.compile(r"(?P<pointer>[\s*&]*)(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _BOUNDED = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+__launch_bounds__\s*\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<space>\s*)(?P<name>\w+)'
 )
@@ -67,6 +70,8 @@ class Function:
     """The largest block that its ``__launch_bounds__`` allow; 0 if it has none."""
     parameters: tuple[Parameter, ...]
     parameter_names: tuple[str, ...]
+    lines: dict[tuple[str, int], str]
+    """The text of the kernel's source as it is compiled, by file and line."""
 
 
 @dataclass(frozen=True)
@@ -200,19 +205,19 @@ def rewrite_shared(text: str) -> str:
     """Turn declarations of shared memory into references to the emulator's memory. Line numbers
     stay the same.
 
-    ``__shared__ float a[4], b;`` becomes a struct with these members, and references to them.
-    ``extern __shared__ float c[];`` becomes a pointer. Raises ``ValueError`` for a declaration that
-    it does not understand.
+    ``__shared__ float a[4], b;`` becomes a struct for each of the two, and a reference to its only
+    member. ``extern __shared__ float c[];`` becomes a pointer. Raises ``ValueError`` for a
+    declaration that it does not understand.
 
     >>> rewrite_shared("extern __shared__ float c[];")
-    'float* const c = cuda_emulator::whole_dynamic_shared<float>();'
+    'float* const c = cuda_emulator::whole_dynamic_shared<float>("c");'
     """
     numbers = iter(range(len(text)))
 
     def replace(found: re.Match[str]) -> str:
         if found["declaration"] is None:
             return found[0]
-        first, *others = _split(found["declaration"])
+        first, *others = _split(("volatile " if "volatile" in found["before"] else "") + found["declaration"])
         # The type ends before the name: the arguments of a template and the size of an array may
         # hold names, too.
         head = _TYPE_AND_NAME.fullmatch(first)
@@ -220,25 +225,49 @@ def rewrite_shared(text: str) -> str:
         if head is None or None in tails:
             line = _line_of(text, found.start())
             raise ValueError(f"line {line}: the emulator does not understand this declaration of shared memory: {found[0]}")
-        names = [head["name"], *(tail["name"] for tail in tails if tail)]
         if found["extern"]:
             kind = _ALIGNMENT.sub("", head["type"]).strip()
-            return f"{kind}* const {names[0]} = cuda_emulator::whole_dynamic_shared<{kind}>();" + "\n" * found[0].count("\n")
-        struct = f"cuda_emulator_shared_{next(numbers)}"
-        references = " ".join(f"auto& {name} = {struct}_at.{name};" for name in names)
-        return (
-            f"struct {struct} {{ {found['declaration'].strip()}; }}; "
-            f'{struct}& {struct}_at = cuda_emulator::shared<{struct}>("{", ".join(names)}"); {references}'
-        )
+            name = head["name"]
+            return f'{kind}* const {name} = cuda_emulator::whole_dynamic_shared<{kind}>("{name}");' + "\n" * found[0].count("\n")
+        of_all = head["type"].rstrip("*& \t\n")  # a pointer is one for its own name alone
+        members = [(head["name"], first)]
+        members += [(tail["name"], f"{of_all} {other}") for tail, other in zip(tails, others, strict=True) if tail]
+        made = []
+        for name, member in members:
+            struct = f"cuda_emulator_shared_{next(numbers)}"
+            made.append(
+                f"struct {struct} {{ {member.strip()}; static constexpr cuda_emulator::Named cuda_emulator_named(const char* is) "
+                f"{{ return cuda_emulator::named<decltype({struct}::{name})>(is); }} }}; "
+                f'auto& {name} = cuda_emulator::shared<{struct}>("{name}").{name};'
+            )
+        return " ".join(made)
 
     return _SHARED.sub(replace, text)
 
 
-_ALWAYS = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-fsigned-char", "-g", "-w")
+_ALWAYS = (
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fsigned-char",
+    "-fstack-clash-protection",
+    "-g",
+    "-w",
+)
+# What C++ leaves open: `undefined.hpp`.
+_OPEN = ("-fsanitize=bounds,return,float-cast-overflow,shift-exponent",)
 _FLAGS = {
-    "plain": ("-O1",),
+    "plain": ("-O1", *_OPEN),
     # The compiler must not split a vector before its accesses are counted.
-    "counted": ("-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-ipa-sra"),
+    "counted": (
+        "-O1",
+        *_OPEN,
+        "-fsanitize=thread,signed-integer-overflow",
+        "-fno-tree-sra",
+        "-fno-ipa-sra",
+        "--param=tsan-distinguish-volatile=1",
+    ),
     "address": ("-O1", "-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-fsanitize=thread"),
 }
@@ -287,12 +316,15 @@ def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+_SOURCES = ("build.py", "runtime.hpp", "cuda.hpp", "arrays.hpp", "looks.hpp", "undefined.hpp", "traffic.hpp", "fences.hpp", "runtime.cpp")
+
+
 @cache
 def _texts() -> tuple[str, ...]:
     """Everything that a library depends on beside the kernel: the emulator's own files, and the way
     this file compiles.
     """
-    return tuple((HERE / name).read_text("utf-8") for name in ("build.py", "runtime.hpp", "cuda.hpp", "traffic.hpp", "runtime.cpp"))
+    return tuple((HERE / name).read_text("utf-8") for name in _SOURCES)
 
 
 def _runtime(flavour: str) -> Path:
@@ -300,6 +332,23 @@ def _runtime(flavour: str) -> Path:
     path = cache_folder() / f"runtime-{_key(*_texts(), *flags)}.so"
     _load(path, lambda: _make(path, "runtime.cpp", _texts()[-1], flags, ("-lpthread", "-ldl")))
     return path
+
+
+def _lines(text: str) -> dict[tuple[str, int], str]:
+    """The lines of a text, each by the file and the number that the last ``#line`` before it says.
+
+    >>> _lines('#line 7 "a.cu"\\nint x;')
+    {('a.cu', 7): 'int x;'}
+    """
+    found, file, number = {}, "", 0
+    for line in text.splitlines():
+        directive = _LINE.match(line)
+        if directive:
+            file, number = line.partition('"')[2].rstrip('"'), int(directive[1])
+        else:
+            found[file, number] = line
+            number += 1
+    return found
 
 
 @cache
@@ -312,12 +361,13 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
     """
     defines = [option[2:].partition("=") for option in options if option.startswith("-D")]
     flags = (*(option for option in options if not option.startswith("-D")), *_FLAGS[flavour], f"-DCUDA_EMULATOR_{flavour.upper()}")
+    rewritten = rewrite_bounds(rewrite_shared(text))
     whole = "\n".join(
         (
             '#include "cuda.hpp"',
             *(f"#define {name} {value or '1'}" for name, _, value in defines),
             f'#line 1 "{file}"',
-            rewrite_bounds(rewrite_shared(text)),
+            rewritten,
             f'#line 1 "{CALLS}"',
             *(f"CUDA_EMULATOR_KERNEL({name})" for name in kernels),
             "",
@@ -325,8 +375,8 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
     )
     runtime = _runtime(flavour)
     path = runtime.with_name(f"{Path(file).stem}-{_key(*_texts(), whole, *flags)}.so")
-    library = _load(path, lambda: _make(path, file, whole, flags, (str(runtime),), flavour != "counted"))
-    functions = {}
+    library = _load(path, lambda: _make(path, file, whole, flags, (str(runtime),), flavour in ("address", "thread")))
+    functions, lines = {}, _lines(rewritten)
     for name in kernels:
         described, count = getattr(library, f"cuda_emulator_parameters_{name}"), ctypes.c_int()
         described.restype = ctypes.POINTER(Parameter)
@@ -337,5 +387,5 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
         assert call is not None
         found = tuple(Parameter.from_buffer_copy(parameters[i]) for i in range(count.value))
         bound = getattr(library, f"cuda_emulator_bound_{name}")()
-        functions[name] = Function(name, call, bound, found, parameter_names(text, name))
+        functions[name] = Function(name, call, bound, found, parameter_names(text, name), lines)
     return Library(path, library, functions)
