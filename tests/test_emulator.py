@@ -555,8 +555,16 @@ def test_launch_is_refused(grid: Sequence[int], block: Sequence[int], shared: in
         ('extern "C" __global__ void __launch_bounds__(64) k() {}', 64),
         ('extern "C" __global__ void __launch_bounds__(THREADS < 32 ? 32 : (THREADS), sizeof(int) == 4 ? 2 : 3)\nk() {}', 96),
         (f"// __launch_bounds__(7)\n{HEAD}() {{}}", 1024),
+        ("__global__ void __launch_bounds__(64) k() {}", 64),
+        ("__global__ __launch_bounds__(64) void k() {}", 64),
+        ("__launch_bounds__(64, 2) __global__ void k() {}", 64),
+        ('extern "C" __launch_bounds__(64) __global__ void k() {}', 64),
+        ('extern "C" __global__ __launch_bounds__(64)\nvoid k() {}', 64),
+        ("static __global__ void __launch_bounds__(64) k() {}", 64),
+        ('extern "C" { __global__ void __launch_bounds__(64) k() {} }', 64),
+        (f"template <int N> __global__ void __launch_bounds__(N) other() {{}}\n{HEAD}() {{}}", 1024),
     ],
-    ids=["one", "two", "none"],
+    ids=["one", "two", "none", "guide", "before-void", "first", "extern-first", "extern-before-void", "static", "block", "template"],
 )
 def test_launch_bounds(text: str, bound: int) -> None:
     kernel = KernelText(text, "k", (("THREADS", 96),))
@@ -669,6 +677,30 @@ def test_arguments_go_by_the_names_of_the_parameters() -> None:
 def test_kernels_that_do_not_compile(text: str, message: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=f"(?s){message}"):
         run(text, ints())
+
+
+@needs_compiler
+def test_what_textbooks_begin_with() -> None:
+    text = """
+        #include <cuda_runtime.h>
+        #include "device_launch_parameters.h"
+        #include <stdio.h>
+        # include <math.h>  // fabsf
+        #include <cstdint>
+        #include <algorithm>
+        __global__ void k(const float* x, uint32_t* o, int n) {
+          const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+          static __shared__ float s[64];
+          volatile __shared__ int v[64];
+          s[i] = min(fabsf(x[i]), INFINITY);
+          v[i] = max(n, blockDim.x) + min(blockDim.x, n) + min(-1, 7u) - int(max(8ull, -1ll) == 18446744073709551615ull);
+          if (i < min(n, 64u)) o[i] = uint32_t(s[i]) + int64_t(v[i]);
+        }"""
+    out = np.zeros(64, np.uint32)
+    run(text, -np.arange(64, dtype=np.float32), out, np.int32(50))
+    np.testing.assert_array_equal(out, np.where(np.arange(64) < 50, np.arange(64) + 64 + 50 + 7 - 1, 0))
+    with pytest.raises(ValueError, match=r"^line 2: #include <cooperative_groups.h>: the emulator has no cooperative groups: use "):
+        run(f"\n#include <cooperative_groups.h>\n{HEAD}() {{}}")
 
 
 # The cache, and machines without a compiler

@@ -36,8 +36,11 @@ _SHARED = re.compile(
 _TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _NAME = re.compile(r"(?P<pointer>[\s*&]*)(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _BOUNDED = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+__launch_bounds__\s*\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<space>\s*)(?P<name>\w+)'
+    r'(?P<before>(?:\b(?:extern\s+"C"|static|__global__|void)\s+)*)__launch_bounds__\s*'
+    r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<after>(?:\s|\b__global__\b|\bvoid\b)*)(?P<name>\w+)"
 )
+_TEMPLATE = re.compile(r"\btemplate\s*<[^;{}]*>\s*\Z")
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](?P<header>[^>"\n]+)[>"].*$', re.MULTILINE)
 _LINE = re.compile(r"^#line (\d+).*$", re.MULTILINE)
 _ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
 
@@ -187,18 +190,57 @@ def _line_of(text: str, position: int) -> int:
 
 
 def rewrite_bounds(text: str) -> str:
-    """Turn the ``__launch_bounds__`` of kernels into constants, for the check of launches. Line
-    numbers stay the same.
+    """Turn the ``__launch_bounds__`` of kernels, before or after ``__global__`` or ``void``, into
+    constants, for the check of launches. Line numbers stay the same.
 
     >>> rewrite_bounds('extern "C" __global__ void __launch_bounds__(64) k() {}').split("; } ")[1]
     'extern "C" __global__ void k() {}'
     """
 
     def replace(found: re.Match[str]) -> str:
+        rest = found["before"] + found["after"] + found["name"]
+        if _TEMPLATE.search(text, 0, found.start()):  # its arguments may be in the bounds
+            return rest
         constant = f"namespace cuda_emulator_bounds {{ constexpr int {found['name']} = cuda_emulator::first_of({found['bounds']}); }}"
-        return f'{constant} extern "C" __global__ void{found["space"]}{found["name"]}'
+        return f"{constant} {rest}"
 
     return _BOUNDED.sub(replace, text)
+
+
+KNOWN_HEADERS = (
+    *("cuda_runtime.h", "cuda.h", "device_launch_parameters.h", "device_functions.h", "math_constants.h", "vector_types.h"),
+    *("math.h", "cmath", "stdint.h", "cstdint", "stddef.h", "cstddef", "stdio.h", "cstdio", "assert.h", "cassert"),
+    *("limits.h", "climits", "float.h", "cfloat", "algorithm"),
+)
+"""What they declare for kernels is there without them."""
+
+NO_HEADERS = {
+    "cooperative_groups.h": "cooperative groups: use __syncthreads, __syncwarp and the __shfl_sync functions",
+    "cuda_fp16.h": "arithmetic of half: widen it to float, as common.cuh does",
+    "cuda_bf16.h": "arithmetic of bfloat16: widen it to float, as common.cuh does",
+    "mma.h": "tensor cores",
+    "cuda_pipeline.h": "asynchronous copies: copy by hand",
+    "curand_kernel.h": "random numbers of cuRAND: pass them in, or write a generator",
+    "cub/cub.cuh": "CUB",
+    "iostream": "streams: use printf",
+}
+
+
+def rewrite_includes(text: str) -> str:
+    """Take out the headers whose contents the emulator has built in. Raises ``ValueError`` for a
+    header of what it does not have.
+
+    >>> rewrite_includes("#include <cuda_runtime.h>\\nint x;")
+    '\\nint x;'
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        header = found["header"]
+        if header in NO_HEADERS:
+            raise ValueError(f"line {_line_of(text, found.start())}: {found[0].strip()}: the emulator has no {NO_HEADERS[header]}")
+        return "" if header in KNOWN_HEADERS else found[0]
+
+    return _INCLUDE.sub(replace, text)
 
 
 def rewrite_shared(text: str) -> str:
@@ -361,7 +403,7 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
     """
     defines = [option[2:].partition("=") for option in options if option.startswith("-D")]
     flags = (*(option for option in options if not option.startswith("-D")), *_FLAGS[flavour], f"-DCUDA_EMULATOR_{flavour.upper()}")
-    rewritten = rewrite_bounds(rewrite_shared(text))
+    rewritten = rewrite_bounds(rewrite_shared(rewrite_includes(text)))
     whole = "\n".join(
         (
             '#include "cuda.hpp"',

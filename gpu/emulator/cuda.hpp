@@ -10,6 +10,34 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)  // those of kernels are rewritten before
+
+// What the standard's headers have, and CUDA without them.
+typedef decltype(sizeof(0)) size_t;
+typedef __PTRDIFF_TYPE__ ptrdiff_t;
+typedef __INTPTR_TYPE__ intptr_t;
+typedef __UINTPTR_TYPE__ uintptr_t;
+typedef __INT8_TYPE__ int8_t;
+typedef __INT16_TYPE__ int16_t;
+typedef __INT32_TYPE__ int32_t;
+typedef __INT64_TYPE__ int64_t;
+typedef __UINT8_TYPE__ uint8_t;
+typedef __UINT16_TYPE__ uint16_t;
+typedef __UINT32_TYPE__ uint32_t;
+typedef __UINT64_TYPE__ uint64_t;
+#define NULL 0
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#define M_PI 3.14159265358979323846
+#define FLT_MAX __FLT_MAX__
+#define FLT_MIN __FLT_MIN__
+#define FLT_EPSILON __FLT_EPSILON__
+#define DBL_MAX __DBL_MAX__
+#define DBL_MIN __DBL_MIN__
+#define DBL_EPSILON __DBL_EPSILON__
+#define INT_MAX __INT_MAX__
+#define INT_MIN (-__INT_MAX__ - 1)
+#define UINT_MAX (2u * __INT_MAX__ + 1)
 
 using cuda_emulator::blockDim;
 using cuda_emulator::blockIdx;
@@ -325,6 +353,15 @@ inline float __double2float_rn(double x) { return static_cast<float>(x); }
 CUDA_EMULATOR_MIN_MAX(int) CUDA_EMULATOR_MIN_MAX(unsigned) CUDA_EMULATOR_MIN_MAX(long) CUDA_EMULATOR_MIN_MAX(unsigned long)
 CUDA_EMULATOR_MIN_MAX(long long) CUDA_EMULATOR_MIN_MAX(unsigned long long)
 #undef CUDA_EMULATOR_MIN_MAX
+// Of a signed and an unsigned number, both count as unsigned, as on the device.
+#define CUDA_EMULATOR_MIXED_MIN_MAX(S, U)                                     \
+  inline U min(S x, U y) { return min(static_cast<U>(x), y); }                \
+  inline U min(U x, S y) { return min(x, static_cast<U>(y)); }                \
+  inline U max(S x, U y) { return max(static_cast<U>(x), y); }                \
+  inline U max(U x, S y) { return max(x, static_cast<U>(y)); }
+CUDA_EMULATOR_MIXED_MIN_MAX(int, unsigned) CUDA_EMULATOR_MIXED_MIN_MAX(long, unsigned long)
+CUDA_EMULATOR_MIXED_MIN_MAX(long long, unsigned long long)
+#undef CUDA_EMULATOR_MIXED_MIN_MAX
 inline float min(float x, float y) { return fminf(x, y); }
 inline float max(float x, float y) { return fmaxf(x, y); }
 inline double min(double x, double y) { return fmin(x, y); }
