@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -460,6 +461,34 @@ def test_an_overflow_of_int_is_reported_by_the_check() -> None:
         run(text, x, block=1)
     with checked():
         run(text.replace("int*", "unsigned*"), x.view(np.uint32), block=1)
+
+
+# Constant memory
+
+
+@needs_compiler
+@pytest.mark.parametrize("watched", [False, pytest.param(True, marks=needs_counting)])
+def test_constants(watched: bool) -> None:
+    text = f"""
+        __constant__ float coefficients[2][3], bias;
+        static __constant__ int known[2] = {{5, 6}};
+        {HEAD}(float* o) {{ const int t = threadIdx.x;
+          o[t] = coefficients[t / 3][t % 3] + known[1];
+          if (blockIdx.x == 1) o[t] += bias; }}"""
+    kernel, o = KernelText(textwrap.dedent(text), "k"), np.zeros(6, np.float32)
+    given = floats(6).reshape(2, 3)
+    with checked() if watched else nullcontext():
+        Emulator().launch(kernel, 1, 6, (o,), constants={"coefficients": given})
+        np.testing.assert_array_equal(o, floats(6) + 6)
+        with pytest.raises(KernelFault, match=r"coefficients\[0\]\[0\] read, but coefficients was never set: launch\(.* kernel.cu:5\)"):
+            Emulator().launch(kernel, 1, 6, (o,))
+        Emulator().launch(kernel, 1, 6, (o,), constants={"coefficients": given + 1, "bias": np.float32(2)})
+        np.testing.assert_array_equal(o, floats(6) + 7)
+    with pytest.raises(ValueError, match=r"constants: k has no __constant__ 'coefficient' without a value; it has bias, coefficients"):
+        Emulator().launch(kernel, 1, 6, (o,), constants={"coefficient": given})
+    for wrong in (given.astype(np.float64), given[:1]):
+        with pytest.raises(TypeError, match=r"constants: coefficients is 6 of float32, got an array of float(64|32) of shape"):
+            Emulator().launch(kernel, 1, 6, (o,), constants={"coefficients": wrong})
 
 
 # Names

@@ -28,7 +28,8 @@ second, and says where it was.
 **Every launch reports**
 
 - accesses past the end of an array, and writes before it; an index outside an array of known size,
-  shared, local or a variable; null pointers; local memory that overflows;
+  shared, local or a variable; null pointers; local memory that overflows; ``__constant__``
+  variables that were never set;
 - threads of a block that meet different barriers; an exited thread in the mask of a shuffle or
   vote; a lane that is not in its own mask, or reads one that is not; lanes that do one operation at
   different lines; deadlocks;
@@ -68,8 +69,8 @@ uses `__activemask`, inline PTX, textures, cooperative groups or dynamic paralle
 after another, so none can wait for a later one. A pointer that a kernel makes up from a number may
 hit Python's own memory: only `checked` stops that.
 
-The copies, and the checks of every launch, cost a tenth to a half of the time of a kernel that does
-little but move data, and a few hundredths of that of others.
+The copies and the checks of every launch cost up to half of the time of a kernel that does little
+but move data or update atomically, and up to a tenth of that of others.
 
 It needs Linux or macOS and a C++17 compiler (``$CXX``, g++ or clang++); `missing` gives the reason
 if it cannot run. The special builds need Linux and g++, which the tests use, too. Libraries are

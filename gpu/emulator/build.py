@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from yoso_core.gpu.cupy_kernels.source import parameter_names
 from yoso_core.gpu.emulator.source_lines import CALLS
@@ -33,6 +34,8 @@ _SHARED = re.compile(
     r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?(?P<before>(?:\b(?:static|volatile)\s+)*)\b__shared__\b(?P<declaration>[^;{}]*);',
     re.DOTALL,
 )
+# The same for constant memory without a value.
+_CONSTANT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?:\bstatic\s+)?\b__constant__\b(?P<declaration>[^;{}=()]*);', re.DOTALL)
 _TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _NAME = re.compile(r"(?P<pointer>[\s*&]*)(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
 _BOUNDED = re.compile(
@@ -43,6 +46,12 @@ _TEMPLATE = re.compile(r"\btemplate\s*<[^;{}]*>\s*\Z")
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](?P<header>[^>"\n]+)[>"].*$', re.MULTILINE)
 _LINE = re.compile(r"^#line (\d+).*$", re.MULTILINE)
 _ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
+
+
+class Named(ctypes.Structure):
+    """`Named` in `runtime.hpp`."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("element", ctypes.c_uint), ("extents", ctypes.c_uint * 4))
 
 
 class Parameter(ctypes.Structure):
@@ -60,6 +69,20 @@ class Parameter(ctypes.Structure):
         ("alignment", ctypes.c_ubyte),
         ("is_pointer", ctypes.c_ubyte),
     )
+
+
+class Constant(ctypes.Structure):
+    """A variable in constant memory without a value in the text: `Constant` in `runtime.hpp`."""
+
+
+Constant._fields_ = (
+    ("begin", ctypes.c_void_p),
+    ("bytes", ctypes.c_ulonglong),
+    ("named", Named),
+    ("entry", Parameter),
+    ("is_set", ctypes.c_int),
+    ("next", ctypes.POINTER(Constant)),
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,19 @@ class Library:
     loaded: ctypes.CDLL
     """The functions of the runtime are found in it, too."""
     functions: dict[str, Function]
+
+    @property
+    def constants(self) -> Any:
+        """A pointer to the first `Constant`, null if there is none."""
+        first = self.loaded.cuda_emulator_constants
+        first.restype = ctypes.POINTER(Constant)
+        return first()
+
+    def each_constant(self) -> Iterator[Constant]:
+        at = self.constants
+        while at:
+            yield at.contents
+            at = at.contents.next
 
 
 @dataclass(frozen=True)
@@ -189,12 +225,30 @@ def _line_of(text: str, position: int) -> int:
     return first + text.count("\n", start, position)
 
 
+def _members(declaration: str) -> list[tuple[str, str]] | None:
+    """The names of ``float a[4], *b``, each with a declaration of its own; ``None`` if it is not
+    understood.
+
+    >>> _members("float a[4], *b")
+    [('a', 'float a[4]'), ('b', 'float  *b')]
+    """
+    first, *others = _split(declaration)
+    # The type ends before the name: the arguments of a template and the size of an array may hold
+    # names, too.
+    head = _TYPE_AND_NAME.fullmatch(first)
+    tails = [(other, _NAME.fullmatch(other)) for other in others]
+    if head is None or any(tail is None for _, tail in tails):
+        return None
+    of_all = head["type"].rstrip("*& \t\n")  # a pointer is one for its own name alone
+    return [(head["name"], first), *((tail["name"], f"{of_all} {other}") for other, tail in tails if tail)]
+
+
 def rewrite_bounds(text: str) -> str:
     """Turn the ``__launch_bounds__`` of kernels, before or after ``__global__`` or ``void``, into
     constants, for the check of launches. Line numbers stay the same.
 
     >>> rewrite_bounds('extern "C" __global__ void __launch_bounds__(64) k() {}').split("; } ")[1]
-    'extern "C" __global__ void k() {}'
+    'extern "C" __global__ void  k() {}'
     """
 
     def replace(found: re.Match[str]) -> str:
@@ -259,21 +313,15 @@ def rewrite_shared(text: str) -> str:
     def replace(found: re.Match[str]) -> str:
         if found["declaration"] is None:
             return found[0]
-        first, *others = _split(("volatile " if "volatile" in found["before"] else "") + found["declaration"])
-        # The type ends before the name: the arguments of a template and the size of an array may
-        # hold names, too.
-        head = _TYPE_AND_NAME.fullmatch(first)
-        tails = [_NAME.fullmatch(other) for other in others]
-        if head is None or None in tails:
+        declaration = ("volatile " if "volatile" in found["before"] else "") + found["declaration"]
+        members = _members(declaration)
+        if members is None:
             line = _line_of(text, found.start())
             raise ValueError(f"line {line}: the emulator does not understand this declaration of shared memory: {found[0]}")
         if found["extern"]:
-            kind = _ALIGNMENT.sub("", head["type"]).strip()
-            name = head["name"]
+            name, member = members[0]
+            kind = _ALIGNMENT.sub("", member[: member.rindex(name)]).strip()
             return f'{kind}* const {name} = cuda_emulator::whole_dynamic_shared<{kind}>("{name}");' + "\n" * found[0].count("\n")
-        of_all = head["type"].rstrip("*& \t\n")  # a pointer is one for its own name alone
-        members = [(head["name"], first)]
-        members += [(tail["name"], f"{of_all} {other}") for tail, other in zip(tails, others, strict=True) if tail]
         made = []
         for name, member in members:
             struct = f"cuda_emulator_shared_{next(numbers)}"
@@ -285,6 +333,30 @@ def rewrite_shared(text: str) -> str:
         return " ".join(made)
 
     return _SHARED.sub(replace, text)
+
+
+def rewrite_constants(text: str) -> str:
+    """Turn declarations of constant memory without a value into references to pages of their own,
+    which a launch fills. Line numbers stay the same.
+
+    >>> rewrite_constants("__constant__ float c[4];").split("; ")[-1]
+    'static auto& c = cuda_emulator_constant_0_at.pages.held.c;'
+    """
+    numbers = iter(range(len(text)))
+
+    def replace(found: re.Match[str]) -> str:
+        members = _members(found["declaration"]) if found["declaration"] is not None else None
+        made = []
+        for name, member in members or ():
+            struct = f"cuda_emulator_constant_{next(numbers)}"
+            made.append(
+                f"struct {struct} {{ {member.strip()}; }}; "
+                f'static cuda_emulator::ConstantPages<{struct}, decltype({struct}::{name})> {struct}_at("{name}"); '
+                f"static auto& {name} = {struct}_at.pages.held.{name};"
+            )
+        return " ".join(made) or found[0]
+
+    return _CONSTANT.sub(replace, text)
 
 
 _ALWAYS = (
@@ -403,7 +475,7 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
     """
     defines = [option[2:].partition("=") for option in options if option.startswith("-D")]
     flags = (*(option for option in options if not option.startswith("-D")), *_FLAGS[flavour], f"-DCUDA_EMULATOR_{flavour.upper()}")
-    rewritten = rewrite_bounds(rewrite_shared(rewrite_includes(text)))
+    rewritten = rewrite_constants(rewrite_bounds(rewrite_shared(rewrite_includes(text))))
     whole = "\n".join(
         (
             '#include "cuda.hpp"',

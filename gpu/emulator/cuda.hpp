@@ -6,7 +6,7 @@
 #define __global__ __attribute__((noinline))  // so that every instruction of a kernel has a line of the kernel
 #define __device__
 #define __host__
-#define __constant__ static
+#define __constant__  // those without a value are rewritten before
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
@@ -94,11 +94,12 @@ template <class... Rest> constexpr int first_of(int first, Rest...) { return fir
 
 template <class T> struct Extents {
   static constexpr unsigned element = sizeof(T), first = 0;
-  typedef T inner;
+  typedef T inner, entry;
 };
 template <class T, decltype(sizeof(0)) n> struct Extents<T[n]> {
   static constexpr unsigned element = Extents<T>::element, first = n;
   typedef T inner;
+  typedef typename Extents<T>::entry entry;
 };
 template <class T> constexpr Named named(const char* name) {
   typedef Extents<typename Extents<T>::inner> second;
@@ -113,7 +114,9 @@ template <class Holder> inline Holder& shared(const char* name, CUDA_EMULATOR_SI
   return *reinterpret_cast<Holder*>(slot.address);
 }
 template <class T> inline T* whole_dynamic_shared(const char* name) {
+#if defined(CUDA_EMULATOR_COUNTED)
   dynamic_declared = named<T>(name);
+#endif
   return reinterpret_cast<T*>(dynamic_shared);
 }
 
@@ -407,6 +410,19 @@ template <class T> struct DescribedParameter<T*> {
 };
 template <> struct DescribedParameter<void*> { static constexpr Parameter value{'V', 1, 1, 1, 1}; };
 template <> struct DescribedParameter<const void*> : DescribedParameter<void*> {};
+
+// A variable of `__constant__ T a[4], b;` is rewritten as a struct with it alone, in such pages, and a
+// reference to it.
+static Constant* first_constant = nullptr;
+template <class Holder, class T> struct ConstantPages {
+  struct alignas(4096) Pages { Holder held; } pages;
+  Constant is;
+  explicit ConstantPages(const char* name) : pages() {
+    is = {reinterpret_cast<char*>(&pages), sizeof(Holder), named<T>(name), DescribedParameter<typename Extents<T>::entry>::value, 0, first_constant};
+    first_constant = &is;
+  }
+};
+extern "C" __attribute__((visibility("default"))) inline __attribute__((used)) Constant* cuda_emulator_constants() { return first_constant; }
 
 template <int...> struct Numbers {};
 template <int n, int... rest> struct UpTo : UpTo<n - 1, n - 1, rest...> {};

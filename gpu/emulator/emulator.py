@@ -5,7 +5,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -139,6 +139,7 @@ class _Request(ctypes.Structure):
         ("seed", ctypes.c_ulonglong),
         ("ranges", ctypes.POINTER(_Range)),
         ("num_ranges", ctypes.c_int),
+        ("constants", ctypes.POINTER(build.Constant)),
         ("checked", ctypes.c_int),
         ("counted", ctypes.c_int),
         ("quiet", ctypes.c_int),
@@ -219,7 +220,16 @@ class Emulator:
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         return np.zeros(shape, dtype)
 
-    def launch(self, kernel: CudaKernel | KernelText, grid: Sizes, block: Sizes, args: Arguments, shared: int = 0) -> None:
+    def launch(
+        self,
+        kernel: CudaKernel | KernelText,
+        grid: Sizes,
+        block: Sizes,
+        args: Arguments,
+        shared: int = 0,
+        *,
+        constants: Mapping[str, Array] | None = None,
+    ) -> None:
         """Run a kernel to its end.
 
         The kernel works on copies of the arrays. They go back when it has ended well: after a
@@ -233,6 +243,8 @@ class Emulator:
             NumPy scalar of exactly its type. A pointer to a type of two bytes that the kernel
             defines takes float16, or uint16 with the bits of bfloat16.
         shared : bytes of dynamic shared memory.
+        constants : for ``__constant__`` variables that have no value in the text, by their names:
+            arrays of their types and sizes, for this launch. To read one that has none is a fault.
 
         Raises
         ------
@@ -254,7 +266,7 @@ class Emulator:
         arguments = _Arguments(function, in_order(args, function.parameter_names, function.name))
         record(Launch("emulated", function.name, *sizes, shared))
         try:
-            counted = self._run(function, library, sizes, arguments, shared, checks(), flavour, self.timeout)
+            counted = self._run(function, library, sizes, arguments, constants or {}, shared, checks(), flavour, self.timeout)
         except _Late as late:
             raise late.fault or KernelFault(function.name, f"has not ended in {self.timeout:g} s") from None
         except _VagueFault as vague:
@@ -263,7 +275,7 @@ class Emulator:
                 function, library = _function(kernel, "counted")
                 arguments = _Arguments(function, arguments.given)
                 with suppress(_Late):
-                    self._run(function, library, sizes, arguments, shared, 0, "counted", ONCE_MORE, quiet=True)
+                    self._run(function, library, sizes, arguments, constants or {}, shared, 0, "counted", ONCE_MORE, quiet=True)
             raise vague.fault from None
         if counted:
             log_traffic(function.name, *sizes, str(library.path), counted)
@@ -274,6 +286,7 @@ class Emulator:
         library: build.Library,
         sizes: tuple[Shape, Shape],
         arguments: "_Arguments",
+        constants: Mapping[str, Array],
         shared: int,
         checked: int,
         flavour: str,
@@ -292,10 +305,12 @@ class Emulator:
             seed=0 if isinstance(chosen, str) else int(chosen),
             ranges=arguments.ranges,
             num_ranges=len(arguments.ranges),
+            constants=library.constants,
             checked=checked,
             counted=is_counting(),
             quiet=quiet,
         )
+        values = _values_of_constants(function.name, library, constants)
         launch, printed = library.loaded.cuda_emulator_run, ""
         launch.restype = ctypes.POINTER(_Fault)
 
@@ -305,6 +320,11 @@ class Emulator:
                 if request.stop:
                     raise KernelFault(function.name, "was stopped before it began")
             try:
+                for constant in library.each_constant():
+                    value = values.get(constant.named.name.decode())
+                    constant.is_set = value is not None
+                    if value is not None:
+                        ctypes.memmove(constant.begin, value.ctypes.data, constant.bytes)
                 fault = launch(ctypes.byref(request))
                 printed = _printed(library.loaded)
                 if fault:
@@ -320,6 +340,23 @@ class Emulator:
         finally:
             if printed:
                 sys.stdout.write(printed)
+
+
+def _values_of_constants(kernel: str, library: build.Library, constants: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays, checked against the variables that they are for."""
+    there = {constant.named.name.decode(): constant for constant in library.each_constant()}
+    values = {}
+    for name, given in constants.items():
+        if name not in there:
+            raise ValueError(f"constants: {kernel} has no __constant__ {name!r} without a value; it has {', '.join(there) or 'none'}")
+        value, constant = np.ascontiguousarray(given), there[name]
+        entries = constant.bytes // constant.entry.component
+        if not _fits(constant.entry, value.dtype) or value.nbytes != constant.bytes:
+            raise TypeError(
+                f"constants: {name} is {entries} of {_dtype_name(constant.entry)}, got an array of {value.dtype} of shape {value.shape}"
+            )
+        values[name] = value
+    return values
 
 
 def _printed(library: ctypes.CDLL) -> str:

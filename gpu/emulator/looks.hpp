@@ -86,7 +86,9 @@ unsigned long long checksum_of_memory() {
   unsigned long long sum = mixed(1, arena, static_cast<size_t>(next_free - arena));
   for (const Memory& memory : memories) sum = mixed(sum, memory.begin, memory.bytes);
 #if defined(__x86_64__) && defined(__linux__)
+  protect_constants(PROT_READ | PROT_WRITE);
   dl_iterate_phdr(add_variables, &sum);
+  protect_constants(PROT_NONE);
 #endif
   return sum | 1;
 }

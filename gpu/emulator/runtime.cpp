@@ -19,6 +19,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #if defined(__linux__)
 #include <link.h>
@@ -90,6 +91,7 @@ struct Request {
   unsigned long long seed;
   Range* ranges;
   int num_ranges;
+  Constant* constants;
   int checked;  // in the build that counts: a sum of Checks
   int counted;  // in the build that counts: whether Python wants to know the traffic
   int quiet;    // forget what the kernel prints
@@ -112,7 +114,8 @@ struct Fault {
 
 namespace {
 
-constexpr size_t PAGE = 4096;
+const size_t PAGE = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+constexpr size_t CONSTANT_PAGE = 4096;  // for which the pages of constants are laid out
 constexpr size_t LOCAL_BYTES = 512 << 10;  // of local memory, as on a GPU
 constexpr size_t STACK_BYTES = LOCAL_BYTES + (64 << 10);
 constexpr size_t STACK_GUARD = 64 << 10;  // below a stack and above it
@@ -217,7 +220,7 @@ unsigned static_shared;
 
 // The addresses on which threads synchronize, for ThreadSanitizer: a page that it forgets with
 // every block.
-constexpr unsigned MEETINGS = PAGE / 8;
+constexpr unsigned MEETINGS = 4096 / 8;
 char* meetings;
 unsigned next_meeting;
 void* barrier_meeting;
@@ -294,7 +297,29 @@ Text waiting(const Fiber& fiber) {
   return made;
 }
 
+// No thread may read a constant that nobody has set.
+void protect_constants(int protection) {
+  for (const Constant* at = request->constants; at; at = at->next) {
+    if (!at->is_set && PAGE == CONSTANT_PAGE) mprotect(at->begin, (at->bytes + PAGE - 1) / PAGE * PAGE, protection);
+  }
+}
+
+// The constant that a thread may not read at an address.
+const Constant* unset_constant(const char* address) {
+  for (const Constant* at = request->constants; at; at = at->next) {
+    if (!at->is_set && address >= at->begin && address < at->begin + at->bytes) return at;
+  }
+  return nullptr;
+}
+
 #include "arrays.hpp"
+
+Text describe_unset(const Constant& constant, const char* address) {
+  Text made;
+  snprintf(made.text, sizeof made.text, "%.140s read, but %.40s was never set: launch(..., constants={\"%.40s\": array})",
+           entry_text(constant.named, address - constant.begin, 1).text, constant.named.name, constant.named.name);
+  return made;
+}
 
 // From a fiber that is about to make an access: the launch ends here.
 [[noreturn, maybe_unused]] __attribute__((format(printf, 2, 3))) void fail_at(const void* return_address, const char* format, ...) {
@@ -763,6 +788,8 @@ void on_signal(int number, siginfo_t* info, void* context) {
     report(current, {nullptr, 0}, "integer division by zero, or the least integer by -1");
   } else if (number == SIGILL || number == SIGABRT) {
     report(current, {nullptr, 0}, "the kernel ran into code that cannot be reached");
+  } else if (const Constant* constant = unset_constant(address)) {
+    report(current, {nullptr, 0}, "%s", describe_unset(*constant, address).text);
   } else if (is_odd) {
     report(current, {nullptr, 0}, "a vector at an address that is no multiple of its size, or a pointer that is no address");
     fault.is_vague = is_vague;
@@ -987,7 +1014,9 @@ extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cu
 #if defined(CUDA_EMULATOR_THREAD)
   hub_fiber = __tsan_get_current_fiber();
 #endif
+  protect_constants(PROT_NONE);
   if (!failed) execute_launch();
+  protect_constants(PROT_READ | PROT_WRITE);
   for (Fiber& fiber : fibers) {
     if (fiber.stack.memory) drop_stack(fiber);
   }

@@ -31,7 +31,7 @@ extern dim3 blockDim, gridDim;
 
 extern unsigned long long launch_number;
 extern char* dynamic_shared;
-// The last declaration of dynamic shared memory that a thread came across, for messages.
+// In the build that counts: the last declaration of dynamic shared memory that a thread came across.
 extern Named dynamic_declared;
 // While it is set, a thread is in the midst of an atomic, and nothing takes its turn away.
 extern volatile bool updating;
@@ -53,6 +53,17 @@ void fence(Scope scope);
 struct Parameter {
   char kind;  // f, i, u: a number or a vector of numbers; b: bool; V: anything else
   unsigned char size, component, alignment, is_pointer;  // for a vector, also the size of a component
+};
+
+// One variable in constant memory that has no value in the text. Python gives it one, or no thread may
+// read it.
+struct Constant {
+  char* begin;  // of pages of its own
+  unsigned long long bytes;
+  Named named;
+  Parameter entry;
+  int is_set;
+  Constant* next;  // in its library
 };
 
 }  // namespace cuda_emulator

@@ -381,8 +381,9 @@ void about_to_access(const void* where, unsigned bytes, Access access, const voi
   const char* stack = current->stack.memory;  // local memory, or a register; its guards speak for themselves
   if (address >= stack - STACK_GUARD && address < stack + STACK_BYTES + STACK_GUARD) return;
   Kind kind = access == Access::atomic ? Kind::atomic : Kind::plain;
+  if (const Constant* constant = unset_constant(address)) fail_at(pc, "%s", describe_unset(*constant, address).text);
   for (const auto& image : images) {
-    if (address >= image.first && address < image.second) return;  // constants
+    if (address >= image.first && address < image.second) return;  // variables and constants
   }
   unsigned long long at = 0;  // every array begins at a multiple of a sector, as on a GPU
   const bool is_shared = address >= arena && address < arena + ARENA_BYTES;
