@@ -139,6 +139,7 @@ ENDLESS = f"{HEAD}(unsigned* x) {{\n  for (volatile unsigned* count = x;;)\n    
 
 @needs_compiler
 def test_a_time_limit() -> None:
+    fault_of(f"{HEAD}(int* x) {{ atomicAdd(x + 1000000, 1); }}", ints())  # a fault in the midst of an atomic is forgotten
     began = time.monotonic()
     x = np.ones(1, np.uint32)
     with pytest.raises(KernelFault, match=r"^k: has not ended in 0.3 s \(block \(0, 0, 0\), thread \(\d+, 0, 0\)") as caught:
@@ -510,3 +511,6 @@ def test_every_array_of_a_declaration_is_its_own() -> None:
 def test_a_wrong_name_lists_the_kernels_that_there_are() -> None:
     with pytest.raises(ValueError, match=r"kernel.cu has no kernel 'copy' when compiled with no macros; it has k"):
         Emulator().launch(KernelText(COPY, "copy"), 1, 1, ())
+    for name in ("sums", "sums<128>"):
+        with pytest.raises(ValueError, match=r'^kernel: sums is a template: write an extern "C" kernel that calls'):
+            Emulator().launch(KernelText("template <int N> __global__ void sums(float* x) {}", name), 1, 1, ())

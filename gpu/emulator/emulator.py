@@ -368,6 +368,10 @@ def _printed(library: ctypes.CDLL) -> str:
 
 
 def _function(kernel: CudaKernel | KernelText, flavour: str) -> tuple[build.Function, build.Library]:
+    if isinstance(kernel, KernelText):
+        name = kernel.name.partition("<")[0]
+        if re.search(rf"\btemplate\s*<[^;{{}}]*>[^;{{}}]*\b__global__\b[^;{{}}(]*\b{re.escape(name)}\s*\(", kernel.text):
+            raise ValueError(f'kernel: {name} is a template: write an extern "C" kernel that calls what it does, as a __device__ function')
     kernels = source.kernels_in(kernel.file) if isinstance(kernel, CudaKernel) else ()
     kernels = kernels if kernel.name in kernels else (*kernels, kernel.name)
     library = build.load(kernel.file, source.source_of(kernel), kernels, source.options(kernel), flavour)

@@ -766,7 +766,7 @@ const char* verb_of_signal(void* context) {
 void on_signal(int number, siginfo_t* info, void* context) {
   if (!launching.now || !pthread_equal(pthread_self(), launching.thread) || !current) {  // not in the kernel: act as if this handler were not there
     for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
-    if (number == SIGABRT) raise(SIGABRT);
+    if (number == SIGABRT || number == SIGTRAP) raise(number);
     return;
   }
   const void* pc = program_counter(context);
@@ -1009,6 +1009,8 @@ extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cu
   printed.clear();
   lines_not_printed = 0;
   anybody_recognized = false;
+  updating = false;  // a fault may have come in the midst
+  pending.what = Pending::NOTHING;
   place_arrays();
   observe_launch();
 #if defined(CUDA_EMULATOR_THREAD)

@@ -151,7 +151,10 @@ bool give_result(mcontext_t& machine) {
 
 constexpr unsigned MAX_STEPS = 300;
 
-void on_step(int, siginfo_t*, void* context) {
+void on_signal(int number, siginfo_t* info, void* context);
+
+void on_step(int number, siginfo_t* info, void* context) {
+  if (!pthread_equal(pthread_self(), launching.thread)) return on_signal(number, info, context);  // not a step of ours
   auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
   constexpr greg_t STEP = 0x100;
   if (pending.what == Pending::NOTHING || !current) {
