@@ -142,7 +142,7 @@ class _Request(ctypes.Structure):
         ("constants", ctypes.POINTER(build.Constant)),
         ("checked", ctypes.c_int),
         ("counted", ctypes.c_int),
-        ("quiet", ctypes.c_int),
+        ("rehearsed", ctypes.c_int),
         ("stop", ctypes.c_int),
     )
 
@@ -275,7 +275,7 @@ class Emulator:
                 function, library = _function(kernel, "counted")
                 arguments = _Arguments(function, arguments.given)
                 with suppress(_Late):
-                    self._run(function, library, sizes, arguments, constants or {}, shared, 0, "counted", ONCE_MORE, quiet=True)
+                    self._run(function, library, sizes, arguments, constants or {}, shared, 0, "counted", ONCE_MORE, rehearsed=True)
             raise vague.fault from None
         if counted:
             log_traffic(function.name, *sizes, str(library.path), counted)
@@ -291,7 +291,7 @@ class Emulator:
         checked: int,
         flavour: str,
         timeout: float | None,
-        quiet: bool = False,
+        rehearsed: bool = False,
     ) -> tuple[list[Tally], Totals] | None:
         chosen = order_here(self.order)
         request = _Request(
@@ -308,7 +308,7 @@ class Emulator:
             constants=library.constants,
             checked=checked,
             counted=is_counting(),
-            quiet=quiet,
+            rehearsed=rehearsed,
         )
         values = _values_of_constants(function.name, library, constants)
         launch, printed = library.loaded.cuda_emulator_run, ""
@@ -370,7 +370,7 @@ def _printed(library: ctypes.CDLL) -> str:
 def _function(kernel: CudaKernel | KernelText, flavour: str) -> tuple[build.Function, build.Library]:
     if isinstance(kernel, KernelText):
         name = kernel.name.partition("<")[0]
-        if re.search(rf"\btemplate\s*<[^;{{}}]*>[^;{{}}]*\b__global__\b[^;{{}}(]*\b{re.escape(name)}\s*\(", kernel.text):
+        if re.search(rf"\btemplate\s*<[^;{{}}]*>[^;{{}}]*\b__global__\b[^;{{}}]*?\b{re.escape(name)}\s*\(", kernel.text):
             raise ValueError(f'kernel: {name} is a template: write an extern "C" kernel that calls what it does, as a __device__ function')
     kernels = source.kernels_in(kernel.file) if isinstance(kernel, CudaKernel) else ()
     kernels = kernels if kernel.name in kernels else (*kernels, kernel.name)

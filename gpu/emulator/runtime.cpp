@@ -94,7 +94,7 @@ struct Request {
   Constant* constants;
   int checked;  // in the build that counts: a sum of Checks
   int counted;  // in the build that counts: whether Python wants to know the traffic
-  int quiet;    // forget what the kernel prints
+  int rehearsed;  // forget what the kernel prints and writes: only its fault is wanted
   volatile int stop;  // Python may set it at any time; the launch then ends at the next look
 };
 enum Checks { RACES = 1, UNINITIALIZED = 2, BARRIERS = 4 };
@@ -918,7 +918,7 @@ void found_unchanged(const void* address) {
 
 // Python prints it when the launch has ended, so that it comes in order with what Python prints.
 int print(const char* format, ...) {
-  if (request->quiet) return 0;
+  if (request->rehearsed) return 0;
   if (request->stop) fail_at(__builtin_return_address(0), "was stopped");
   char text[1024];
   va_list arguments;

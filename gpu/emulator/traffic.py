@@ -185,7 +185,8 @@ _checked: ContextVar[int] = ContextVar("checked", default=0)
 def count_traffic() -> Iterator[TrafficLog]:
     """Count the traffic of the emulator's launches in the body. It needs Linux and g++.
 
-    An access outside every array raises `KernelFault` here; a plain launch may miss it.
+    An access outside every array raises `KernelFault` here; a plain launch may miss a read before
+    an array.
 
     >>> import numpy as np
     >>> from yoso_core.gpu import KernelText
