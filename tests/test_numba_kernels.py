@@ -374,7 +374,7 @@ def test_a_launch_that_a_gpu_would_refuse_is_refused() -> None:
     with launches() as made:
         launch(reverses, (1,), (8,), (x,), 16)
     assert [(launch.where, launch.kernel, launch.grid, launch.block, launch.shared) for launch in made] == [
-        ("stepped", "reverses", (1,), (8,), 16)
+        ("stepped", "reverses", (1, 1, 1), (8, 1, 1), 16)
     ]
 
 
