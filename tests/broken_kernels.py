@@ -131,7 +131,7 @@ BROKEN: dict[str, tuple[str, str]] = {
     "an assertion": ("assert(i < 3);", "assertion failed: i < 3"),
     "a trap": ("__trap();", r"__trap\(\)"),
     "printf of a number as a text": ('printf("%s", t + 1);', "printf was given an address for a %s at which there is no text"),
-    "printf without end": ('for (;;) printf("again\\n");', "has not ended in 2 s"),
+    "printf without end": ('for (;;) printf("again\\n");', "has not ended in 1 s"),
     "printf of very much": ('for (int j = 0; j < 20000; ++j) printf("%1000d\\n", j); o[1000] = 1;', r"o\[1000\] written"),
     "no return": ("x[i % n] = missing(t);", "a function with a result ends without return"),
 }
@@ -161,7 +161,7 @@ def outcome(body: str) -> str:
     x, o, c = np.arange(100, dtype=np.float32), np.zeros(100, np.float32), np.zeros(100, np.int32)
     arguments: dict[str, Any] = {"x": x, "o": o, "c": c, "n": np.int32(100), "null": None}
     try:
-        Emulator(timeout=2).launch(KernelText(f"{HEAD}{body}\n}}", "k"), 4, 32, arguments)
+        Emulator(timeout=1 if body.startswith("for (;;) printf") else 60).launch(KernelText(f"{HEAD}{body}\n}}", "k"), 4, 32, arguments)
     except KernelFault as fault:
         assert not o.any(), "after a fault the arrays are as they were"
         return str(fault)
