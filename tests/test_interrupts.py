@@ -343,10 +343,8 @@ def test_an_interrupt_ends_a_launch_in_the_emulator(interrupt: Callable[..., flo
 
     launch(1)
     interrupt(lambda: launch(x.size))
-    written = int(x.sum())
-    assert 0 < written < x.size
     time.sleep(0.05)
-    assert int(x.sum()) == written, "no thread goes on"
+    assert int(x.sum()) == 1, "the arrays are as they were, and no thread goes on"
     x[:] = 0
     launch(100)
     assert int(x.sum()) == 100

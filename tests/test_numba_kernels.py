@@ -191,9 +191,9 @@ def warp_intrinsic(x):
 
 
 FAULTS: dict[Any, str] = {
-    some_at_another_barrier: r"waits at a barrier here, while thread \(\d, 0, 0\) waits at line \d+: every thread",
-    one_ends_before_the_barrier: r"has ended, while thread \(\d, 0, 0\) waits at line \d+: a barrier needs every thread of the block",
-    keeps_the_lock_at_a_barrier: r"waits for ever, its compare-and-swap at line \d+ never succeeds, while thread .* waits at line \d+",
+    some_at_another_barrier: r"divergent barrier: thread \(\d, 0, 0\) waits at line \d+, and thread \(\d, 0, 0\) waits at line \d+",
+    one_ends_before_the_barrier: r"divergent barrier: thread \(\d, 0, 0\) waits at line \d+, and thread \(\d, 0, 0\) has ended without it",
+    keeps_the_lock_at_a_barrier: r"never ends: the compare-and-swap at line \d+ never succeeds, while thread .* waits at line \d+",
     index_minus_one: r"IndexError: x: index -1 is out of bounds for the shape \(8,\)",
     index_beyond_the_end: r"IndexError: x: index 8 is out of bounds for the shape \(8,\)",
     beyond_a_shared_array: r"IndexError: the shared array of line \d+: index 7 is out of bounds for the shape \(7,\)",
@@ -374,7 +374,7 @@ def test_a_launch_that_a_gpu_would_refuse_is_refused() -> None:
     with launches() as made:
         launch(reverses, (1,), (8,), (x,), 16)
     assert [(launch.where, launch.kernel, launch.grid, launch.block, launch.shared) for launch in made] == [
-        ("stepped", "reverses", (1,), (8,), 16)
+        ("stepped", "reverses", (1, 1, 1), (8, 1, 1), 16)
     ]
 
 

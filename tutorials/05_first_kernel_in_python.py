@@ -369,7 +369,8 @@ figure
 # far ahead of each other as they may. That is why it finds in milliseconds what a GPU hides.
 #
 # One more rule of barriers: **all** threads of a block must reach **the same** one. If some leave
-# early, the rest wait forever. Keep `return` and `if` away from `syncthreads`.
+# early, older GPUs let the rest wait forever. Newer ones wait only for the threads that are left,
+# and what the others were to bring is missing. Keep `return` and `if` away from `syncthreads`.
 
 
 # %%
@@ -390,7 +391,7 @@ try:
 except KernelFault as found:
     fault = found
 print(fault)
-assert "a barrier needs every thread of the block" in str(fault)
+assert "every thread of a block should meet the same barriers" in str(fault)
 
 # %% [markdown]
 # ## Atomics: the table of tutorial 4

@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from yoso_core.gpu.cupy_kernels.source import parameter_names
 from yoso_core.gpu.emulator.source_lines import CALLS
@@ -29,14 +30,28 @@ ThreadSanitizer.
 """
 
 # Matches declarations of shared memory. It also matches comments and strings, to skip them.
-_SHARED = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?\b__shared__\b(?P<declaration>[^;{}]*);', re.DOTALL)
-_TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
-_NAME = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
-_BOUNDED = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+__launch_bounds__\s*\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<space>\s*)(?P<name>\w+)'
+_SHARED = re.compile(
+    r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?P<extern>\bextern\s+)?(?P<before>(?:\b(?:static|volatile)\s+)*)\b__shared__\b(?P<declaration>[^;{}]*);',
+    re.DOTALL,
 )
+# The same for constant memory without a value.
+_CONSTANT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?:\bstatic\s+)?\b__constant__\b(?P<declaration>[^;{}=()]*);', re.DOTALL)
+_TYPE_AND_NAME = re.compile(r"(?P<type>.*?[\s>&*)])(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
+_NAME = re.compile(r"(?P<pointer>[\s*&]*)(?P<name>[A-Za-z_]\w*)\s*(?P<dims>(?:\[.*\])?)\s*", re.DOTALL)
+_BOUNDED = re.compile(
+    r'(?P<before>(?:\b(?:extern\s+"C"|static|__global__|void)\s+)*)__launch_bounds__\s*'
+    r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)(?P<after>(?:\s|\b__global__\b|\bvoid\b)*)(?P<name>\w+)"
+)
+_TEMPLATE = re.compile(r"\btemplate\s*<[^;{}]*>\s*\Z")
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](?P<header>[^>"\n]+)[>"].*$', re.MULTILINE)
 _LINE = re.compile(r"^#line (\d+).*$", re.MULTILINE)
 _ALIGNMENT = re.compile(r"\b(?:alignas|__align__)\s*\([^)]*\)")
+
+
+class Named(ctypes.Structure):
+    """`Named` in `runtime.hpp`."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("element", ctypes.c_uint), ("extents", ctypes.c_uint * 4))
 
 
 class Parameter(ctypes.Structure):
@@ -56,6 +71,20 @@ class Parameter(ctypes.Structure):
     )
 
 
+class Constant(ctypes.Structure):
+    """A variable in constant memory without a value in the text: `Constant` in `runtime.hpp`."""
+
+
+Constant._fields_ = (
+    ("begin", ctypes.c_void_p),
+    ("bytes", ctypes.c_ulonglong),
+    ("named", Named),
+    ("entry", Parameter),
+    ("is_set", ctypes.c_int),
+    ("next", ctypes.POINTER(Constant)),
+)
+
+
 @dataclass(frozen=True)
 class Function:
     """A kernel in a loaded library."""
@@ -67,6 +96,8 @@ class Function:
     """The largest block that its ``__launch_bounds__`` allow; 0 if it has none."""
     parameters: tuple[Parameter, ...]
     parameter_names: tuple[str, ...]
+    lines: dict[tuple[str, int], str]
+    """The text of the kernel's source as it is compiled, by file and line."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +108,19 @@ class Library:
     loaded: ctypes.CDLL
     """The functions of the runtime are found in it, too."""
     functions: dict[str, Function]
+
+    @property
+    def constants(self) -> Any:
+        """A pointer to the first `Constant`, null if there is none."""
+        first = self.loaded.cuda_emulator_constants
+        first.restype = ctypes.POINTER(Constant)
+        return first()
+
+    def each_constant(self) -> Iterator[Constant]:
+        at = self.constants
+        while at:
+            yield at.contents
+            at = at.contents.next
 
 
 @dataclass(frozen=True)
@@ -181,64 +225,163 @@ def _line_of(text: str, position: int) -> int:
     return first + text.count("\n", start, position)
 
 
+def _members(declaration: str) -> list[tuple[str, str]] | None:
+    """The names of ``float a[4], *b``, each with a declaration of its own; ``None`` if it is not
+    understood.
+
+    >>> _members("float a[4], *b")
+    [('a', 'float a[4]'), ('b', 'float  *b')]
+    """
+    first, *others = _split(declaration)
+    # The type ends before the name: the arguments of a template and the size of an array may hold
+    # names, too.
+    head = _TYPE_AND_NAME.fullmatch(first)
+    tails = [(other, _NAME.fullmatch(other)) for other in others]
+    if head is None or any(tail is None for _, tail in tails):
+        return None
+    of_all = head["type"].rstrip("*& \t\n")  # a pointer is one for its own name alone
+    return [(head["name"], first), *((tail["name"], f"{of_all} {other}") for other, tail in tails if tail)]
+
+
 def rewrite_bounds(text: str) -> str:
-    """Turn the ``__launch_bounds__`` of kernels into constants, for the check of launches. Line
-    numbers stay the same.
+    """Turn the ``__launch_bounds__`` of kernels, before or after ``__global__`` or ``void``, into
+    constants, for the check of launches. Line numbers stay the same.
 
     >>> rewrite_bounds('extern "C" __global__ void __launch_bounds__(64) k() {}').split("; } ")[1]
-    'extern "C" __global__ void k() {}'
+    'extern "C" __global__ void  k() {}'
     """
 
     def replace(found: re.Match[str]) -> str:
+        rest = found["before"] + found["after"] + found["name"]
+        if _TEMPLATE.search(text, 0, found.start()):  # its arguments may be in the bounds
+            return rest
         constant = f"namespace cuda_emulator_bounds {{ constexpr int {found['name']} = cuda_emulator::first_of({found['bounds']}); }}"
-        return f'{constant} extern "C" __global__ void{found["space"]}{found["name"]}'
+        return f"{constant} {rest}"
 
     return _BOUNDED.sub(replace, text)
+
+
+KNOWN_HEADERS = (
+    *("cuda_runtime.h", "cuda.h", "device_launch_parameters.h", "device_functions.h", "math_constants.h", "vector_types.h"),
+    *("math.h", "cmath", "stdint.h", "cstdint", "stddef.h", "cstddef", "stdio.h", "cstdio", "assert.h", "cassert"),
+    *("limits.h", "climits", "float.h", "cfloat", "algorithm"),
+)
+"""What they declare for kernels is there without them."""
+
+NO_HEADERS = {
+    "cooperative_groups.h": "cooperative groups: use __syncthreads, __syncwarp and the __shfl_sync functions",
+    "cuda_fp16.h": "arithmetic of half: widen it to float, as common.cuh does",
+    "cuda_bf16.h": "arithmetic of bfloat16: widen it to float, as common.cuh does",
+    "mma.h": "tensor cores",
+    "cuda_pipeline.h": "asynchronous copies: copy by hand",
+    "curand_kernel.h": "random numbers of cuRAND: pass them in, or write a generator",
+    "cub/cub.cuh": "CUB",
+    "iostream": "streams: use printf",
+}
+
+
+def rewrite_includes(text: str) -> str:
+    """Take out the headers whose contents the emulator has built in. Raises ``ValueError`` for a
+    header of what it does not have.
+
+    >>> rewrite_includes("#include <cuda_runtime.h>\\nint x;")
+    '\\nint x;'
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        header = found["header"]
+        if header in NO_HEADERS:
+            raise ValueError(f"line {_line_of(text, found.start())}: {found[0].strip()}: the emulator has no {NO_HEADERS[header]}")
+        return "" if header in KNOWN_HEADERS else found[0]
+
+    return _INCLUDE.sub(replace, text)
 
 
 def rewrite_shared(text: str) -> str:
     """Turn declarations of shared memory into references to the emulator's memory. Line numbers
     stay the same.
 
-    ``__shared__ float a[4], b;`` becomes a struct with these members, and references to them.
-    ``extern __shared__ float c[];`` becomes a pointer. Raises ``ValueError`` for a declaration that
-    it does not understand.
+    ``__shared__ float a[4], b;`` becomes a struct for each of the two, and a reference to its only
+    member. ``extern __shared__ float c[];`` becomes a pointer. Raises ``ValueError`` for a
+    declaration that it does not understand.
 
     >>> rewrite_shared("extern __shared__ float c[];")
-    'float* const c = cuda_emulator::whole_dynamic_shared<float>();'
+    'float* const c = cuda_emulator::whole_dynamic_shared<float>("c");'
     """
     numbers = iter(range(len(text)))
 
     def replace(found: re.Match[str]) -> str:
         if found["declaration"] is None:
             return found[0]
-        first, *others = _split(found["declaration"])
-        # The type ends before the name: the arguments of a template and the size of an array may
-        # hold names, too.
-        head = _TYPE_AND_NAME.fullmatch(first)
-        tails = [_NAME.fullmatch(other) for other in others]
-        if head is None or None in tails:
+        declaration = ("volatile " if "volatile" in found["before"] else "") + found["declaration"]
+        members = _members(declaration)
+        if members is None:
             line = _line_of(text, found.start())
             raise ValueError(f"line {line}: the emulator does not understand this declaration of shared memory: {found[0]}")
-        names = [head["name"], *(tail["name"] for tail in tails if tail)]
         if found["extern"]:
-            kind = _ALIGNMENT.sub("", head["type"]).strip()
-            return f"{kind}* const {names[0]} = cuda_emulator::whole_dynamic_shared<{kind}>();" + "\n" * found[0].count("\n")
-        struct = f"cuda_emulator_shared_{next(numbers)}"
-        references = " ".join(f"auto& {name} = {struct}_at.{name};" for name in names)
-        return (
-            f"struct {struct} {{ {found['declaration'].strip()}; }}; "
-            f'{struct}& {struct}_at = cuda_emulator::shared<{struct}>("{", ".join(names)}"); {references}'
-        )
+            name, member = members[0]
+            kind = _ALIGNMENT.sub("", member[: member.rindex(name)]).strip()
+            return f'{kind}* const {name} = cuda_emulator::whole_dynamic_shared<{kind}>("{name}");' + "\n" * found[0].count("\n")
+        made = []
+        for name, member in members:
+            struct = f"cuda_emulator_shared_{next(numbers)}"
+            made.append(
+                f"struct {struct} {{ {member.strip()}; static constexpr cuda_emulator::Named cuda_emulator_named(const char* is) "
+                f"{{ return cuda_emulator::named<decltype({struct}::{name})>(is); }} }}; "
+                f'auto& {name} = cuda_emulator::shared<{struct}>("{name}").{name};'
+            )
+        return " ".join(made)
 
     return _SHARED.sub(replace, text)
 
 
-_ALWAYS = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-fsigned-char", "-g", "-w")
+def rewrite_constants(text: str) -> str:
+    """Turn declarations of constant memory without a value into references to pages of their own,
+    which a launch fills. Line numbers stay the same.
+
+    >>> rewrite_constants("__constant__ float c[4];").split("; ")[-1]
+    'static auto& c = cuda_emulator_constant_0_at.pages.held.c;'
+    """
+    numbers = iter(range(len(text)))
+
+    def replace(found: re.Match[str]) -> str:
+        members = _members(found["declaration"]) if found["declaration"] is not None else None
+        made = []
+        for name, member in members or ():
+            struct = f"cuda_emulator_constant_{next(numbers)}"
+            made.append(
+                f"struct {struct} {{ {member.strip()}; }}; "
+                f'static cuda_emulator::ConstantPages<{struct}, decltype({struct}::{name})> {struct}_at("{name}"); '
+                f"static auto& {name} = {struct}_at.pages.held.{name};"
+            )
+        return " ".join(made) or found[0]
+
+    return _CONSTANT.sub(replace, text)
+
+
+_ALWAYS = (
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fsigned-char",
+    "-fstack-clash-protection",
+    "-g",
+    "-w",
+)
+# What C++ leaves open: `undefined.hpp`.
+_OPEN = ("-fsanitize=bounds,return,float-cast-overflow,shift-exponent",)
 _FLAGS = {
-    "plain": ("-O1",),
+    "plain": ("-O1", *_OPEN),
     # The compiler must not split a vector before its accesses are counted.
-    "counted": ("-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-ipa-sra"),
+    "counted": (
+        "-O1",
+        *_OPEN,
+        "-fsanitize=thread,signed-integer-overflow",
+        "-fno-tree-sra",
+        "-fno-ipa-sra",
+        "--param=tsan-distinguish-volatile=1",
+    ),
     "address": ("-O1", "-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-fsanitize=thread"),
 }
@@ -287,12 +430,15 @@ def _load(path: Path, make: Callable[[], None]) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+_SOURCES = ("build.py", "runtime.hpp", "cuda.hpp", "arrays.hpp", "looks.hpp", "undefined.hpp", "traffic.hpp", "fences.hpp", "runtime.cpp")
+
+
 @cache
 def _texts() -> tuple[str, ...]:
     """Everything that a library depends on beside the kernel: the emulator's own files, and the way
     this file compiles.
     """
-    return tuple((HERE / name).read_text("utf-8") for name in ("build.py", "runtime.hpp", "cuda.hpp", "traffic.hpp", "runtime.cpp"))
+    return tuple((HERE / name).read_text("utf-8") for name in _SOURCES)
 
 
 def _runtime(flavour: str) -> Path:
@@ -300,6 +446,23 @@ def _runtime(flavour: str) -> Path:
     path = cache_folder() / f"runtime-{_key(*_texts(), *flags)}.so"
     _load(path, lambda: _make(path, "runtime.cpp", _texts()[-1], flags, ("-lpthread", "-ldl")))
     return path
+
+
+def _lines(text: str) -> dict[tuple[str, int], str]:
+    """The lines of a text, each by the file and the number that the last ``#line`` before it says.
+
+    >>> _lines('#line 7 "a.cu"\\nint x;')
+    {('a.cu', 7): 'int x;'}
+    """
+    found, file, number = {}, "", 0
+    for line in text.splitlines():
+        directive = _LINE.match(line)
+        if directive:
+            file, number = line.partition('"')[2].rstrip('"'), int(directive[1])
+        else:
+            found[file, number] = line
+            number += 1
+    return found
 
 
 @cache
@@ -312,12 +475,13 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
     """
     defines = [option[2:].partition("=") for option in options if option.startswith("-D")]
     flags = (*(option for option in options if not option.startswith("-D")), *_FLAGS[flavour], f"-DCUDA_EMULATOR_{flavour.upper()}")
+    rewritten = rewrite_constants(rewrite_bounds(rewrite_shared(rewrite_includes(text))))
     whole = "\n".join(
         (
             '#include "cuda.hpp"',
             *(f"#define {name} {value or '1'}" for name, _, value in defines),
             f'#line 1 "{file}"',
-            rewrite_bounds(rewrite_shared(text)),
+            rewritten,
             f'#line 1 "{CALLS}"',
             *(f"CUDA_EMULATOR_KERNEL({name})" for name in kernels),
             "",
@@ -325,8 +489,8 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
     )
     runtime = _runtime(flavour)
     path = runtime.with_name(f"{Path(file).stem}-{_key(*_texts(), whole, *flags)}.so")
-    library = _load(path, lambda: _make(path, file, whole, flags, (str(runtime),), flavour != "counted"))
-    functions = {}
+    library = _load(path, lambda: _make(path, file, whole, flags, (str(runtime),), flavour in ("address", "thread")))
+    functions, lines = {}, _lines(rewritten)
     for name in kernels:
         described, count = getattr(library, f"cuda_emulator_parameters_{name}"), ctypes.c_int()
         described.restype = ctypes.POINTER(Parameter)
@@ -337,5 +501,5 @@ def load(file: str, text: str, kernels: tuple[str, ...], options: tuple[str, ...
         assert call is not None
         found = tuple(Parameter.from_buffer_copy(parameters[i]) for i in range(count.value))
         bound = getattr(library, f"cuda_emulator_bound_{name}")()
-        functions[name] = Function(name, call, bound, found, parameter_names(text, name))
+        functions[name] = Function(name, call, bound, found, parameter_names(text, name), lines)
     return Library(path, library, functions)

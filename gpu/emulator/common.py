@@ -13,6 +13,9 @@ from yoso_core.gpu.device import Shape
 Order = str | int
 """``"forward"``, ``"reverse"``, or an int: the seed of a random order."""
 
+Sizes = Sequence[int] | int
+"""Of a grid or a block: one to three sizes, or an int for one."""
+
 MAX_THREADS = 1024
 MAX_BLOCK = (1024, 1024, 64)
 MAX_GRID = (2**31 - 1, 65_535, 65_535)
@@ -48,6 +51,10 @@ class KernelFault(RuntimeError):
         where += [] if file is None else [f"{file}:{line}"]
         super().__init__(f"{kernel}: {message}" + (f" ({', '.join(where)})" if where else ""))
         self.kernel, self.block, self.thread, self.file, self.line = kernel, block, thread, file, line
+
+    def of(self, message: str) -> "KernelFault":
+        """The same place, with another message."""
+        return KernelFault(self.kernel, message, block=self.block, thread=self.thread, file=self.file, line=self.line)
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def order_here(otherwise: Order) -> Order:
 
 
 def launch_sizes(
-    kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, max_shared: int, max_threads: int = MAX_THREADS
+    kernel: str, grid: Sizes, block: Sizes, shared: int, max_shared: int, max_threads: int = MAX_THREADS
 ) -> tuple[Shape, Shape]:
     """Grid and block with three sizes each. Raises `KernelFault` for a launch that a GPU would
     refuse.
@@ -114,7 +121,7 @@ def launch_sizes(
     """
     whole = []
     for name, sizes, most in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
-        given = tuple(int(size) for size in sizes)
+        given = tuple(int(size) for size in ([sizes] if isinstance(sizes, int | np.integer) else sizes))
         three = (*given, 1, 1, 1)[:3]
         if not 1 <= len(given) <= 3 or any(not 1 <= size <= limit for size, limit in zip(three, most, strict=True)):
             raise KernelFault(kernel, f"invalid launch: {name} {given}, where each size must be from 1 to {most}")

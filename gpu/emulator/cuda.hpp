@@ -3,13 +3,41 @@
 #pragma once
 #include "runtime.hpp"
 
-#define __global__
+#define __global__ __attribute__((noinline))  // so that every instruction of a kernel has a line of the kernel
 #define __device__
 #define __host__
-#define __constant__ static
+#define __constant__  // those without a value are rewritten before
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)  // those of kernels are rewritten before
+
+// What the standard's headers have, and CUDA without them.
+typedef decltype(sizeof(0)) size_t;
+typedef __PTRDIFF_TYPE__ ptrdiff_t;
+typedef __INTPTR_TYPE__ intptr_t;
+typedef __UINTPTR_TYPE__ uintptr_t;
+typedef __INT8_TYPE__ int8_t;
+typedef __INT16_TYPE__ int16_t;
+typedef __INT32_TYPE__ int32_t;
+typedef __INT64_TYPE__ int64_t;
+typedef __UINT8_TYPE__ uint8_t;
+typedef __UINT16_TYPE__ uint16_t;
+typedef __UINT32_TYPE__ uint32_t;
+typedef __UINT64_TYPE__ uint64_t;
+#define NULL 0
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#define M_PI 3.14159265358979323846
+#define FLT_MAX __FLT_MAX__
+#define FLT_MIN __FLT_MIN__
+#define FLT_EPSILON __FLT_EPSILON__
+#define DBL_MAX __DBL_MAX__
+#define DBL_MIN __DBL_MIN__
+#define DBL_EPSILON __DBL_EPSILON__
+#define INT_MAX __INT_MAX__
+#define INT_MIN (-__INT_MAX__ - 1)
+#define UINT_MAX (2u * __INT_MAX__ + 1)
 
 using cuda_emulator::blockDim;
 using cuda_emulator::blockIdx;
@@ -64,13 +92,33 @@ template <class To, class From> inline To low_bits_as(From from) {
 // `__launch_bounds__(threads, blocks)` of a kernel is rewritten as a constant with this value.
 template <class... Rest> constexpr int first_of(int first, Rest...) { return first; }
 
-// `__shared__ T a[4], b;` is rewritten as a struct of these members and a reference to each.
-template <class Members> inline Members& shared(const char* names, CUDA_EMULATOR_SITE) {
-  static Slot slot{0, nullptr};
-  if (slot.launch != launch_number) allocate_shared(slot, sizeof(Members), alignof(Members), names, site);
-  return *reinterpret_cast<Members*>(slot.address);
+template <class T> struct Extents {
+  static constexpr unsigned element = sizeof(T), first = 0;
+  typedef T inner, entry;
+};
+template <class T, decltype(sizeof(0)) n> struct Extents<T[n]> {
+  static constexpr unsigned element = Extents<T>::element, first = n;
+  typedef T inner;
+  typedef typename Extents<T>::entry entry;
+};
+template <class T> constexpr Named named(const char* name) {
+  typedef Extents<typename Extents<T>::inner> second;
+  typedef Extents<typename second::inner> third;
+  return {name, Extents<T>::element, {Extents<T>::first, second::first, third::first, Extents<typename third::inner>::first}};
 }
-template <class T> inline T* whole_dynamic_shared() { return reinterpret_cast<T*>(dynamic_shared); }
+
+// An array of `__shared__ T a[4], b;` is rewritten as a struct with it alone and a reference to it.
+template <class Holder> inline Holder& shared(const char* name, CUDA_EMULATOR_SITE) {
+  static Slot slot{0, nullptr};
+  if (slot.launch != launch_number) allocate_shared(slot, sizeof(Holder), alignof(Holder), Holder::cuda_emulator_named(name), site);
+  return *reinterpret_cast<Holder*>(slot.address);
+}
+template <class T> inline T* whole_dynamic_shared(const char* name) {
+#if defined(CUDA_EMULATOR_COUNTED)
+  dynamic_declared = named<T>(name);
+#endif
+  return reinterpret_cast<T*>(dynamic_shared);
+}
 
 template <class T> inline T shuffle(WarpOperation kind, unsigned mask, T value, int source, Site site) {
   static_assert(sizeof(T) <= 8, "a shuffle moves 8 bytes at most");
@@ -81,16 +129,13 @@ template <class T> inline T shuffle(WarpOperation kind, unsigned mask, T value, 
 
 // Barriers, votes and shuffles.
 
-inline void __syncthreads(cuda_emulator::CUDA_EMULATOR_SITE) { cuda_emulator::barrier(cuda_emulator::Barrier::plain, 0, site); }
-inline int __syncthreads_or(int predicate, cuda_emulator::CUDA_EMULATOR_SITE) {
-  return cuda_emulator::barrier(cuda_emulator::Barrier::any, predicate, site);
-}
-inline int __syncthreads_and(int predicate, cuda_emulator::CUDA_EMULATOR_SITE) {
-  return cuda_emulator::barrier(cuda_emulator::Barrier::all, predicate, site);
-}
-inline int __syncthreads_count(int predicate, cuda_emulator::CUDA_EMULATOR_SITE) {
-  return cuda_emulator::barrier(cuda_emulator::Barrier::count, predicate, site);
-}
+// Macros, so that two barriers in one line are two.
+#define CUDA_EMULATOR_BARRIER(kind, predicate) \
+  cuda_emulator::barrier(cuda_emulator::Barrier::kind, (predicate) != 0, {__builtin_FILE(), __builtin_LINE(), __COUNTER__})
+#define __syncthreads() static_cast<void>(CUDA_EMULATOR_BARRIER(plain, 0))
+#define __syncthreads_or(predicate) CUDA_EMULATOR_BARRIER(any, predicate)
+#define __syncthreads_and(predicate) CUDA_EMULATOR_BARRIER(all, predicate)
+#define __syncthreads_count(predicate) CUDA_EMULATOR_BARRIER(count, predicate)
 inline void __syncwarp(unsigned mask = 0xffffffffu, cuda_emulator::CUDA_EMULATOR_SITE) {
   cuda_emulator::warp_operation(cuda_emulator::WarpOperation::sync, mask, 0, -1, site);
 }
@@ -131,9 +176,9 @@ template <class T> inline T __shfl_down_sync(unsigned mask, T value, unsigned de
   return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle_down, mask, value, beyond ? me : other, site);
 }
 
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence() { cuda_emulator::fence(cuda_emulator::Scope::device); }
+inline void __threadfence_block() { cuda_emulator::fence(cuda_emulator::Scope::block); }
+inline void __threadfence_system() { cuda_emulator::fence(cuda_emulator::Scope::device); }
 inline void __trap(cuda_emulator::CUDA_EMULATOR_SITE) { cuda_emulator::trap("__trap()", site); }
 #define assert(condition) ((condition) ? void() : cuda_emulator::trap("assertion failed: " #condition, {__builtin_FILE(), __builtin_LINE()}))
 
@@ -158,8 +203,11 @@ template <class T, class Change> CUDA_EMULATOR_ATOMIC T update(T* address, Chang
 #if defined(CUDA_EMULATOR_COUNTED)
   about_to_access(address, sizeof(T), Access::atomic, __builtin_return_address(0), true);
 #endif
-  const T old = *address;
-  *address = change(old);
+  updating = true;
+  const T old = *address, next = change(old);
+  *address = next;
+  updating = false;
+  if (bits_as<unsigned long long>(old) == bits_as<unsigned long long>(next)) found_unchanged(address);
 #endif
   return old;
 }
@@ -262,7 +310,7 @@ inline float frexp(float x, int* n) { return frexpf(x, n); }
 extern "C" int ilogb(double);
 extern "C" int ilogbf(float);
 inline int ilogb(float x) { return ilogbf(x); }
-extern "C" int printf(const char*, ...);
+template <class... T> inline int printf(const char* format, T... values) { return cuda_emulator::print(format, values...); }
 
 inline int abs(int x) { return x < 0 ? -x : x; }
 inline long long abs(long long x) { return x < 0 ? -x : x; }
@@ -308,6 +356,15 @@ inline float __double2float_rn(double x) { return static_cast<float>(x); }
 CUDA_EMULATOR_MIN_MAX(int) CUDA_EMULATOR_MIN_MAX(unsigned) CUDA_EMULATOR_MIN_MAX(long) CUDA_EMULATOR_MIN_MAX(unsigned long)
 CUDA_EMULATOR_MIN_MAX(long long) CUDA_EMULATOR_MIN_MAX(unsigned long long)
 #undef CUDA_EMULATOR_MIN_MAX
+// Of a signed and an unsigned number, both count as unsigned, as on the device.
+#define CUDA_EMULATOR_MIXED_MIN_MAX(S, U)                                     \
+  inline U min(S x, U y) { return min(static_cast<U>(x), y); }                \
+  inline U min(U x, S y) { return min(x, static_cast<U>(y)); }                \
+  inline U max(S x, U y) { return max(static_cast<U>(x), y); }                \
+  inline U max(U x, S y) { return max(x, static_cast<U>(y)); }
+CUDA_EMULATOR_MIXED_MIN_MAX(int, unsigned) CUDA_EMULATOR_MIXED_MIN_MAX(long, unsigned long)
+CUDA_EMULATOR_MIXED_MIN_MAX(long long, unsigned long long)
+#undef CUDA_EMULATOR_MIXED_MIN_MAX
 inline float min(float x, float y) { return fminf(x, y); }
 inline float max(float x, float y) { return fmaxf(x, y); }
 inline double min(double x, double y) { return fmin(x, y); }
@@ -353,6 +410,19 @@ template <class T> struct DescribedParameter<T*> {
 };
 template <> struct DescribedParameter<void*> { static constexpr Parameter value{'V', 1, 1, 1, 1}; };
 template <> struct DescribedParameter<const void*> : DescribedParameter<void*> {};
+
+// A variable of `__constant__ T a[4], b;` is rewritten as a struct with it alone, in such pages, and a
+// reference to it.
+static Constant* first_constant = nullptr;
+template <class Holder, class T> struct ConstantPages {
+  struct alignas(4096) Pages { Holder held; } pages;
+  Constant is;
+  explicit ConstantPages(const char* name) : pages() {
+    is = {reinterpret_cast<char*>(&pages), sizeof(Holder), named<T>(name), DescribedParameter<typename Extents<T>::entry>::value, 0, first_constant};
+    first_constant = &is;
+  }
+};
+extern "C" __attribute__((visibility("default"))) inline __attribute__((used)) Constant* cuda_emulator_constants() { return first_constant; }
 
 template <int...> struct Numbers {};
 template <int n, int... rest> struct UpTo : UpTo<n - 1, n - 1, rest...> {};

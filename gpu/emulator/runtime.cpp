@@ -19,20 +19,24 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
-#if defined(CUDA_EMULATOR_COUNTED)
+#if defined(__linux__)
 #include <link.h>
-
-#include <algorithm>
-#include <unordered_set>
 #endif
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -61,13 +65,21 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 unsigned long long launch_number = 0;
 char* dynamic_shared = nullptr;
+Named dynamic_declared;
+volatile bool updating = false;
 
 // What Python passes, and gets back.
 
-struct Range {
-  const char *begin, *end;
-  const char* origin;  // the start of the memory that the array is a part of
+struct Range {  // an array
+  char* host;  // Python's memory
+  unsigned long long bytes;
+  unsigned long long offset;  // from the start of the memory that the array is a part of
   const char* name;
+  unsigned element;  // bytes of what the kernel's pointer points to
+  int read_only;
+  char** argument;    // the pointer that the kernel is given
+  char *begin, *end;  // where the kernel finds the array; here and below: set by place_arrays
+  int memory;         // the number of the memory that it shares with arrays that overlap
 };
 
 struct Request {
@@ -77,11 +89,15 @@ struct Request {
   unsigned shared, max_shared;
   int order;
   unsigned long long seed;
-  const Range* ranges;
+  Range* ranges;
   int num_ranges;
-  int checked;  // in the build that counts. 1: races are faults; 2: uninitialized reads of shared memory, too
-  volatile int stop;  // Python may set it at any time; the launch then ends as soon as no thread has its turn
+  Constant* constants;
+  int checked;  // in the build that counts: a sum of Checks
+  int counted;  // in the build that counts: whether Python wants to know the traffic
+  int rehearsed;  // forget what the kernel prints and writes: only its fault is wanted
+  volatile int stop;  // Python may set it at any time; the launch then ends at the next look
 };
+enum Checks { RACES = 1, UNINITIALIZED = 2, BARRIERS = 4 };
 
 struct Fault {
   char message[512];
@@ -92,14 +108,27 @@ struct Fault {
   const char* image;
   unsigned long long offset;
   unsigned long long other_offset;  // of a second instruction in the same image, 0 if there is none
+  int is_vague;  // the build that counts could tell more
+  int column;    // of the end of an index that is outside its array, 0 for other faults
 };
 
 namespace {
 
-constexpr size_t STACK_BYTES = 256 << 10;
-constexpr size_t PAGE = 4096;
+const size_t PAGE = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+constexpr size_t CONSTANT_PAGE = 4096;  // for which the pages of constants are laid out
+constexpr size_t LOCAL_BYTES = 512 << 10;  // of local memory, as on a GPU
+constexpr size_t STACK_BYTES = LOCAL_BYTES + (64 << 10);
+constexpr size_t STACK_GUARD = 64 << 10;  // below a stack and above it
 constexpr size_t ARENA_BYTES = 2 << 20;
 constexpr size_t RED_ZONE = 256;
+constexpr size_t GUARD_BYTES = 64ull << 30;  // half of it: what an unsigned can count in doubles
+constexpr size_t SHARED_GUARD = 1ull << 30;
+#if defined(CUDA_EMULATOR_COUNTED)
+constexpr unsigned PATIENCE = 1 << 18;
+#else
+constexpr unsigned PATIENCE = 1 << 22;  // how often threads may give way for nothing
+#endif
+constexpr unsigned POLLS = 16;          // how often an atomic changes nothing before its thread gives way
 constexpr unsigned MAX_STATIC_SHARED = 48 << 10;  // anything more must be dynamic
 constexpr unsigned long long NEVER_WRITTEN = ~0ull;  // as floats NaN, as integers -1
 enum Order { FORWARD, REVERSE, SEEDED };
@@ -136,7 +165,7 @@ void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
 #endif
 
 struct Stack {
-  char* memory;
+  char* memory;  // above its guard
   void* owner;  // for ThreadSanitizer
 };
 
@@ -157,6 +186,10 @@ struct Fiber {
   unsigned long long value, result;
   void* fake_stack;    // AddressSanitizer's
   void* meeting;
+  bool gave_way;       // it waits for others by looking again and again, so it came back for their sake
+  const void* polled;  // the address of the last atomic that changed nothing
+  unsigned polls;      // how often in a row
+  const void* spins_at;  // the instruction at which it last gave way
 };
 
 struct Random {
@@ -187,11 +220,16 @@ unsigned static_shared;
 
 // The addresses on which threads synchronize, for ThreadSanitizer: a page that it forgets with
 // every block.
-constexpr unsigned MEETINGS = PAGE / 8;
+constexpr unsigned MEETINGS = 4096 / 8;
 char* meetings;
 unsigned next_meeting;
 void* barrier_meeting;
 char whole_launch, whole_block;
+
+std::string printed;
+const void* printing_for;  // the call of printf that is under way
+unsigned long long lines_not_printed;
+constexpr size_t MAX_PRINTED = 1 << 20;  // as on a GPU
 #if defined(CUDA_EMULATOR_THREAD)
 void* hub_fiber;
 #endif
@@ -246,7 +284,7 @@ const char* name_of(WarpOperation operation) {
 }
 
 // "thread (3,0,0) waits in __ballot_sync at file:line"
-struct Text { char text[320]; };
+struct Text { char text[320] = ""; };
 Text thread_name(const Fiber& fiber) {
   Text made;
   snprintf(made.text, sizeof made.text, "thread (%u,%u,%u)", fiber.index.x, fiber.index.y, fiber.index.z);
@@ -259,27 +297,27 @@ Text waiting(const Fiber& fiber) {
   return made;
 }
 
-// An address outside every array, relative to the nearest array: "4 bytes past the end of values".
-Text describe_address(const char* address) {
+// No thread may read a constant that nobody has set.
+void protect_constants(int protection) {
+  for (const Constant* at = request->constants; at; at = at->next) {
+    if (!at->is_set && PAGE == CONSTANT_PAGE) mprotect(at->begin, (at->bytes + PAGE - 1) / PAGE * PAGE, protection);
+  }
+}
+
+// The constant that a thread may not read at an address.
+const Constant* unset_constant(const char* address) {
+  for (const Constant* at = request->constants; at; at = at->next) {
+    if (!at->is_set && address >= at->begin && address < at->begin + at->bytes) return at;
+  }
+  return nullptr;
+}
+
+#include "arrays.hpp"
+
+Text describe_unset(const Constant& constant, const char* address) {
   Text made;
-  const Range* nearest = nullptr;
-  unsigned long long least = 1 << 30;
-  for (int i = 0; i < request->num_ranges; ++i) {
-    const Range& range = request->ranges[i];
-    const unsigned long long distance = address >= range.end ? address - range.end : address < range.begin ? range.begin - address : 0;
-    if (distance < least) least = distance, nearest = &range;
-  }
-  if (address < reinterpret_cast<char*>(PAGE)) {
-    snprintf(made.text, sizeof made.text, "through a null pointer");
-  } else if (!nearest) {
-    snprintf(made.text, sizeof made.text, "at %p, far from every array", static_cast<const void*>(address));
-  } else if (address < nearest->begin) {
-    snprintf(made.text, sizeof made.text, "%llu bytes before the start of %s", least, nearest->name);
-  } else if (address >= nearest->end) {
-    snprintf(made.text, sizeof made.text, "%llu bytes past the end of %s", least, nearest->name);
-  } else {
-    snprintf(made.text, sizeof made.text, "in %s, %td bytes from its end", nearest->name, nearest->end - address);
-  }
+  snprintf(made.text, sizeof made.text, "%.140s read, but %.40s was never set: launch(..., constants={\"%.40s\": array})",
+           entry_text(constant.named, address - constant.begin, 1).text, constant.named.name, constant.named.name);
   return made;
 }
 
@@ -293,7 +331,7 @@ Text describe_address(const char* address) {
   for (;;) to_hub();
 }
 
-bool same_site(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+bool same_site(Site a, Site b) { return a.line == b.line && a.place == b.place && (a.file == b.file || !strcmp(a.file, b.file)); }
 
 char* map(void* where, size_t bytes) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (where ? MAP_FIXED : 0);
@@ -351,8 +389,11 @@ Stack take_stack() {
     else free_stacks.pop_back();  // the one last used is in the cache
     return stack;
   }
-  Stack made{map(nullptr, STACK_BYTES), nullptr};
-  mprotect(made.memory, PAGE, PROT_NONE);  // an overflow is a fault at once
+  // A step beyond either end is a fault at once.
+  char* whole = map(nullptr, STACK_GUARD + STACK_BYTES + STACK_GUARD);
+  mprotect(whole, STACK_GUARD, PROT_NONE);
+  mprotect(whole + STACK_GUARD + STACK_BYTES, STACK_GUARD, PROT_NONE);
+  Stack made{whole + STACK_GUARD, nullptr};
 #if defined(CUDA_EMULATOR_THREAD)
   made.owner = __tsan_create_fiber(0);
 #endif
@@ -361,7 +402,7 @@ Stack take_stack() {
 
 void give_back_stack(Fiber& fiber) {
 #if defined(CUDA_EMULATOR_ADDRESS)
-  __asan_unpoison_memory_region(fiber.stack.memory + PAGE, STACK_BYTES - PAGE);
+  __asan_unpoison_memory_region(fiber.stack.memory, STACK_BYTES);
 #endif
   free_stacks.push_back(fiber.stack);
   fiber.stack = {};
@@ -371,7 +412,7 @@ void give_back_stack(Fiber& fiber) {
 void drop_stack(Fiber& fiber) {
 #if defined(CUDA_EMULATOR_THREAD)
   __tsan_destroy_fiber(fiber.stack.owner);
-  munmap(fiber.stack.memory, STACK_BYTES);
+  munmap(fiber.stack.memory - STACK_GUARD, STACK_GUARD + STACK_BYTES + STACK_GUARD);
   fiber.stack = {};
 #else
   give_back_stack(fiber);
@@ -387,10 +428,18 @@ void to_hub() {
   has_switched(me);
 }
 
+// Whether a thread has done more than to look again, in this round; and how often threads have given
+// way since the last round in which one has.
+bool made_progress;
+unsigned times_given_way, number_of_turn;
+
+void observe_end_of_turn();
+
 void run_fiber() {
   has_switched(current, true);
   acquire(&whole_block);
   request->call(request->args);
+  observe_end_of_turn();
   release(&whole_launch);
   current->state = State::finished;
   to_hub();
@@ -401,19 +450,32 @@ void resume(Fiber& fiber) {
     fiber.stack = take_stack();
     // The tops of stacks differ in their last bits, so that they do not compete for the same cache
     // lines.
-    prepare(fiber.context, fiber.stack.memory + PAGE, STACK_BYTES - PAGE - fiber.number % 64 * 192, run_fiber);
+    prepare(fiber.context, fiber.stack.memory, STACK_BYTES - fiber.number % 64 * 192, run_fiber);
+    fiber.polled = nullptr;
+    fiber.polls = 0;
   }
   fiber.state = State::ready;
+  fiber.gave_way = false;
+  ++number_of_turn;
   current = &fiber;
   threadIdx = fiber.index;
   about_to_switch(fiber, true);
   switch_context(&hub, &fiber.context);
   has_switched(nullptr);
   current = nullptr;
+  if (!fiber.gave_way) made_progress = true;
   if (fiber.state == State::finished) give_back_stack(fiber);
 }
 
+// The thread waits for others without saying so: they have their turns first.
+void give_way() {
+  current->gave_way = true;
+  ++times_given_way;
+  to_hub();
+}
+
 void wait(State state, void* meeting) {
+  observe_end_of_turn();
   current->state = state;
   current->meeting = meeting;
   if (meeting) release(meeting);
@@ -424,13 +486,18 @@ void wait(State state, void* meeting) {
 #if defined(CUDA_EMULATOR_COUNTED)
 #include "traffic.hpp"
 #else
+void pass_fence(Scope) {}
 void observe_launch() {}
 void observe_block() {}
-void observe_shared(const char*, unsigned, const char*) {}
+void observe_shared(const char*, unsigned, Named) {}
 void observe_convergence(unsigned) {}
+void observe_end_of_turn() {}
 void observe_barrier() {}
 void observe_operation(WarpOperation, unsigned, unsigned) {}
 #endif
+
+#include "looks.hpp"
+#include "undefined.hpp"
 
 // Operations of a warp
 
@@ -529,15 +596,15 @@ void take_turns(const Warp& warp) {
   unsigned char order[32];
   for (unsigned i = 0; i < warp.size; ++i) order[i] = static_cast<unsigned char>(request->order == REVERSE ? warp.size - 1 - i : i);
   if (request->order == SEEDED) generator.shuffle(order, warp.size);
-  if (request->stop) report(nullptr, {nullptr, 0}, "stopped");
+  if (request->stop) report(nullptr, {nullptr, 0}, "was stopped between the turns of its threads");
   for (unsigned i = 0; i < warp.size && !failed; ++i) {
     Fiber& fiber = warp.lane(order[i]);
     if (fiber.state == State::fresh || fiber.state == State::ready) resume(fiber);
   }
 }
 
-// Runs fibers until every thread of the block waits at a barrier, waits for ever, or has ended.
-void let_warps_run() {
+// Gives turns to the threads of a block until each waits, has given way, or has ended.
+void take_one_round() {
   const unsigned count = (static_cast<unsigned>(fibers.size()) + 31) / 32;
   if (request->order != SEEDED) {
     for (unsigned i = 0; i < count && !failed; ++i) {
@@ -554,6 +621,27 @@ void let_warps_run() {
     const Warp warp = warp_of(chosen * 32);
     take_turns(warp);
     if (!failed && !complete_operations(warp)) chosen = active[--left];
+  }
+}
+
+// Runs fibers until every thread of the block waits at a barrier, waits for ever, or has ended.
+void let_warps_run() {
+  times_given_way = 0;
+  unsigned long long in_memory = 0;
+  while (!failed) {
+    made_progress = false;
+    take_one_round();
+    const auto looking = std::find_if(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::ready; });
+    if (looking == fibers.end() || failed) return;
+    if (made_progress) {
+      times_given_way = 0;
+      in_memory = 0;
+    } else if (times_given_way > PATIENCE) {  // twice, and memory is as it was: it will be so for ever
+      const unsigned long long before = in_memory;
+      in_memory = checksum_of_memory();
+      if (in_memory == before) report_endless(*looking);
+      times_given_way = 0;
+    }
   }
 }
 
@@ -584,8 +672,17 @@ bool pass_barrier() {
   }
   if (!at_barrier) return false;
   if (elsewhere) {
-    report(at_barrier, at_barrier->site, "divergent barrier: %s, and %s", waiting(*at_barrier).text, waiting(*elsewhere).text);
+    report(at_barrier, at_barrier->site, "divergent barrier: %s, and %s%s", waiting(*at_barrier).text, waiting(*elsewhere).text,
+           at_barrier->site.line == elsewhere->site.line ? ", another barrier of that line" : "");
     return false;
+  }
+  if (request->checked & BARRIERS) {
+    for (const Fiber& fiber : fibers) {
+      if (fiber.state != State::finished) continue;
+      report(at_barrier, at_barrier->site, "divergent barrier: %s, and %s has ended without it; hardware lets it go, but every thread of a "
+             "block should meet the same barriers", waiting(*at_barrier).text, thread_name(fiber).text);
+      return false;
+    }
   }
   for (unsigned warp = 0; warp * 32 < fibers.size(); ++warp) observe_convergence(warp);
   observe_barrier();
@@ -615,7 +712,12 @@ char* aligned_up(char* p, size_t alignment) {
 // The shared memory of a launch: a red zone, the dynamic memory, a red zone, then the static
 // declarations, each with a red zone after it.
 void lay_out_shared() {
-  if (!arena) arena = map(nullptr, ARENA_BYTES), meetings = map(nullptr, PAGE);
+  if (!arena) {
+    void* around = mmap(nullptr, SHARED_GUARD + ARENA_BYTES + SHARED_GUARD, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    arena = map(around == MAP_FAILED ? nullptr : static_cast<char*>(around) + SHARED_GUARD, ARENA_BYTES);
+    meetings = map(nullptr, PAGE);
+  }
+  dynamic_declared = {"dynamic shared memory", 1, {}};
 #if defined(CUDA_EMULATOR_ADDRESS)
   __asan_unpoison_memory_region(arena, ARENA_BYTES);
 #endif
@@ -649,35 +751,58 @@ void execute_block(unsigned long long number) {
 
 // A crash of the kernel ends the launch, not the process.
 
-const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
+const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGURG, SIGTRAP};  // the last two: for looks, and for steps
 constexpr int NUM_SIGNALS = sizeof SIGNALS / sizeof *SIGNALS;
 struct sigaction old_actions[NUM_SIGNALS];
-pthread_t launching_thread;
+
+const char* verb_of_signal(void* context) {
+#if defined(__x86_64__) && defined(__linux__)
+  return static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2 ? "written" : "read";
+#else
+  return (void)context, "accessed";
+#endif
+}
 
 void on_signal(int number, siginfo_t* info, void* context) {
-  if (!pthread_equal(pthread_self(), launching_thread) || !current) {  // not in the kernel: act as if this handler were not there
+  if (!launching.now || !pthread_equal(pthread_self(), launching.thread) || !current) {  // not in the kernel: act as if this handler were not there
     for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
-    if (number == SIGABRT) raise(SIGABRT);
+    if (number == SIGABRT || number == SIGTRAP) raise(number);
     return;
   }
+  const void* pc = program_counter(context);
+  if (printing_for) {
+    report(current, {nullptr, 0}, "printf was given an address for a %%s at which there is no text");
+    locate(printing_for);
+    printing_for = nullptr;
+    switch_context(&current->context, &hub);
+  }
   const char* address = static_cast<const char*>(info->si_addr);
+  const char* stack = current->stack.memory;
+#if defined(__linux__)
+  const bool is_odd = number == SIGBUS || info->si_code == SI_KERNEL;  // no page is missing
+#else
+  const bool is_odd = number == SIGBUS && address && reinterpret_cast<uintptr_t>(address) % 4;
+#endif
+  const bool is_vague = !failed;
   if (number == SIGFPE) {
     report(current, {nullptr, 0}, "integer division by zero, or the least integer by -1");
   } else if (number == SIGILL || number == SIGABRT) {
     report(current, {nullptr, 0}, "the kernel ran into code that cannot be reached");
-  } else if (address >= current->stack.memory && address < current->stack.memory + PAGE) {
-    report(current, {nullptr, 0}, "local memory overflows: the emulator has %zu KiB for each thread", STACK_BYTES >> 10);
+  } else if (const Constant* constant = unset_constant(address)) {
+    report(current, {nullptr, 0}, "%s", describe_unset(*constant, address).text);
+  } else if (is_odd) {
+    report(current, {nullptr, 0}, "a vector at an address that is no multiple of its size, or a pointer that is no address");
+    fault.is_vague = is_vague;
+  } else if (address >= stack - STACK_GUARD && address < stack) {
+    report(current, {nullptr, 0}, "local memory overflows: a thread has %zu KiB, for local arrays and the calls of functions", LOCAL_BYTES >> 10);
+  } else if (address >= stack + STACK_BYTES && address < stack + STACK_BYTES + STACK_GUARD) {
+    report(current, {nullptr, 0}, "a local array is %s far past its end", verb_of_signal(context));
+  } else if (address == pc) {
+    report(current, {nullptr, 0}, "runs on at %p, where no code is: its return address is overwritten, by a write past a local array", pc);
   } else {
-    report(current, {nullptr, 0}, "invalid access %s", describe_address(address).text);
+    report(current, {nullptr, 0}, "%s", describe_address(address, 1, verb_of_signal(context)).text);
+    fault.is_vague = is_vague && has_rest(address);
   }
-  const void* pc = nullptr;
-#if defined(__x86_64__) && defined(__linux__)
-  pc = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
-#elif defined(__aarch64__) && defined(__linux__)
-  pc = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.pc);
-#else
-  (void)context;
-#endif
   if (pc) locate(pc);
   switch_context(&current->context, &hub);
 }
@@ -690,13 +815,22 @@ struct SignalGuard {
     mine.ss_sp = alternative;
     mine.ss_size = 64 << 10;
     sigaltstack(&mine, &old_stack);
-    launching_thread = pthread_self();
+    const std::lock_guard<std::mutex> lock(launching.mutex);
+    launching.thread = pthread_self();
+    launching.now = true;
     struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &action, &old_actions[i]);
+    for (int i = 0; i < NUM_SIGNALS; ++i) {
+      action.sa_sigaction = SIGNALS[i] == SIGURG ? on_look : SIGNALS[i] == SIGTRAP ? on_step : on_signal;
+      // A look happens on the thread's own stack, so that the thread can go on later.
+      action.sa_flags = SA_SIGINFO | SA_NODEFER | (SIGNALS[i] == SIGURG ? SA_RESTART : SA_ONSTACK);
+      sigaction(SIGNALS[i], &action, &old_actions[i]);
+    }
   }
   ~SignalGuard() {
+    const std::lock_guard<std::mutex> lock(launching.mutex);
+    launching.now = false;
     for (int i = 0; i < NUM_SIGNALS; ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
     sigaltstack(&old_stack, nullptr);
   }
@@ -722,14 +856,14 @@ void execute_launch() {
 
 // The functions that kernels call
 
-char* allocate_shared(Slot& slot, unsigned bytes, unsigned alignment, const char* names, Site site) {
+char* allocate_shared(Slot& slot, unsigned bytes, unsigned alignment, Named named, Site site) {
   static_shared += bytes;
   if (static_shared > MAX_STATIC_SHARED) {
-    fail(site, "%u bytes of static shared memory with %s: the compiler allows %u, more must be dynamic", static_shared, names, MAX_STATIC_SHARED);
+    fail(site, "%u bytes of static shared memory with %s: the compiler allows %u, more must be dynamic", static_shared, named.name, MAX_STATIC_SHARED);
   }
   if (static_shared + request->shared > request->max_shared) {
     fail(site, "%u bytes of shared memory, %u static with %s and %u dynamic: a block here has %u", static_shared + request->shared,
-         static_shared, names, request->shared, request->max_shared);
+         static_shared, named.name, request->shared, request->max_shared);
   }
   slot.address = aligned_up(next_free, alignment < 16 ? 16 : alignment);
   next_free = aligned_up(slot.address + bytes + RED_ZONE, 128);
@@ -739,7 +873,7 @@ char* allocate_shared(Slot& slot, unsigned bytes, unsigned alignment, const char
 #if defined(CUDA_EMULATOR_ADDRESS)
   __asan_unpoison_memory_region(slot.address, bytes);
 #endif
-  observe_shared(slot.address, bytes, names);
+  observe_shared(slot.address, bytes, named);
   return slot.address;
 }
 
@@ -772,7 +906,91 @@ unsigned long long warp_operation(WarpOperation kind, unsigned mask, unsigned lo
 
 void trap(const char* message, Site site) { fail(site, "%s", message); }
 
+void fence(Scope scope) { pass_fence(scope); }
+
+void found_unchanged(const void* address) {
+  Fiber& me = *current;
+  if (me.polled != address) me.polled = address, me.polls = 0;
+  if (++me.polls % POLLS) return;
+  me.spins_at = static_cast<const char*>(__builtin_return_address(0)) - 1;
+  give_way();
+}
+
+// Python prints it when the launch has ended, so that it comes in order with what Python prints.
+int print(const char* format, ...) {
+  if (request->rehearsed) return 0;
+  if (request->stop) fail_at(__builtin_return_address(0), "was stopped");
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  printing_for = static_cast<const char*>(__builtin_return_address(0)) - 1;
+  const int length = vsnprintf(text, sizeof text, format, arguments);
+  printing_for = nullptr;
+  va_end(arguments);
+  if (length < 0) return length;
+  if (printed.size() + length > MAX_PRINTED) return ++lines_not_printed, length;
+  if (length < int(sizeof text)) {
+    printed += text;
+  } else {
+    const size_t before = printed.size();
+    printed.resize(before + length + 1);
+    va_start(arguments, format);
+    vsnprintf(&printed[before], length + 1, format, arguments);
+    va_end(arguments);
+    printed.resize(before + length);
+  }
+  return length;
+}
+
 }  // namespace cuda_emulator
+
+// The functions that the compiler's checks call.
+#define CUDA_EMULATOR_CHECK extern "C" __attribute__((visibility("default"))) void
+CUDA_EMULATOR_CHECK __ubsan_handle_out_of_bounds(const cuda_emulator::CheckedTypes* checked, unsigned long long index) {
+  if (cuda_emulator::current) cuda_emulator::fail_at_index(*checked, cuda_emulator::as_signed(*checked->second, index));
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_float_cast_overflow(const cuda_emulator::CheckedTypes* checked, unsigned long long bits) {
+  if (!cuda_emulator::current) return;
+  cuda_emulator::expect_conversion(*checked, bits);
+  cuda_emulator::step_on();
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_shift_out_of_bounds(const cuda_emulator::CheckedTypes* checked, unsigned long long number,
+                                                       unsigned long long amount) {
+  if (!cuda_emulator::current) return;
+  cuda_emulator::expect_shift(*checked, number, amount);
+  cuda_emulator::step_on();
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_missing_return(const cuda_emulator::CheckSite* site) {
+  cuda_emulator::fail({site->file, static_cast<int>(site->line)}, "a function with a result ends without return");
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_add_overflow(const cuda_emulator::CheckedTypes* checked, unsigned long long a, unsigned long long b) {
+  cuda_emulator::overflows(*checked, a, "+", b);
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_sub_overflow(const cuda_emulator::CheckedTypes* checked, unsigned long long a, unsigned long long b) {
+  cuda_emulator::overflows(*checked, a, "-", b);
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_mul_overflow(const cuda_emulator::CheckedTypes* checked, unsigned long long a, unsigned long long b) {
+  cuda_emulator::overflows(*checked, a, "*", b);
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_negate_overflow(const cuda_emulator::CheckedTypes* checked, unsigned long long a) {
+  cuda_emulator::overflows(*checked, 0, "-", a);
+}
+CUDA_EMULATOR_CHECK __ubsan_handle_divrem_overflow(const cuda_emulator::CheckedTypes* checked, unsigned long long a, unsigned long long b) {
+  cuda_emulator::overflows(*checked, a, "/", b);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* cuda_emulator_printed(unsigned long long* not_printed) {
+  *not_printed = cuda_emulator::lines_not_printed;
+  return cuda_emulator::printed.c_str();
+}
+
+// Called by another thread. Returns 1 if it should look again soon.
+extern "C" __attribute__((visibility("default"))) int cuda_emulator_look() {
+  using namespace cuda_emulator;
+  const std::lock_guard<std::mutex> lock(launching.mutex);
+  if (launching.now) pthread_kill(launching.thread, SIGURG);
+  return anybody_recognized;
+}
 
 extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cuda_emulator_launch(const cuda_emulator::Request* asked) {
   using namespace cuda_emulator;
@@ -788,14 +1006,23 @@ extern "C" __attribute__((visibility("default"))) const cuda_emulator::Fault* cu
     fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   lay_out_shared();
+  printed.clear();
+  lines_not_printed = 0;
+  anybody_recognized = false;
+  updating = false;  // a fault may have come in the midst
+  pending.what = Pending::NOTHING;
+  place_arrays();
   observe_launch();
 #if defined(CUDA_EMULATOR_THREAD)
   hub_fiber = __tsan_get_current_fiber();
 #endif
-  execute_launch();
+  protect_constants(PROT_NONE);
+  if (!failed) execute_launch();
+  protect_constants(PROT_READ | PROT_WRITE);
   for (Fiber& fiber : fibers) {
     if (fiber.stack.memory) drop_stack(fiber);
   }
   acquire(&whole_launch);
+  give_arrays_back();
   return failed ? &fault : nullptr;
 }

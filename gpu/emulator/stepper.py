@@ -7,15 +7,17 @@ result can be repeated, and a result that depends on the order shows under anoth
 
 The stepper reports, as a `KernelFault` that names the kernel, block, thread and line:
 
-- an index out of bounds, of a global, shared or local array; a negative index is out of bounds;
+- an index out of bounds, of a global, shared or local array; and a negative one, which in a kernel
+  is seldom meant, though Numba counts it from the end;
 - a barrier at which some threads of a block wait while others wait at another barrier, or have left
-  the kernel;
+  the kernel: hardware lets threads go that have ended, so in the emulator of CUDA C++ `checked`
+  reports these, and here every launch does;
 - threads that wait for each other for ever, at a barrier or by a compare-and-swap that never
   succeeds (a loop that only reads, and waits for another thread to write, never ends here);
 - any exception in a thread.
 
 Shared and local memory begins as NaN, and as -1 in arrays of integers. So memory that was not
-initialized shows in the result.
+initialized shows in the result. It does not look for races: `checked` does, for CUDA C++.
 
 Python's integers stand in for integers of every width and do not wrap around. Sums in float32 are
 taken in float32. Numba's rule that a float32 and an int64 make a float64 does not hold: here they
@@ -27,7 +29,7 @@ import importlib.util
 import itertools
 import linecache
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CellType, CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
@@ -37,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yoso_core.gpu.device import Arguments, Launch, Shape, in_order, record
-from yoso_core.gpu.emulator.common import KernelFault, launch_sizes, order_here
+from yoso_core.gpu.emulator.common import KernelFault, Sizes, launch_sizes, order_here
 
 T = TypeVar("T")
 
@@ -125,13 +127,13 @@ class Stepper:
     def zeros(self, shape: Shape, dtype: Any) -> NDArray[Any]:
         return np.zeros(shape, dtype)
 
-    def launch(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> None:
+    def launch(self, kernel: Any, grid: Sizes, block: Sizes, args: Arguments, shared: int = 0) -> None:
         """Run a kernel to its end. Raises `KernelFault` for a fault of the kernel, and for a launch
         that a GPU would refuse.
         """
         self._execute(kernel, grid, block, args, shared, None)
 
-    def trace(self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int = 0) -> list[Step]:
+    def trace(self, kernel: Any, grid: Sizes, block: Sizes, args: Arguments, shared: int = 0) -> list[Step]:
         """Run a kernel as `launch` does, and return what happened: every line that a thread ran and
         every barrier, in their order.
         """
@@ -139,13 +141,11 @@ class Stepper:
         self._execute(kernel, grid, block, args, shared, steps)
         return steps
 
-    def _execute(
-        self, kernel: Any, grid: Sequence[int], block: Sequence[int], args: Arguments, shared: int, steps: list[Step] | None
-    ) -> None:
+    def _execute(self, kernel: Any, grid: Sizes, block: Sizes, args: Arguments, shared: int, steps: list[Step] | None) -> None:
         name = getattr(kernel, "py_func", kernel).__name__
         grid_dim, block_dim = launch_sizes(name, grid, block, shared, self.max_shared)
         execution = _Execution(kernel, grid_dim, block_dim, args, shared=shared, max_shared=self.max_shared, steps=steps)
-        record(Launch("stepped", execution.name, tuple(grid), tuple(block), shared))
+        record(Launch("stepped", execution.name, grid_dim, block_dim, shared))
         execution.run_blocks()
 
 
@@ -491,8 +491,12 @@ class _Execution:
                 if self.arrived == 0:
                     return
                 if self.arrived < len(turns):
-                    self.cuda.threadIdx = next(thread for thread, turn in zip(self.threads, turns, strict=True) if turn.dead)
-                    raise _Fault(f"has ended, while {self.first_here()}: a barrier needs every thread of the block")
+                    ended = next(thread for thread, turn in zip(self.threads, turns, strict=True) if turn.dead)
+                    self.cuda.threadIdx = ended
+                    raise _Fault(
+                        f"divergent barrier: {self.first_here()}, and thread {tuple(ended)} has ended without it; hardware lets it go, "
+                        "but every thread of a block should meet the same barriers"
+                    )
                 self.ballot, self.votes = self.votes, []
                 if self.steps is not None:
                     self.tell_barrier()
@@ -515,7 +519,7 @@ class _Execution:
             if not turns:
                 return
         others = f", while {self.first_here()}" if self.arrived else ""
-        raise _Fault(f"waits for ever, its compare-and-swap at line {self.retry_line} never succeeds{others}")
+        raise _Fault(f"never ends: the compare-and-swap at line {self.retry_line} never succeeds{others}")
 
     def syncthreads(self) -> None:
         self.arrive(sys._getframe(1))
@@ -531,7 +535,7 @@ class _Execution:
         if self.arrived == 0:
             self.barrier, self.first = (frame.f_code, frame.f_lasti), (thread, frame)
         elif (frame.f_code, frame.f_lasti) != self.barrier:
-            raise _Fault(f"waits at a barrier here, while {self.first_here()}: every thread of a block must meet the same barrier")
+            raise _Fault(f"divergent barrier: {self.first_here()}, and thread {tuple(thread)} waits at line {frame.f_lineno}")
         self.arrived += 1
         next(self.queue, self.hub).switch()
         self.cuda.threadIdx = thread

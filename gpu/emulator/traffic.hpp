@@ -40,27 +40,45 @@ struct Visits {  // executions of one instruction by one warp
 };
 
 struct SharedArray {
-  const char *begin, *end, *names;
+  const char *begin, *end;
+  Named named;
 };
+
+// How an access stands to those of other threads. `strong`: volatile, in global memory, where the
+// hardware reads and writes it at once and as a whole. In shared memory volatile orders nothing that
+// a barrier should order: code that trusts in it is wrong since warps no longer run in step.
+enum class Kind : unsigned char { plain, strong, atomic };
 
 struct LastAccess {
   unsigned time;  // 0: none
   unsigned block;
   unsigned offset;  // in the kernel's library
   unsigned short thread;
-  bool is_atomic;
+  Kind kind;
 };
 
 struct Watched {  // the last accesses to one byte of memory
   LastAccess write, read, read_by_another;
 };
 
-struct GlobalMemory {  // an allocation, of which arrays are parts
-  const char *begin, *end;
-  Watched* watched;
+struct Where {  // the target of an access, for a message
+  Named named;
+  long long offset;
+  unsigned bytes;
+  bool is_shared;
+};
+
+// A plain read of what another thread has updated atomically. If an atomic of the same thread on the
+// same place comes next, it was a guess that the atomic confirms.
+struct Doubt {
+  const char* address;
+  Where where;
+  LastAccess last;
+  const void* pc;
 };
 
 constexpr unsigned SECTOR = 32, BANKS = 32, BANK_BYTES = 4;
+constexpr size_t MAX_TOGETHER = 4 << 20;
 
 std::vector<Instruction> instructions;
 std::vector<int> instruction_table;  // a hash table with numbers of instructions; -1 is empty
@@ -71,12 +89,16 @@ std::vector<SharedArray> shared_arrays;
 // of them are never touched, so they cost no memory.
 auto* const written_at = static_cast<unsigned*>(calloc(ARENA_BYTES, sizeof(unsigned)));
 auto* const shared_watched = static_cast<Watched*>(calloc(ARENA_BYTES, sizeof(Watched)));
-std::vector<GlobalMemory> global_memory;
+std::vector<Watched*> global_watched;  // for every byte of each memory
+std::vector<Doubt> doubts;             // of the thread whose turn it is
+size_t num_together;
 std::unordered_set<unsigned long long> atomics_of_interval;
 Totals totals;
 std::pair<const char*, const char*> images[2];  // of the kernel and of this file
 unsigned now = 1, block_start, last_barrier, last_sync[32][32][32];  // by warp, lane and lane
 unsigned block_number;
+
+#include "fences.hpp"
 
 // Events of a launch
 
@@ -102,22 +124,15 @@ void observe_launch() {
   for (auto& of_warp : visits) of_warp.clear();
   for (auto& of_warp : visited) of_warp.clear();
   shared_arrays.clear();
-  if (request->shared) shared_arrays.push_back({dynamic_shared, dynamic_shared + request->shared, "dynamic shared memory"});
+  if (request->shared) shared_arrays.push_back({dynamic_shared, dynamic_shared + request->shared, {}});
   totals = {};
-  for (const GlobalMemory& memory : global_memory) free(memory.watched);
-  global_memory.clear();
-  for (int i = 0; request->checked && i < request->num_ranges; ++i) {
-    const Range& range = request->ranges[i];
-    GlobalMemory* its = nullptr;
-    for (GlobalMemory& memory : global_memory) {
-      if (memory.begin == range.origin) its = &memory;
-    }
-    if (!its) its = &(global_memory.push_back({range.origin, range.end, nullptr}), global_memory.back());
-    its->end = std::max(its->end, range.end);
+  num_together = 0;
+  for (Watched* watched : global_watched) free(watched);
+  global_watched.clear();
+  for (const Memory& memory : memories) {
+    global_watched.push_back(request->checked ? static_cast<Watched*>(calloc(memory.bytes + 1, sizeof(Watched))) : nullptr);
   }
-  for (GlobalMemory& memory : global_memory) {
-    memory.watched = static_cast<Watched*>(calloc(static_cast<size_t>(memory.end - memory.begin) + 1, sizeof(Watched)));
-  }
+  forget_fences();
   dl_iterate_phdr(find_image, nullptr);
 }
 
@@ -125,9 +140,10 @@ void observe_block() {
   block_number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   atomics_of_interval.clear();
   block_start = last_barrier = ++now;
+  forget_fences_of_block();
 }
 
-void observe_shared(const char* begin, unsigned bytes, const char* names) { shared_arrays.push_back({begin, begin + bytes, names}); }
+void observe_shared(const char* begin, unsigned bytes, Named named) { shared_arrays.push_back({begin, begin + bytes, named}); }
 
 void tally_together(Instruction& instruction, const Together& group);
 
@@ -135,6 +151,7 @@ void observe_convergence(unsigned warp) {
   for (int number : visited[warp]) {
     Visits& of_instruction = visits[warp][number];
     for (const Together& group : of_instruction.together) tally_together(instructions[number], group);
+    num_together -= of_instruction.together.size();
     of_instruction.together.clear();
     memset(of_instruction.count, 0, sizeof of_instruction.count);
   }
@@ -145,6 +162,7 @@ void observe_barrier() {
   ++totals.barriers;
   atomics_of_interval.clear();
   last_barrier = ++now;
+  join_fences_of_block();
 }
 
 void observe_operation(WarpOperation operation, unsigned warp, unsigned mask) {
@@ -251,65 +269,91 @@ void note(const void* pc, Access access, bool is_shared, unsigned bytes, unsigne
   Visits& mine = visits[warp][number];
   if (mine.together.empty()) visited[warp].push_back(number);
   const unsigned k = mine.count[lane]++;
-  if (mine.together.size() <= k) mine.together.push_back({});
+  if (mine.together.size() <= k) {
+    mine.together.push_back({});
+    if (++num_together > MAX_TOGETHER) fail_at(pc, "makes so many accesses without a barrier that their traffic cannot be counted");
+  }
   mine.together[k].lanes |= 1u << lane;
   mine.together[k].at[lane] = at;
 }
 
 // Checks of an access
 
-const char* verb(Access access) { return access == Access::read ? "reads" : access == Access::write ? "writes" : "updates"; }
-
-struct Where {  // the target of an access, for a message
-  const char* array;
-  std::ptrdiff_t offset;
-  bool is_shared;
-};
-
 bool is_ordered(const LastAccess& last, bool is_shared) {
   if (!last.time || (is_shared && last.time < block_start)) return true;
-  if (last.block != block_number) return false;
-  if (last.thread == current->number || last.time < last_barrier) return true;
-  return last.thread / 32u == current->number / 32 && last.time < last_sync[current->number / 32][last.thread % 32][current->number % 32];
+  if (last.block == block_number) {
+    if (last.thread == current->number || last.time < last_barrier) return true;
+    if (last.thread / 32u == current->number / 32 && last.time < last_sync[current->number / 32][last.thread % 32][current->number % 32]) return true;
+  }
+  return is_ordered_by_fences(last);
 }
 
-void check_race(const LastAccess& last, const char* what, Where where, Access access, const void* pc) {
-  if (is_ordered(last, where.is_shared)) return;
+[[noreturn]] void fail_in_race(const LastAccess& last, const char* what, const Where& where, Access access, Kind kind, const void* pc) {
   fault.other_offset = last.offset;  // Python adds its line to the message
   const unsigned block[] = {last.block % gridDim.x, last.block / gridDim.x % gridDim.y, last.block / gridDim.x / gridDim.y};
-  fail_at(pc, "%s %s at byte %td, and no barrier orders that after %s of block (%u,%u,%u) %s it", verb(access), where.array, where.offset,
-          thread_name(fibers[last.thread]).text, block[0], block[1], block[2], what);
+  const Text entry = entry_text(where.named, where.offset, where.bytes), thread = thread_name(fibers[last.thread]);
+  Text beside;
+  if (kind != last.kind && (kind == Kind::atomic || last.kind == Kind::atomic)) {
+    const bool is_read = access == Access::read || !strcmp(what, "read");
+    snprintf(beside.text, sizeof beside.text, " beside %s (%s it %s, or put a barrier between)",
+             last.kind == Kind::atomic ? "an atomic" : is_read ? "a plain read" : "a plain write", is_read ? "read" : "write",
+             is_read ? "by atomicAdd(p, 0) or as volatile" : "by atomicExch");
+    if (last.kind == Kind::atomic) what = "updated";
+  }
+  fail_at(pc, "%s %s%s, and no barrier orders that after %s of block (%u,%u,%u) %s it", entry.text, verb(access), beside.text, thread.text,
+          block[0], block[1], block[2], what);
 }
 
-void watch(Watched* watched, unsigned bytes, Where where, Access access, const void* pc) {
+void watch(Watched* watched, const char* address, Where where, Access access, Kind kind, const void* pc) {
   const auto offset = static_cast<unsigned>(static_cast<const char*>(pc) - 1 - images[0].first);
-  const LastAccess mine{now, block_number, offset, static_cast<unsigned short>(current->number), access == Access::atomic};
-  for (unsigned i = 0; i < bytes; ++i, ++where.offset) {
+  const LastAccess mine{now, block_number, offset, static_cast<unsigned short>(current->number), kind};
+  const auto conflicts = [&](const LastAccess& last) {
+    return (kind == Kind::plain || last.kind == Kind::plain) && !is_ordered(last, where.is_shared);
+  };
+  if (kind == Kind::atomic && !doubts.empty()) {
+    doubts.erase(std::remove_if(doubts.begin(), doubts.end(), [&](const Doubt& doubt) { return doubt.address == address; }), doubts.end());
+  }
+  for (unsigned i = 0; i < where.bytes; ++i) {
     Watched& byte = watched[i];
-    if (access != Access::atomic || !byte.write.is_atomic) check_race(byte.write, "wrote", where, access, pc);
+    if (conflicts(byte.write)) {
+      if (access != Access::read || byte.write.kind != Kind::atomic) fail_in_race(byte.write, "wrote", where, access, kind, pc);
+      if (doubts.empty() || doubts.back().address != address) doubts.push_back({address, where, byte.write, pc});
+    }
     if (access == Access::read) {
       if (byte.read.time && (byte.read.thread != mine.thread || byte.read.block != mine.block)) byte.read_by_another = byte.read;
       byte.read = mine;
     } else {
-      check_race(byte.read, "read", where, access, pc);
-      check_race(byte.read_by_another, "read", where, access, pc);
+      const bool guessed = kind == Kind::atomic && byte.read.thread == mine.thread && byte.read.block == mine.block;
+      if (!guessed && conflicts(byte.read)) fail_in_race(byte.read, "read", where, access, kind, pc);
+      if (conflicts(byte.read_by_another)) fail_in_race(byte.read_by_another, "read", where, access, kind, pc);
+      if (guessed) byte.read = {};
       byte.write = mine;
     }
   }
 }
 
-void access_shared(const char* address, unsigned bytes, Access access, const void* pc) {
+// The turn of a thread ends, at a barrier, in an operation of its warp, or with the thread.
+void observe_end_of_turn() {
+  if (doubts.empty()) return;
+  const Doubt first = doubts.front();
+  doubts.clear();
+  fail_in_race(first.last, "wrote", first.where, Access::read, Kind::plain, first.pc);
+}
+
+void access_shared(const char* address, unsigned bytes, Access access, Kind kind, const void* pc) {
   const SharedArray* array = nullptr;
   const SharedArray* nearest = nullptr;
+  if (request->shared) shared_arrays[0].named = dynamic_declared;
   for (const SharedArray& candidate : shared_arrays) {
     if (address >= candidate.begin && address + bytes <= candidate.end) array = &candidate;
-    if (candidate.begin <= address) nearest = &candidate;
+    if (!nearest || candidate.begin <= address) nearest = &candidate;
   }
-  if (!array && nearest) {
-    fail_at(pc, "%s %u bytes of %s at byte %td, which has %td", verb(access), bytes, nearest->names,
-            address - nearest->begin, nearest->end - nearest->begin);
+  if (!nearest) fail_at(pc, "shared memory is %s, but the launch gives it none and the kernel has not declared any", verb(access));
+  const Where where{nearest->named, address - nearest->begin, bytes, true};
+  if (!array) {
+    fail_at(pc, "%s %s, %s", entry_text(where.named, where.offset, bytes).text, verb(access),
+            extent_text(where.named, static_cast<unsigned long long>(nearest->end - nearest->begin)).text);
   }
-  if (!array) fail_at(pc, "%s %u bytes before the start of shared memory", verb(access), bytes);
   unsigned* written = &written_at[address - arena];
   bool all_written = true;
   for (unsigned i = 0; i < bytes; ++i) {
@@ -317,44 +361,53 @@ void access_shared(const char* address, unsigned bytes, Access access, const voi
     if (access != Access::read) written[i] = now;
   }
   if (access != Access::write && !all_written) {
-    if (request->checked > 1) {
-      fail_at(pc, "%s %s at byte %td, shared memory that no thread of the block has written so far", verb(access), array->names,
-              address - array->begin);
+    if (request->checked & UNINITIALIZED) {
+      fail_at(pc, "%s %s, shared memory that no thread of the block has written so far", entry_text(where.named, where.offset, bytes).text,
+              verb(access));
     }
-    ++instructions[instruction_number(pc, access, true, bytes, 0)].tally.uninitialized;
+    if (request->counted) ++instructions[instruction_number(pc, access, true, bytes, 0)].tally.uninitialized;
   }
-  if (request->checked) watch(&shared_watched[address - arena], bytes, {array->names, address - array->begin, true}, access, pc);
+  if (request->checked & RACES) watch(&shared_watched[address - arena], address, where, access, kind, pc);
 }
 
 }  // namespace
 
 // `whole`: the compiler knows that the address is a multiple of the size, so a GPU moves it in one
 // piece.
-void about_to_access(const void* where, unsigned bytes, Access access, const void* pc, bool whole) {
+void about_to_access(const void* where, unsigned bytes, Access access, const void* pc, bool whole, bool is_volatile) {
   if (!current) return;  // not in a kernel
+  if (request->stop) fail_at(pc, "was stopped");
   const char* address = static_cast<const char*>(where);
-  if (address >= current->stack.memory && address < current->stack.memory + STACK_BYTES) return;  // local memory, or a register
+  const char* stack = current->stack.memory;  // local memory, or a register; its guards speak for themselves
+  if (address >= stack - STACK_GUARD && address < stack + STACK_BYTES + STACK_GUARD) return;
+  Kind kind = access == Access::atomic ? Kind::atomic : Kind::plain;
+  if (const Constant* constant = unset_constant(address)) fail_at(pc, "%s", describe_unset(*constant, address).text);
   for (const auto& image : images) {
-    if (address >= image.first && address < image.second) return;  // constants
+    if (address >= image.first && address < image.second) return;  // variables and constants
   }
   unsigned long long at = 0;  // every array begins at a multiple of a sector, as on a GPU
   const bool is_shared = address >= arena && address < arena + ARENA_BYTES;
   if (is_shared) {
-    access_shared(address, bytes, access, pc);
+    access_shared(address, bytes, access, kind, pc);
     at = static_cast<unsigned long long>(address - arena);
   } else {
+    if (is_volatile) kind = Kind::strong;
     for (int i = 0; i < request->num_ranges && !at; ++i) {
       const Range& range = request->ranges[i];
       if (address < range.begin || address + bytes > range.end) continue;
-      at = (i + 1ull) << 48 | static_cast<unsigned long long>(address - range.origin);
-      for (const GlobalMemory& memory : global_memory) {
-        if (memory.begin != range.origin) continue;
-        watch(memory.watched + (address - memory.begin), bytes, {range.name, address - range.begin, false}, access, pc);
-      }
+      at = (i + 1ull) << 48 | (range.offset + static_cast<unsigned long long>(address - range.begin));
+      if (!(request->checked & RACES)) continue;
+      Watched* watched = global_watched[range.memory] + (address - memories[range.memory].begin);
+      watch(watched, address, {{range.name, range.element, {}}, address - range.begin, bytes, false}, access, kind, pc);
     }
-    if (!at) fail_at(pc, "%s %u bytes %s", verb(access), bytes, describe_address(address).text);
+    if (!at) fail_at(pc, "%s", describe_address(address, bytes, verb(access)).text);
   }
-  if (whole && at % bytes) fail_at(pc, "%s %u bytes at an address that is no multiple of %u", verb(access), bytes, bytes);
+  if (kind != Kind::plain && request->checked & RACES) {
+    if (access != Access::read) publish(address);
+    if (access != Access::write) observe_published(address);
+  }
+  if (whole && at % bytes) fail_at(pc, "%u bytes are %s at an address that is no multiple of %u", bytes, verb(access), bytes);
+  if (!request->counted) return;
   if (whole) {
     note(pc, access, is_shared, bytes, 0, at);
   } else {
@@ -369,8 +422,8 @@ void about_to_access(const void* where, unsigned bytes, Access access, const voi
 #define CUDA_EMULATOR_HOOKS(bytes)                                                                                                       \
   CUDA_EMULATOR_HOOK __tsan_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), true); }         \
   CUDA_EMULATOR_HOOK __tsan_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), true); }       \
-  CUDA_EMULATOR_HOOK __tsan_volatile_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), true); } \
-  CUDA_EMULATOR_HOOK __tsan_volatile_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), true); } \
+  CUDA_EMULATOR_HOOK __tsan_volatile_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), true, true); } \
+  CUDA_EMULATOR_HOOK __tsan_volatile_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), true, true); } \
   CUDA_EMULATOR_HOOK __tsan_unaligned_read##bytes(void* p) { about_to_access(p, bytes, Access::read, __builtin_return_address(0), false); } \
   CUDA_EMULATOR_HOOK __tsan_unaligned_write##bytes(void* p) { about_to_access(p, bytes, Access::write, __builtin_return_address(0), false); }
 extern "C" {

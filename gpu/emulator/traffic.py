@@ -177,15 +177,16 @@ def _sum(kernel: str, launches: list[Traffic]) -> Traffic:
 
 
 _logs: ContextVar[tuple[TrafficLog, ...]] = ContextVar("logs", default=())
-_UNCHECKED, _EXCEPT_UNINITIALIZED, _CHECKED = range(3)
-_checked: ContextVar[int] = ContextVar("checked", default=_UNCHECKED)
+_RACES, _UNINITIALIZED, _BARRIERS = 1, 2, 4  # `Checks` in `runtime.cpp`
+_checked: ContextVar[int] = ContextVar("checked", default=0)
 
 
 @contextmanager
 def count_traffic() -> Iterator[TrafficLog]:
     """Count the traffic of the emulator's launches in the body. It needs Linux and g++.
 
-    An access outside every array raises `KernelFault` here; a plain launch may miss it.
+    An access outside every array raises `KernelFault` here; a plain launch may miss a read before
+    an array.
 
     >>> import numpy as np
     >>> from yoso_core.gpu import KernelText
@@ -206,7 +207,7 @@ def count_traffic() -> Iterator[TrafficLog]:
 
 
 @contextmanager
-def checked(*, uninitialized: bool = True) -> Iterator[None]:
+def checked(*, uninitialized: bool = True, early_exit: bool = True) -> Iterator[None]:
     """Check every access of the emulator's launches in the body, and raise `KernelFault` for the
     first forbidden one. It needs Linux and g++.
 
@@ -215,8 +216,11 @@ def checked(*, uninitialized: bool = True) -> Iterator[None]:
     - an access outside every array;
     - a vector at an address that is not a multiple of its size;
     - a race: two accesses by different threads, at least one of them a write, not both atomic,
-      with no barrier in between;
-    - if ``uninitialized``, a read of shared memory that no thread of the block has written.
+      with no barrier and no fences in between;
+    - an int that overflows;
+    - if ``uninitialized``, a read of shared memory that no thread of the block has written;
+    - if ``early_exit``, a barrier that a thread of the block has ended without. Hardware lets the
+      others pass; the guide still wants every thread there.
 
     >>> import numpy as np
     >>> from yoso_core.gpu import KernelText
@@ -228,9 +232,9 @@ def checked(*, uninitialized: bool = True) -> Iterator[None]:
     ...     )  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    yoso_core.gpu.emulator.common.KernelFault: count: reads x at byte 0, and no barrier orders ...
+    yoso_core.gpu.emulator.common.KernelFault: count: x[0] read, and no barrier orders that ...
     """
-    token = _checked.set(_CHECKED if uninitialized else _EXCEPT_UNINITIALIZED)
+    token = _checked.set(_RACES + _UNINITIALIZED * uninitialized + _BARRIERS * early_exit)
     try:
         yield
     finally:
@@ -238,15 +242,18 @@ def checked(*, uninitialized: bool = True) -> Iterator[None]:
 
 
 def checks() -> int:
-    """The checks that the runtime makes in this context: 0 for none, 1 for all but uninitialized
-    reads, 2 for all.
-    """
+    """The checks that the runtime makes in this context, a sum; 0 for none."""
     return _checked.get()
+
+
+def is_counting() -> bool:
+    """Whether somebody wants the traffic of launches in this context."""
+    return bool(_logs.get())
 
 
 def is_counted() -> bool:
     """Whether launches in this context need the build that counts."""
-    return bool(_logs.get()) or _checked.get() != _UNCHECKED
+    return is_counting() or bool(checks())
 
 
 class Tally(ctypes.Structure):
