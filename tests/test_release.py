@@ -1,8 +1,8 @@
 """What releases the package: workflows, the citation, and the check of what is built."""
 
 import importlib.util
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,7 +202,7 @@ def test_the_benchmark_of_a_gpu_takes_the_cuda_of_torch(of_torch: str, asked: tu
     for program in programs.iterdir():
         program.chmod(0o755)
     (tmp_path / "installed-dev").touch()
-    of_make = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")  # of the make that runs the tests
+    of_make = ("ARGS", "CUDA", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")  # of the make that runs the tests
     environment = {name: value for name, value in os.environ.items() if name not in of_make}
     command = ["make", f"VENV={tmp_path}", *asked, "bench-gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
