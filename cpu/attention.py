@@ -37,9 +37,10 @@ def yoso_attention(
     """See `yoso_core.reference.yoso_attention`.
 
     Working memory: tables of 32 MiB (`yoso_core.cpu.rounds.TABLE_BYTES`) at most, whatever ``n``,
-    and the codes of one side of the heads at hand, in 1, 2 or 4 bytes each. Where
-    ``2**(tau + s) > 4 n_k`` all codes are stored, ``4 m (n_q + n_k)`` bytes a head, and labels of
-    the same size; a table then takes ``4 n_k d_v`` numbers at most.
+    and the codes of one side of the heads at hand, in 1, 2 or 4 bytes each. In half precision the
+    sums of those heads, ``4 n_q d_v`` bytes each; of all, where heads are fewer than two a thread.
+    Where ``2**(tau + s) > 4 n_k`` all codes are stored, ``4 m (n_q + n_k)`` bytes a head, and
+    labels of the same size; a table then takes ``4 n_k d_v`` numbers at most.
     """
     if use_expectation:
         masks = {"query_mask": query_mask, "key_mask": key_mask}
