@@ -73,6 +73,13 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, indices: l
     return builder.bitcast(address, vector.as_pointer()), array_type.dtype.bitwidth // 8
 
 
+def loaded(builder: Any, pointer: Any, align: int) -> Any:
+    """What stands at a pointer, for intrinsics; ``align`` in bytes."""
+    value = builder.load(pointer)
+    value.align = align
+    return value
+
+
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen entries from ``array[index]`` on along the last axis, which must be contiguous.
@@ -81,9 +88,7 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
-        value = builder.load(pointer)
-        value.align = align
-        return value
+        return loaded(builder, pointer, align)
 
     return Lanes(array.dtype)(array, index), codegen
 
@@ -154,9 +159,7 @@ def read(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, align = _pointer(context, builder, signature.args[0], args[0], _indices(context, builder, signature.args[1], args[1]))
-        value = builder.load(pointer)
-        value.align = align
-        return _widened(builder, value, array.dtype)
+        return _widened(builder, loaded(builder, pointer, align), array.dtype)
 
     return Lanes(float_type(array.dtype))(array, index), codegen
 
@@ -409,9 +412,7 @@ def load_transposed(typingctx: Any, array: Any, index: Any, tile: Any, start: An
         for r in range(LANES):
             at = [*indices[:-2], builder.add(indices[-2], ir.Constant(indices[-2].type, r)), indices[-1]]
             pointer, align = _pointer(context, builder, array_type, args[0], at)
-            row = builder.load(pointer)
-            row.align = align
-            rows.append(_widened(builder, row, array_type.dtype))
+            rows.append(_widened(builder, loaded(builder, pointer, align), array_type.dtype))
         rows = transposed(builder, rows)
         start = context.cast(builder, args[3], signature.args[3], types.intp)
         for r in range(LANES):

@@ -18,7 +18,7 @@ from numba.core import cgutils, config
 from numba.extending import overload
 
 from yoso_core.cpu.compiling import MERGED, helper
-from yoso_core.cpu.lanes import LANES, Lanes, intrinsic, transposed
+from yoso_core.cpu.lanes import LANES, Lanes, intrinsic, loaded, transposed
 
 TERM_BLOCK = 128
 """Terms that are added up by themselves before they join the target: sums of sums round less."""
@@ -43,12 +43,6 @@ def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
 
 def _lanes_at(builder: Any, pointer: Any) -> Any:
     return builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, LANES).as_pointer())
-
-
-def _load(builder: Any, pointer: Any, itemsize: int) -> Any:
-    value = builder.load(pointer)
-    value.align = itemsize
-    return value
 
 
 def _offset(context: Any, builder: Any, offsets_type: Any, offsets: Any, row: Any) -> Any:
@@ -114,7 +108,9 @@ def transpose(typingctx: Any, source: Any, offsets: Any, shift: Any, target: Any
         shift_, at_, step_ = (context.cast(builder, args[i], signature.args[i], types.intp) for i in (2, 4, 5))
         start = builder.gep(_data(context, builder, source, args[0]), [shift_])
         end = builder.gep(_data(context, builder, target, args[3]), [at_])
-        rows = [_load(builder, _lanes_at(builder, builder.gep(start, [builder.extract_value(args[1], t)])), itemsize) for t in range(LANES)]
+        rows = [
+            loaded(builder, _lanes_at(builder, builder.gep(start, [builder.extract_value(args[1], t)])), itemsize) for t in range(LANES)
+        ]
         for c, row in enumerate(transposed(builder, rows)):
             builder.store(row, _lanes_at(builder, builder.gep(end, [builder.mul(step_, _word(c))]))).align = itemsize
         return context.get_dummy_value()
@@ -134,7 +130,7 @@ def combine(typingctx: Any, sums: Any, weights: Any, offsets: Any, term: Any, ve
         term_, at_ = (context.cast(builder, args[i], signature.args[i], types.intp) for i in (3, 5))
         weight_data, vector_data = (_data(context, builder, signature.args[i], args[i]) for i in (1, 4))
         start = builder.gep(vector_data, [at_])
-        vector = [_load(builder, _lanes_at(builder, builder.gep(start, [_word(v * LANES)])), itemsize) for v in range(at_once)]
+        vector = [loaded(builder, _lanes_at(builder, builder.gep(start, [_word(v * LANES)])), itemsize) for v in range(at_once)]
         name = f"llvm.fmuladd.v{LANES}f{weights.dtype.bitwidth}"
         fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector[0].type, [vector[0].type] * 3), name)
         undefined, nowhere = ir.Constant(vector[0].type, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
@@ -179,7 +175,7 @@ def add_to(typingctx: Any, target: Any, offsets: Any, shift: Any, sums: Any) -> 
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointers = _pointers(context, builder, signature, args)
-        before = [_load(builder, pointer, itemsize) for pointer in pointers]
+        before = [loaded(builder, pointer, itemsize) for pointer in pointers]
         for i, pointer in enumerate(pointers):
             builder.store(builder.fadd(before[i], builder.extract_value(args[3], i)), pointer).align = itemsize
         return context.get_dummy_value()

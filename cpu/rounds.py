@@ -20,7 +20,7 @@ from numba import from_dtype, types
 from yoso_core import processor
 from yoso_core.cpu.codes import Codes
 from yoso_core.cpu.compiling import helper, kernel
-from yoso_core.cpu.precision import round_to
+from yoso_core.cpu.precision import round_to, working_dtype
 from yoso_core.cpu.scratch import aligned_empty, clear
 from yoso_core.cpu.steps import TableStep
 from yoso_core.cpu.threads import BATCH_BYTES, BATCH_COST, default_threads, in_steps, share
@@ -258,7 +258,7 @@ class _Work:
     @property
     def dtype(self) -> Any:
         """What is added up in: half precision is added up in float32."""
-        return np.dtype(np.float64 if self.out.dtype == np.float64 else np.float32)
+        return np.dtype(working_dtype(self.out))
 
     @property
     def rounds(self) -> bool:

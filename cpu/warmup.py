@@ -22,6 +22,7 @@ from yoso_core.cpu import (
     rows,
     smoothing,
 )
+from yoso_core.cpu.lanes import float_type
 from yoso_core.cpu.sampled_gradients import _backward_kernel
 from yoso_core.cpu.weights import POLYNOMIALS
 
@@ -61,8 +62,8 @@ def all_kernels(dims: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[st
         for dim in dims:
             yield f"hadamard transform {name} {dim}", partial(hashing._hadamard_kernel, dim, dtype)
     for name in dict.fromkeys(dtypes):
-        dtype = types.float32 if name in HALVES else from_dtype(np.dtype(name))
-        stored = HALVES.get(name, dtype)
+        stored = HALVES.get(name) or from_dtype(np.dtype(name))
+        dtype = float_type(stored)
         if name in HALVES:
             yield f"widen {name}", partial(precision._widen_kernel, stored)
             yield f"round {name}", partial(precision._round_kernel, stored)
